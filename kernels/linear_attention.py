@@ -1,0 +1,123 @@
+"""One recurrence: the single entry point of every linear mixer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels import chunked, reference
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention with any decay, with or without the delta rule.
+
+    For one head, with state S (Dk × Dv) and a_t = exp(decay_t):
+
+        S_t = (I − β_t k_t k_tᵀ) · Diag(a_t) · S_{t−1} + β_t k_t v_tᵀ     with β
+        S_t =                      Diag(a_t) · S_{t−1} +     k_t v_tᵀ     without
+        o_t = scale · S_tᵀ q_t
+
+    Args:
+        q, k: (B, T, Hk, Dk), floating point, one dtype.
+        v: (B, T, Hv, Dv), the dtype of q; Hv a multiple of Hk (value head h reads
+            key head h // (Hv / Hk)).
+        decay: log decay, ≤ 0: None, (Hv,), (B, T, Hv) or (B, T, Hv, Dk). Best in fp32.
+        beta: None or (B, T, Hv), in [0, 2); with it the update is the delta rule, which
+            wants k of length at most one.
+        scale: factor on o, `Dk ** -0.5` unless given.
+        initial_state: (N, Hv, Dk, Dv), fp32; N is the number of sequences (B without
+            `cu_seqlens`). Zero unless given.
+        output_final_state: return the state after the last token of each sequence too.
+        cu_seqlens: (N + 1,) int, rising from 0: sequence n is rows
+            `cu_seqlens[n]:cu_seqlens[n + 1]` of the one batch row (B must be 1). A state
+            never crosses a boundary; empty sequences are allowed; rows at or past
+            `cu_seqlens[-1]` give zeros and take no gradient.
+        backend: "triton" (GPU), "torch" (chunked, any device), "reference" (token by
+            token), or "auto": the fastest one that runs here.
+
+    Returns:
+        o (B, T, Hv, Dv) in the dtype of v, and the final state (N, Hv, Dk, Dv) in fp32
+        (fp64 for fp64 inputs) or None. All inputs but `cu_seqlens` are differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or arguments do not fit together.
+
+    Sources: gated delta rule, Yang et al. 2024 (arXiv 2412.06464); GLA, arXiv 2312.06635;
+    KDA, arXiv 2510.26692.
+    """
+    _check(q, k, v, decay, beta, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    compute = _resolve(backend, q.device)
+    o, final_state = compute(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
+    return o, final_state if output_final_state else None
+
+
+def _resolve(backend: Backend, device: torch.device):  # type: ignore[no-untyped-def]
+    if backend == "auto":
+        backend = "torch"
+    if backend == "torch":
+        return chunked.linear_attention
+    if backend == "reference":
+        return reference.linear_attention
+    raise ValueError(f"backend is {backend!r}; it must be one of auto, torch, reference")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Shapes and dtypes only: no value is read, so no device is waited for."""
+    if q.dim() != 4 or q.shape != k.shape:
+        raise ValueError(
+            f"q and k must share a shape (B, T, Hk, Dk); got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    B, T, Hk, Dk = q.shape
+    if v.dim() != 4 or v.shape[:2] != (B, T) or v.shape[2] % Hk:
+        raise ValueError(
+            f"v must be ({B}, {T}, a multiple of {Hk} heads, Dv) beside q {tuple(q.shape)}; "
+            f"got {tuple(v.shape)}"
+        )
+    Hv, Dv = v.shape[2:]
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(
+            f"q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    shapes: list[tuple[int, ...]] = [(Hv,), (B, T, Hv), (B, T, Hv, Dk)]
+    if decay is not None and tuple(decay.shape) not in shapes:
+        raise ValueError(f"decay must be one of {shapes}; got {tuple(decay.shape)}")
+    if beta is not None and beta.shape != (B, T, Hv):
+        raise ValueError(f"beta must be {(B, T, Hv)}; got {tuple(beta.shape)}")
+    N = B
+    if cu_seqlens is not None:
+        if B != 1:
+            raise ValueError(f"cu_seqlens needs a batch of 1 (sequences laid end to end); B is {B}")
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens must be (N + 1,) int; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+        N = len(cu_seqlens) - 1
+    if initial_state is not None and initial_state.shape != (N, Hv, Dk, Dv):
+        raise ValueError(
+            f"initial_state must be {(N, Hv, Dk, Dv)} for {N} sequences; "
+            f"got {tuple(initial_state.shape)}"
+        )
