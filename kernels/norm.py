@@ -1,0 +1,109 @@
+"""Root-mean-square norm, plain and gated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.packing import accumulation_dtype
+
+# Elements of a block of rows: small enough that the passes over a block after the first
+# one find it in a core's cache.
+BLOCK_ELEMENTS = 1 << 17
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, *, eps: float = 1e-6, gate: Tensor | None = None
+) -> Tensor:
+    """Divide each row by its root mean square; optionally scale it and gate it.
+
+        y = x / sqrt(mean(x²) + eps) · weight · silu(gate)
+
+    Args:
+        x: (…, D), floating point.
+        weight: (D,) or None.
+        eps: added to the mean square.
+        gate: the shape of x, or None.
+
+    Returns:
+        y, the shape and dtype of x. Statistics and products are fp32 (fp64 for fp64
+        inputs). The backward keeps the inputs and one number a row.
+
+    Raises:
+        ValueError: shapes do not fit together.
+
+    Sources: Zhang & Sennrich 2019 (arXiv 1910.07467); the gate after the norm as in
+    Gated DeltaNet (arXiv 2412.06464).
+    """
+    D = x.shape[-1] if x.dim() else 0
+    if D < 1 or not x.is_floating_point():
+        raise ValueError(f"x must be (…, D) floating point; got {tuple(x.shape)} {x.dtype}")
+    if weight is not None and weight.shape != (D,):
+        raise ValueError(
+            f"weight must be ({D},) beside x {tuple(x.shape)}; got {tuple(weight.shape)}"
+        )
+    if gate is not None and gate.shape != x.shape:
+        raise ValueError(
+            f"gate must have the shape of x, {tuple(x.shape)}; got {tuple(gate.shape)}"
+        )
+    rows = x.reshape(-1, D)
+    gates = None if gate is None else gate.reshape(-1, D)
+    return _RMSNorm.apply(rows, weight, gates, eps).view(x.shape)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float
+    ) -> Tensor:
+        dtype = accumulation_dtype(x.dtype)
+        D = x.shape[1]
+        scale = None if weight is None else weight.detach().to(dtype)
+        y = torch.empty_like(x)
+        rstd = torch.empty(len(x), 1, dtype=dtype, device=x.device)
+        for rows in _blocks(x):
+            block = x[rows].to(dtype)
+            norm = torch.linalg.vector_norm(block, dim=1, keepdim=True)
+            r = norm.square_().div_(D).add_(eps).rsqrt_()
+            out = block * r
+            if scale is not None:
+                out.mul_(scale)
+            if gate is not None:
+                out.mul_(F.silu(gate[rows].to(dtype)))
+            y[rows] = out
+            rstd[rows] = r
+        ctx.save_for_backward(x, weight, gate, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gate, rstd = ctx.saved_tensors
+        dtype = rstd.dtype
+        D = x.shape[1]
+        scale = None if weight is None else weight.to(dtype)
+        dx = torch.empty_like(x)
+        dgate = None if gate is None else torch.empty_like(gate)
+        dscale = None if weight is None else torch.zeros(D, dtype=dtype, device=x.device)
+        for rows in _blocks(x):
+            normed = x[rows].to(dtype) * rstd[rows]
+            dout = dy[rows].to(dtype)
+            if gate is not None and dgate is not None:
+                g = gate[rows].to(dtype)
+                dactive = dout * normed if scale is None else (dout * normed).mul_(scale)
+                dgate[rows] = torch.ops.aten.silu_backward(dactive, g)
+                dout = dout * F.silu(g)
+            if scale is not None and dscale is not None:
+                dscale += (dout * normed).sum(0)
+                dout = dout * scale
+            # d(x · rstd)/dx takes out of dout what points along the row itself.
+            along = (dout * normed).mean(1, keepdim=True)
+            dx[rows] = torch.addcmul(dout, normed, along, value=-1).mul_(rstd[rows])
+        return dx, None if dscale is None else dscale.to(weight.dtype), dgate, None
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    step = max(BLOCK_ELEMENTS // x.shape[1], 1)
+    return [slice(start, start + step) for start in range(0, len(x), step)]

@@ -1,0 +1,60 @@
+"""Where sequences begin and end in the rows of a batch: one rule for every op of the room.
+
+A batch (B, T, …) without `cu_seqlens` is B sequences of T rows; with it, the one batch row
+holds N sequences end to end, and rows at or past `cu_seqlens[-1]` belong to nobody. Either
+way the ops see one stream of B·T rows and N + 1 bounds.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def check_cu_seqlens(batch: int, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences; raises ValueError for a `cu_seqlens` of the wrong form.
+
+    Reads no value, so no device is waited for.
+    """
+    if cu_seqlens is None:
+        return batch
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs a batch of 1 (sequences laid end to end); B is {batch}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be (N + 1,) int; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    return len(cu_seqlens) - 1
+
+
+def host_bounds(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
+    """Bounds of the N sequences in the stream, as ints: sequence n is rows b[n] to b[n + 1].
+
+    Waits for the device that holds `cu_seqlens`.
+    """
+    if cu_seqlens is None:
+        return [b * length for b in range(batch + 1)]
+    bounds: list[int] = cu_seqlens.tolist()
+    rising = all(a <= b for a, b in pairwise(bounds))
+    if bounds[0] != 0 or not rising or bounds[-1] > length:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to at most {length}, the rows of the batch; got "
+            f"{bounds if len(bounds) <= 16 else [*bounds[:8], '…', *bounds[-8:]]}"
+        )
+    return bounds
+
+
+def device_bounds(
+    batch: int, length: int, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor:
+    """The same bounds as (N + 1,) int64 on `device`, for kernels."""
+    if cu_seqlens is None:
+        return torch.arange(batch + 1, device=device) * length
+    return cu_seqlens.to(device=device, dtype=torch.int64)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, else fp32: what statistics, states and sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
