@@ -116,10 +116,10 @@ def fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
         yield name, Field(hints[field.name], default, field.metadata.get("help", ""))
 
 
-def describe(schema: type) -> str:
+def describe(schema: type, prefix: str = "") -> str:
     """Every key with its default and help, a line each, for `--help`."""
     rows = []
-    for name, field in fields(schema):
+    for name, field in fields(schema, prefix):
         shown = "required" if field.default is dataclasses.MISSING else dump(field.default)
         rows.append((f"{name}={shown}", field.help))
     width = min(40, max(len(left) for left, _ in rows))
@@ -202,7 +202,7 @@ def _construct(schema: type, prefix: str, leaves: dict[str, Any]) -> Any:
     for field in dataclasses.fields(schema):
         name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(hints[field.name]):
-            arguments[field.name] = _construct(hints[field.name], f"{name}.", leaves)  # type: ignore[arg-type]
+            arguments[field.name] = _construct(hints[field.name], f"{name}.", leaves)
         elif name in leaves:
             arguments[field.name] = leaves[name]
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
