@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.packing import accumulation_dtype, check_cu_seqlens, host_bounds
+from kernels.packing import Block, accumulation_dtype, blocks, check_cu_seqlens, host_bounds
 
 # Elements of a block of rows. The convolution reads each input W times; a block of this
 # size stays in a core's cache meanwhile, which is worth a factor of two on a CPU.
@@ -61,24 +60,11 @@ def short_convolution(
     return y.view(B, T, D), final_state if output_final_state else None
 
 
-class _Block(NamedTuple):
-    """Rows start:end of the stream, all of one sequence."""
-
-    sequence: int
-    start: int
-    end: int
-    first: bool  # the rows before are the sequence's halo, not the stream's
-    last: bool
-
-
-def _blocks(bounds: list[int], rows: int, reach: int) -> Iterator[_Block]:
+def _blocks(bounds: list[int], weight: Tensor) -> Iterator[Block]:
+    D, W = weight.shape
     # Only a sequence's first block may look past its own start, so the others begin at
     # least a filter's reach later.
-    rows = max(rows, reach, 1)
-    for n, (begin, end) in enumerate(pairwise(bounds)):
-        for start in range(begin, end, rows):
-            stop = min(start + rows, end)
-            yield _Block(n, start, stop, start == begin, stop == end)
+    return blocks(bounds, max(BLOCK_ELEMENTS // max(D, 1), W))
 
 
 def _filter(window: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,7 +103,7 @@ class _ShortConvolution(torch.autograd.Function):
         y = torch.empty_like(x)
         y[bounds[-1] :] = 0
         final = _halos(initial_state, len(bounds) - 1, W - 1, x).clone()
-        for block in _blocks(bounds, BLOCK_ELEMENTS // max(D, 1), W - 1):
+        for block in _blocks(bounds, weight):
             window = _window(x, final, block, W - 1)
             total = _filter(window.to(dtype), taps, offset)
             y[block.start : block.end] = F.silu(total, inplace=True) if silu else total
@@ -142,7 +128,7 @@ class _ShortConvolution(torch.autograd.Function):
             # An empty sequence hands its halo on as it came.
             empty = [n for n in range(len(halos)) if bounds[n] == bounds[n + 1]]
             dhalos[empty] = dfinal[empty].to(dtype)
-        for block in _blocks(bounds, BLOCK_ELEMENTS // max(D, 1), W - 1):
+        for block in _blocks(bounds, weight):
             n, start, end = block.sequence, block.start, block.end
             window = _window(x, halos, block, W - 1).to(dtype)
             dwindow = torch.zeros_like(window)
@@ -178,7 +164,7 @@ def _halos(initial_state: Tensor | None, N: int, reach: int, x: Tensor) -> Tenso
     return initial_state.detach().to(x.dtype)
 
 
-def _window(x: Tensor, halos: Tensor, block: _Block, reach: int) -> Tensor:
+def _window(x: Tensor, halos: Tensor, block: Block, reach: int) -> Tensor:
     """The block's rows with the `reach` rows before them."""
     if block.first:
         return torch.cat([halos[block.sequence], x[block.start : block.end]])

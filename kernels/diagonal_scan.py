@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.packing import accumulation_dtype, check_cu_seqlens, host_bounds
+from kernels.packing import accumulation_dtype, blocks, check_cu_seqlens, host_bounds
 
-# Rows that one pass of the scan walks, for all chunks side by side. A scan of T rows takes
-# CHUNK + CHUNK + T / CHUNK² … steps, each over T / CHUNK rows at once.
-CHUNK = 64
+# Elements of a block of rows. A block is passed over a few times, so its fp32 decays and
+# states should fit a core's second cache together.
+BLOCK_ELEMENTS = 1 << 18
 
 
 def diagonal_scan(
@@ -67,89 +68,90 @@ def diagonal_scan(
 
 
 class _DiagonalScan(torch.autograd.Function):
-    """All sequences in one scan: a factor of zero at a first row forgets the sequence before."""
+    """One cache-sized block of one sequence after the other, the state carried between them."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, decay: Tensor, initial_state: Tensor | None, bounds: list[int]
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(x.dtype)
-        n, first, last = _sequences(bounds, x.device)
-        end = bounds[-1]
-        factor = decay[:end].to(dtype).exp()
-        inputs = x[:end].to(dtype)
+        h = torch.empty_like(x)
+        h[bounds[-1] :] = 0
         if initial_state is None:
-            final = x.new_zeros(len(bounds) - 1, x.shape[1], dtype=dtype)
+            state = torch.zeros(len(bounds) - 1, x.shape[1], dtype=dtype, device=x.device)
         else:
-            final = initial_state.to(dtype, copy=True)
-            inputs = inputs.index_add(0, first, factor[first] * final[n])
-        factor[first] = 0
-        h = x.new_zeros(x.shape)
-        states = _scan(factor, inputs)
-        h[:end] = states
-        final[n] = states[last]
+            state = initial_state.to(dtype, copy=True)
+        for n, start, end, _, _ in blocks(bounds, _rows(x)):
+            factor = decay[start:end].to(dtype).exp()
+            inputs = x[start:end].to(dtype, copy=True)
+            inputs[0].addcmul_(factor[0], state[n])
+            states = _scan(factor, inputs)
+            h[start:end] = states
+            state[n] = states[-1]
         ctx.save_for_backward(decay, initial_state, h)
         ctx.bounds = bounds
         ctx.set_materialize_grads(False)
-        return h, final
+        return h, state
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        """g_t = dh_t + exp(decay_{t+1}) · g_{t+1}: the same scan from the other end."""
         decay, initial_state, h = ctx.saved_tensors
         bounds: list[int] = ctx.bounds
         dtype = accumulation_dtype(h.dtype)
-        n, first, last = _sequences(bounds, h.device)
-        end = bounds[-1]
-        factor = decay[:end].to(dtype).exp()
-        gradient = torch.zeros_like(factor) if dh is None else dh[:end].to(dtype, copy=True)
+        dx, ddecay = torch.empty_like(h), torch.empty_like(decay)
+        dx[bounds[-1] :] = 0
+        ddecay[bounds[-1] :] = 0
+        # What reaches a block's last state from the rows after it.
+        carried = torch.zeros(len(bounds) - 1, h.shape[1], dtype=dtype, device=h.device)
         if dfinal is not None:
-            gradient[last] += dfinal[n].to(dtype)
-
-        # g_t = dh_t + exp(decay_{t+1}) · g_{t+1}: the same scan from the other end.
-        reverse = torch.zeros_like(factor)
-        reverse[1:] = factor.flip(0)[:-1]
-        reverse[end - 1 - last] = 0
-        gradient = _scan(reverse, gradient.flip(0)).flip(0)
-
-        previous = torch.zeros_like(factor)
-        previous[1:] = h[: max(end - 1, 0)]
-        previous[first] = 0 if initial_state is None else initial_state[n].to(dtype)
-        dx = torch.zeros_like(h)
-        dx[:end] = gradient
-        ddecay = torch.zeros_like(decay)
-        ddecay[:end] = factor.mul(previous).mul_(gradient)
-        dstate = None
-        if initial_state is not None:
-            dstate = torch.zeros_like(initial_state) if dfinal is None else dfinal.clone()
-            dstate[n] = (factor[first] * gradient[first]).to(dstate.dtype)
-            dstate = dstate.to(initial_state.dtype)
+            carried += dfinal
+        for n, start, end, first, _ in reversed(list(blocks(bounds, _rows(h)))):
+            factor = decay[start:end].to(dtype).exp()
+            if dh is None:
+                gradient = torch.zeros_like(factor)
+            else:
+                gradient = dh[start:end].flip(0).to(dtype)
+            gradient[0] += carried[n]
+            # Row t takes the factor of row t + 1: one place on, in reversed order.
+            gradient = _scan(factor.roll(-1, 0).flip(0), gradient).flip(0)
+            carried[n] = factor[0] * gradient[0]
+            dx[start:end] = gradient
+            gradient *= factor
+            gradient[1:] *= h[start : end - 1]
+            if not first:
+                gradient[0] *= h[start - 1]
+            else:
+                gradient[0] *= 0 if initial_state is None else initial_state[n]
+            ddecay[start:end] = gradient
+        dstate = None if initial_state is None else carried.to(initial_state.dtype)
         return dx, ddecay, dstate, None
 
 
-def _sequences(bounds: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Number, first and last row of every sequence that has rows."""
-    edges = torch.tensor(bounds, device=device)
-    n = (edges[1:] > edges[:-1]).nonzero().squeeze(1)
-    return n, edges[n], edges[n + 1] - 1
+def _rows(x: Tensor) -> int:
+    return max(BLOCK_ELEMENTS // max(x.shape[1], 1), 1)
 
 
 def _scan(factor: Tensor, x: Tensor) -> Tensor:
-    """h_t = factor_t · h_{t−1} + x_t over the rows of (T, D), from zero.
+    """h_t = factor_t · h_{t−1} + x_t over the rows of (L, D), L ≥ 1, with h_0 = x_0.
 
-    Chunks of CHUNK rows are walked side by side from zero; the same scan over the chunks'
-    last rows gives the states that enter them, and each row adds its share of those.
+    √L chunks of √L rows are walked side by side, each from zero, with the products of
+    their factors; then one after the other they learn the state that enters them. Products
+    only ever shrink, and nothing is divided by them. Overwrites both arguments.
     """
-    T, D = x.shape
-    chunks = max(-(-T // CHUNK), 1)
-    if chunks > 1:
-        pad = (0, 0, 0, chunks * CHUNK - T)
-        factor, x = F.pad(factor, pad), F.pad(x, pad)
-    rows = len(x) // chunks
-    product, h = factor.view(chunks, rows, D).clone(), x.view(chunks, rows, D).clone()
+    L, D = x.shape
+    rows = math.isqrt(L - 1) + 1
+    chunks = -(-L // rows)
+    pad = (0, 0, 0, chunks * rows - L)
+    product = F.pad(factor, pad).view(chunks, rows, D)
+    h = F.pad(x, pad).view(chunks, rows, D)
+    # Unbound views: indexing in the loop would cost as much as the arithmetic.
+    steps, factors = h.unbind(1), product.unbind(1)
     for t in range(1, rows):
-        h[:, t].addcmul_(product[:, t], h[:, t - 1])
-        product[:, t] *= product[:, t - 1]
-    if chunks > 1:
-        entering = _scan(product[:-1, -1], h[:-1, -1])
-        h[1:].addcmul_(product[1:], entering.unsqueeze(1))
-    return h.view(chunks * rows, D)[:T]
+        steps[t].addcmul_(factors[t], steps[t - 1])
+        factors[t].mul_(factors[t - 1])
+    ends = steps[-1].unbind(0)
+    for c, (states, share) in enumerate(zip(h.unbind(0), product.unbind(0), strict=True)):
+        if c:
+            states.addcmul_(share, ends[c - 1])
+    return h.view(chunks * rows, D)[:L]

@@ -88,19 +88,26 @@ class _RMSNorm(torch.autograd.Function):
         dgate = None if gate is None else torch.empty_like(gate)
         dscale = None if weight is None else torch.zeros(D, dtype=dtype, device=x.device)
         for rows in _blocks(x):
-            normed = x[rows].to(dtype) * rstd[rows]
+            r = rstd[rows]
+            normed = x[rows].to(dtype) * r
             dout = dy[rows].to(dtype)
+            shared = dout * normed
             if gate is not None and dgate is not None:
                 g = gate[rows].to(dtype)
-                dactive = dout * normed if scale is None else (dout * normed).mul_(scale)
-                dgate[rows] = torch.ops.aten.silu_backward(dactive, g)
-                dout = dout * F.silu(g)
-            if scale is not None and dscale is not None:
-                dscale += (dout * normed).sum(0)
+                dgate[rows] = torch.ops.aten.silu_backward(
+                    shared if scale is None else shared * scale, g
+                )
+                active = F.silu(g)
+                dout = dout * active
+                shared.mul_(active)
+            # d(x · rstd)/dx takes out of the gradient what points along the row itself.
+            if scale is None or dscale is None:
+                along = shared.mean(1, keepdim=True)
+            else:
+                dscale += shared.sum(0)
+                along = torch.mv(shared, scale).div_(D).unsqueeze_(1)
                 dout = dout * scale
-            # d(x · rstd)/dx takes out of dout what points along the row itself.
-            along = (dout * normed).mean(1, keepdim=True)
-            dx[rows] = torch.addcmul(dout, normed, along, value=-1).mul_(rstd[rows])
+            dx[rows] = torch.addcmul(dout, normed, along, value=-1).mul_(r)
         return dx, None if dscale is None else dscale.to(weight.dtype), dgate, None
 
 

@@ -7,7 +7,9 @@ way the ops see one stream of B·T rows and N + 1 bounds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +55,24 @@ def device_bounds(
     if cu_seqlens is None:
         return torch.arange(batch + 1, device=device) * length
     return cu_seqlens.to(device=device, dtype=torch.int64)
+
+
+class Block(NamedTuple):
+    """Rows start:end of the stream, all of one sequence: what a CPU path works on at a time."""
+
+    sequence: int
+    start: int
+    end: int
+    first: bool
+    last: bool
+
+
+def blocks(bounds: list[int], rows: int) -> Iterator[Block]:
+    """Cut every sequence into blocks of at most `rows` rows, in the order of the stream."""
+    for n, (begin, end) in enumerate(pairwise(bounds)):
+        for start in range(begin, end, rows):
+            stop = min(start + rows, end)
+            yield Block(n, start, stop, start == begin, stop == end)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
