@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -47,8 +48,9 @@ def linear_attention(
             `cu_seqlens[n]:cu_seqlens[n + 1]` of the one batch row (B must be 1). A state
             never crosses a boundary; empty sequences are allowed; rows at or past
             `cu_seqlens[-1]` give zeros and take no gradient.
-        backend: "triton" (GPU), "torch" (chunked, any device), "reference" (token by
-            token), or "auto": the fastest one that runs here.
+        backend: "triton" (GPU; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1),
+            "torch" (chunked, any device), "reference" (token by token), or "auto": the
+            fastest one that runs here.
 
     Returns:
         o (B, T, Hv, Dv) in the dtype of v, and the final state (N, Hv, Dk, Dv) in fp32
@@ -62,19 +64,31 @@ def linear_attention(
     """
     _check(q, k, v, decay, beta, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    compute = _resolve(backend, q.device)
+    compute = _resolve(backend, q)
     o, final_state = compute(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
     return o, final_state if output_final_state else None
 
 
-def _resolve(backend: Backend, device: torch.device):  # type: ignore[no-untyped-def]
+def _resolve(backend: Backend, q: Tensor):  # type: ignore[no-untyped-def]
     if backend == "auto":
-        backend = "torch"
+        backend = "triton" if q.is_cuda and q.dtype != torch.float64 else "torch"
     if backend == "torch":
         return chunked.linear_attention
     if backend == "reference":
         return reference.linear_attention
-    raise ValueError(f"backend is {backend!r}; it must be one of auto, torch, reference")
+    if backend == "triton":
+        if q.dtype == torch.float64:
+            raise ValueError("backend 'triton' takes bf16, fp16 or fp32; for float64 use 'torch'")
+        if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend 'triton' needs tensors on a GPU, not on {q.device}: use 'torch', or set "
+                "TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"
+            )
+        # Importing Triton takes a second, and it is not there on every system.
+        from kernels.triton import linear_attention as triton_backend
+
+        return triton_backend.linear_attention
+    raise ValueError(f"backend is {backend!r}; it must be one of auto, triton, torch, reference")
 
 
 def _check(

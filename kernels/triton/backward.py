@@ -1,0 +1,228 @@
+"""The backward pass: the state's gradient back from chunk to chunk, then everything else at once.
+
+With dS the gradient of the state that leaves a chunk, r the errors and β r the written values of
+the forward pass, and A, Z as in `intra.py`:
+
+    d(βr) = scale · Aᵀ do + (e^{g_C − g} ⊙ k) dS
+    e     = d(βr) − Zᵀ(β d(βr)),  dv = β e,  dβ = ⟨r, e⟩     (dv = d(βr) without β)
+    dS  ← Diag(e^{g_C}) dS + scale · (e^g ⊙ q)ᵀ do − (e^g ⊙ k)ᵀ dv
+
+and then, each chunk for itself, from the state S that entered it:
+
+    dA = scale · do (βr)ᵀ on j ≤ i,        dK = −dv (βr)ᵀ on j < i
+    d(e^g ⊙ q) = scale · do Sᵀ,   d(e^g ⊙ k) = −dv Sᵀ,   d(e^{g_C − g} ⊙ k) = (βr) dSᵀ
+
+The gate's gradient is what rows read (q ⊙ dq, k ⊙ dk as a reader) minus what was read of them
+(k ⊙ dk as written), summed from a row to the end of its chunk, plus the gate's last row.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.triton.intra import half_factor, halves
+from kernels.triton.tiles import (
+    CHUNK,
+    NONE,
+    VECTOR,
+    decayed,
+    decayed_state,
+    dot,
+    load_gate,
+    load_rows,
+    load_scalars,
+    pair_decay,
+    read_state,
+    rounded,
+    row_offsets,
+    state_block,
+    store_rows,
+    to_last,
+    write_state,
+)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def backward_chunks(
+    q, k, decay, beta, A, Z, errors, d_o, d_final_state, d_v, d_beta, d_states, d_initial_state,
+    bounds, first_chunks, key_heads, value_heads, tokens, scale,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    KIND: tl.constexpr, DELTA: tl.constexpr, FINAL: tl.constexpr, OUTPUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All chunks of one sequence, value head and column block, from the last to the first.
+
+    Leaves dv, dβ (a share for each column block), dS of each chunk and of the initial state.
+    """
+    column = tl.program_id(0) * BLOCK_V
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    key_head = head // (value_heads // key_heads)
+    begin = tl.load(bounds + sequence)
+    end = tl.load(bounds + sequence + 1)
+    first_chunk = tl.load(first_chunks + sequence)
+    share = tl.program_id(0).to(tl.int64) * tokens * value_heads
+
+    own, own_mask = state_block(sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
+    if FINAL:
+        dS = tl.load(d_final_state + own, mask=own_mask, other=0.0)
+    else:
+        dS = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+
+    chunks = tl.cdiv(end - begin, CHUNK)
+    for done in range(0, chunks):
+        chunk = chunks - 1 - done
+        start = begin + chunk * CHUNK
+        length = tl.minimum(end - start, CHUNK)
+        block, mask = state_block(
+            first_chunk + chunk, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V
+        )
+        tl.store(d_states + block, dS.to(d_states.dtype.element_ty), mask=mask)
+
+        k_tile = load_rows(k, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+        gate, last = load_gate(decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND)
+        d_written = read_state(k_tile, to_last(gate, last, KIND), dS, KIND, PRECISION)
+        dS = decayed_state(dS, last, KIND)
+        if OUTPUT:
+            q_tile = load_rows(q, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+            A_tile = load_rows(A, start, length, value_heads, head, CHUNK, 0, CHUNK)
+            d_out = load_rows(d_o, start, length, value_heads, head, DV, column, BLOCK_V)
+            d_written += dot(tl.trans(A_tile), d_out, PRECISION) * scale
+            dS += write_state(q_tile, gate, d_out, KIND, PRECISION) * scale
+        if DELTA:
+            b = load_scalars(beta, start, length, value_heads, head)
+            Z_tile = load_rows(Z, start, length, value_heads, head, CHUNK, 0, CHUNK)
+            r = load_rows(errors, start, length, value_heads, head, DV, column, BLOCK_V)
+            e = d_written - dot(tl.trans(Z_tile), b[:, None] * d_written, PRECISION)
+            rows = tl.arange(0, CHUNK)
+            tl.store(
+                d_beta + share + row_offsets(start, value_heads, head, 1),
+                tl.sum(r.to(tl.float32) * e, axis=1),
+                mask=rows < length,
+            )
+            d_written = b[:, None] * e
+            dS -= write_state(k_tile, gate, d_written, KIND, PRECISION)
+        store_rows(d_v, d_written, start, length, value_heads, head, DV, column, BLOCK_V)
+
+    tl.store(d_initial_state + own, dS, mask=own_mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gradients(
+    q, k, decay, beta, errors, states, d_o, d_v, d_states, d_q, d_k, d_decay, chunks,
+    key_heads, value_heads, tokens, scale,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    KIND: tl.constexpr, DELTA: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk (a value head each) and the decay's gradient of one chunk, value head and BLOCK_K
+    columns of the keys. A scalar decay's gradient is a share for each column block."""
+    start = tl.load(chunks + tl.program_id(0) * 2)
+    length = tl.load(chunks + tl.program_id(0) * 2 + 1)
+    if length == 0:
+        return
+    head = tl.program_id(1)
+    column = tl.program_id(2) * BLOCK_K
+    key_head = head // (value_heads // key_heads)
+    rows = tl.arange(0, CHUNK)
+
+    dA = tl.zeros((CHUNK, CHUNK), tl.float32)
+    dK = tl.zeros((CHUNK, CHUNK), tl.float32)
+    dq = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+    dk_reader = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+    dk_written = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+    kept = tl.zeros((BLOCK_K,), tl.float32)
+    for value_column in range(0, DV, BLOCK_V):
+        written = load_rows(errors, start, length, value_heads, head, DV, value_column, BLOCK_V)
+        if DELTA:
+            b = load_scalars(beta, start, length, value_heads, head)
+            written = written * b[:, None]
+        block, mask = state_block(
+            tl.program_id(0), value_heads, head, DK, DV, column, BLOCK_K, value_column, BLOCK_V
+        )
+        S = tl.load(states + block, mask=mask, other=0.0)
+        dS = tl.load(d_states + block, mask=mask, other=0.0)
+        kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+        dk_written += dot(written, tl.trans(dS), PRECISION)
+        if OUTPUT:
+            d_out = load_rows(d_o, start, length, value_heads, head, DV, value_column, BLOCK_V)
+            dA += dot(d_out, tl.trans(written), PRECISION)
+            dq += dot(d_out, tl.trans(S), PRECISION)
+        if DELTA:
+            dv = load_rows(d_v, start, length, value_heads, head, DV, value_column, BLOCK_V)
+            dK -= dot(dv, tl.trans(written), PRECISION)
+            dk_reader -= dot(dv, tl.trans(S), PRECISION)
+
+    k_tile = load_rows(k, start, length, key_heads, key_head, DK, column, BLOCK_K)
+    gate, last = load_gate(decay, start, length, value_heads, head, DK, column, BLOCK_K, KIND)
+    if OUTPUT:
+        q_tile = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
+        dA *= scale
+        dq = decayed(dq * scale, gate, KIND)
+    dk_reader = decayed(dk_reader, gate, KIND)
+    dk_written = decayed(dk_written, to_last(gate, last, KIND), KIND)
+    if KIND == VECTOR:
+        d_last = tl.sum(k_tile * dk_written, axis=0) + tl.exp(last) * kept
+    else:
+        d_last = tl.sum(k_tile * dk_written) + tl.exp(last) * tl.sum(kept)
+
+    if KIND == VECTOR:
+        d_gate = k_tile * (dk_reader - dk_written)
+        dk = dk_reader + dk_written
+        if OUTPUT:
+            d_gate += q_tile * dq
+        for level in range(6):
+            span = 1 << level
+            pairs = halves(span)
+            factor = half_factor(
+                decay, gate, start, length, value_heads, head, span, DK, column, BLOCK_K
+            )
+            # What the reading and the read row add to the gate's gradient cancels for earlier
+            # rows only if both come from the very same rounded operands.
+            k_half = rounded(k_tile * factor, PRECISION)
+            read_by = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+            if OUTPUT:
+                q_half = rounded(q_tile * factor, PRECISION)
+                d_reads = tl.where(pairs, dA, 0.0)
+                reads = dot(d_reads, k_half, PRECISION)
+                read_by += dot(tl.trans(d_reads), q_half, PRECISION)
+                dq += factor * reads
+                d_gate += q_half * reads
+            if DELTA:
+                d_sees = tl.where(pairs, dK, 0.0)
+                sees = dot(d_sees, k_half, PRECISION)
+                read_by += dot(tl.trans(d_sees), k_half, PRECISION)
+                dk += factor * sees
+                d_gate += k_half * sees
+            dk += factor * read_by
+            d_gate -= k_half * read_by
+        d_steps = tl.cumsum(d_gate, axis=0, reverse=True) + d_last[None, :]
+        store_rows(d_decay, d_steps, start, length, value_heads, head, DK, column, BLOCK_K)
+    else:
+        pair = pair_decay(gate)
+        earlier = rows[:, None] > rows[None, :]
+        if OUTPUT:
+            d_reads = tl.where(earlier, dA * pair, 0.0)
+            dq += dot(d_reads, k_tile, PRECISION)
+            dk_written += dot(tl.trans(d_reads), q_tile, PRECISION)
+        if DELTA:
+            d_sees = tl.where(earlier, dK * pair, 0.0)
+            dk_reader += dot(d_sees, k_tile, PRECISION)
+            dk_written += dot(tl.trans(d_sees), k_tile, PRECISION)
+        dk = dk_reader + dk_written
+        if KIND != NONE:
+            d_gate = tl.sum(k_tile * (dk_reader - dk_written), axis=1)
+            if OUTPUT:
+                d_gate += tl.sum(q_tile * dq, axis=1)
+            d_steps = tl.cumsum(d_gate, axis=0, reverse=True) + d_last
+            share = tl.program_id(2).to(tl.int64) * tokens * value_heads
+            offsets = share + row_offsets(start, value_heads, head, 1)
+            tl.store(d_decay + offsets, d_steps, mask=rows < length)
+    if OUTPUT:
+        # A row reads itself undecayed, which is nothing to the gate.
+        own = tl.sum(tl.where(rows[:, None] == rows[None, :], dA, 0.0), axis=1)[:, None]
+        dq += own * k_tile
+        dk += own * q_tile
+        store_rows(d_q, dq, start, length, value_heads, head, DK, column, BLOCK_K)
+    store_rows(d_k, dk, start, length, value_heads, head, DK, column, BLOCK_K)

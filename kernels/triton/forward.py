@@ -1,0 +1,96 @@
+"""The forward pass over a sequence: the state goes from chunk to chunk in registers.
+
+For one sequence, value head and BLOCK_V columns of the state S (Dk × Dv, fp32), with A and Z of
+`intra.py`, g the cumulative log decay of the chunk and g_C its last row:
+
+    r = R − Z(β R),  R = v − (e^g ⊙ k) S      errors of the delta rule      (r = v without it)
+    o = scale · [(e^g ⊙ q) S + A (β r)]       outputs                       (β = 1 without it)
+    S ← Diag(e^{g_C}) S + (e^{g_C − g} ⊙ k)ᵀ (β r)
+
+The outputs are made here, beside the state that they read, so that neither the states (Dk·Dv / 64
+numbers a token) nor the written values make a trip to memory in the forward pass. The backward
+pass runs the same kernel with OUTPUT off and STATES on: it then leaves the state that enters each
+chunk, and r.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.triton.tiles import (
+    CHUNK,
+    decayed_state,
+    dot,
+    load_gate,
+    load_rows,
+    load_scalars,
+    read_state,
+    state_block,
+    store_rows,
+    to_last,
+    write_state,
+)
+
+
+@triton.jit
+def forward_chunks(
+    q, k, v, decay, beta, A, Z, initial_state, o, final_state, states, errors,
+    bounds, first_chunks, key_heads, value_heads, scale,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    KIND: tl.constexpr, DELTA: tl.constexpr, VALUES: tl.constexpr, INITIAL: tl.constexpr,
+    OUTPUT: tl.constexpr, STATES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All chunks of one sequence, value head and column block; BLOCK_K covers Dk.
+
+    VALUES off stands for v = 0: what is left of S is the transition applied to `initial_state`.
+    """
+    column = tl.program_id(0) * BLOCK_V
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    key_head = head // (value_heads // key_heads)
+    begin = tl.load(bounds + sequence)
+    end = tl.load(bounds + sequence + 1)
+    first_chunk = tl.load(first_chunks + sequence)
+
+    own, own_mask = state_block(sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
+    if INITIAL:
+        S = tl.load(initial_state + own, mask=own_mask, other=0.0)
+    else:
+        S = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+
+    for chunk in range(0, tl.cdiv(end - begin, CHUNK)):
+        start = begin + chunk * CHUNK
+        length = tl.minimum(end - start, CHUNK)
+        k_tile = load_rows(k, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+        gate, last = load_gate(decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND)
+        if STATES:
+            block, mask = state_block(
+                first_chunk + chunk, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V
+            )
+            tl.store(states + block, S.to(states.dtype.element_ty), mask=mask)
+        if VALUES:
+            r = load_rows(v, start, length, value_heads, head, DV, column, BLOCK_V).to(tl.float32)
+        else:
+            r = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        if DELTA:
+            b = load_scalars(beta, start, length, value_heads, head)[:, None]
+            Z_tile = load_rows(Z, start, length, value_heads, head, CHUNK, 0, CHUNK)
+            r -= read_state(k_tile, gate, S, KIND, PRECISION)
+            r -= dot(Z_tile, b * r, PRECISION)
+            written = b * r
+        else:
+            written = r
+        if STATES:
+            store_rows(errors, r, start, length, value_heads, head, DV, column, BLOCK_V)
+        if OUTPUT:
+            q_tile = load_rows(q, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+            A_tile = load_rows(A, start, length, value_heads, head, CHUNK, 0, CHUNK)
+            out = read_state(q_tile, gate, S, KIND, PRECISION)
+            out += dot(A_tile, written, PRECISION)
+            store_rows(o, out * scale, start, length, value_heads, head, DV, column, BLOCK_V)
+        S = decayed_state(S, last, KIND)
+        S += write_state(k_tile, to_last(gate, last, KIND), written, KIND, PRECISION)
+
+    tl.store(final_state + own, S, mask=own_mask)

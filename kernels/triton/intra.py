@@ -1,0 +1,163 @@
+"""Inside one chunk: what its tokens read of each other, before any state is known.
+
+With g the cumulative log decay and i, j rows of the chunk:
+
+    A_ij = ⟨q_i, k_j e^{g_i − g_j}⟩           j ≤ i     what the output reads
+    K_ij = ⟨k_i, k_j e^{g_i − g_j}⟩           j < i     what the delta rule sees
+    Z    = K − K Diag(β) K + … = K (I + Diag(β) K)⁻¹    the delta rule, solved
+
+so that the delta rule's errors r = v − S_{t−1}ᵀk of a whole chunk come from R = V − K_g S_in as
+r = R − Z(β R), the values that are written are β r, and the same Z serves the backward pass.
+β may be zero, and the identity in (I + K Diag(β))⁻¹ = I − Z Diag(β) is never rounded.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.triton.tiles import (
+    CHUNK,
+    FORGET_ALL,
+    VECTOR,
+    dot,
+    load_gate,
+    load_rows,
+    load_scalars,
+    pair_decay,
+    store_rows,
+)
+
+SOLVED = tl.constexpr(16)  # rows solved one after the other; larger blocks are merged by products
+
+
+@triton.jit
+def accumulate_gate(decay, gate, chunks, heads, DK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sum a vector decay (tokens, heads, DK) inside each chunk, in fp32."""
+    start = tl.load(chunks + tl.program_id(0) * 2)
+    length = tl.load(chunks + tl.program_id(0) * 2 + 1)
+    head = tl.program_id(1)
+    column = tl.program_id(2) * BLOCK_K
+    steps = load_rows(decay, start, length, heads, head, DK, column, BLOCK_K).to(tl.float32)
+    sums = tl.cumsum(tl.maximum(steps, FORGET_ALL), axis=0)
+    store_rows(gate, sums, start, length, heads, head, DK, column, BLOCK_K)
+
+
+@triton.jit
+def halves(span):
+    """Pairs (i, j) with i in the upper and j in the lower half of one block of 2·span rows.
+
+    Over span = 32, 16, … 1 these are all pairs j < i, each once.
+    """
+    rows = tl.arange(0, CHUNK)
+    upper = (rows // span) % 2 == 1
+    block = rows // (2 * span)
+    return (block[:, None] == block[None, :]) & upper[:, None] & (upper == 0)[None, :]
+
+
+@triton.jit
+def half_factor(
+    decay, gate, start, length, heads, head, span,
+    DK: tl.constexpr, column, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """e^{g_i − g_m} for rows of an upper half, e^{g_m − g_j} for rows of a lower one, with m the
+    first row of the upper half: e^{g_i − g_j} in two factors, neither exponent positive."""
+    rows = tl.arange(0, CHUNK)
+    middle = rows // (2 * span) * (2 * span) + span
+    columns = column + tl.arange(0, COLUMNS)
+    mask = (middle < length)[:, None] & (columns < DK)[None, :]
+    offsets = ((start.to(tl.int64) + middle) * heads + head)[:, None] * DK + columns[None, :]
+    reference = tl.load(decay + offsets, mask=mask, other=0.0)
+    return tl.exp(-tl.abs(gate - reference))
+
+
+@triton.jit
+def solve(K, beta, PRECISION: tl.constexpr):
+    """Z = K (I + Diag(β) K)⁻¹ for a strictly lower K, in fp32.
+
+    Rows one after the other inside blocks of SOLVED (z_i = K_i − Σ_{j<i} K_ij β_j z_j, all
+    blocks at once), then blocks in pairs: below the diagonal Z₂₁ = (I − Z₂₂β₂) K₂₁ (I − β₁Z₁₁).
+    Doubling powers of K instead would be shorter, and loses all digits when keys repeat.
+    """
+    rows = tl.arange(0, CHUNK)
+    same = (rows // SOLVED)[:, None] == (rows // SOLVED)[None, :]
+    BLOCKS: tl.constexpr = CHUNK // SOLVED
+    block = tl.arange(0, SOLVED)
+    diagonal = tl.reshape(tl.where(same, K, 0.0), (BLOCKS, SOLVED, BLOCKS, SOLVED))
+    diagonal = tl.sum(diagonal, axis=2)
+    b = tl.reshape(beta, (BLOCKS, SOLVED))
+    z = diagonal
+    for i in range(2, SOLVED):
+        row = tl.sum(tl.where((block == i)[None, :, None], diagonal, 0.0), axis=1) * b
+        new = tl.sum(row[:, :, None] * z, axis=1)
+        z -= tl.where((block == i)[None, :, None], new[:, None, :], 0.0)
+    Z = tl.broadcast_to(z[:, :, None, :], (BLOCKS, SOLVED, BLOCKS, SOLVED))
+    Z = tl.where(same, tl.reshape(Z, (CHUNK, CHUNK)), 0.0)
+
+    identity = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
+    for level in tl.static_range(2):
+        pairs = halves(SOLVED << level)
+        merged = dot(tl.where(pairs, K, 0.0), identity - beta[:, None] * Z, PRECISION)
+        Z += dot(identity - Z * beta[None, :], merged, PRECISION)
+    return Z
+
+
+@triton.jit
+def intra_chunk(
+    q, k, decay, beta, A, Z, chunks, key_heads, value_heads,
+    DK: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
+    OUTPUT: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+):  # fmt: skip
+    """A and Z of one chunk and value head, both (tokens, value_heads, CHUNK).
+
+    Registers: one or two 64 × 64 sums, and a CHUNK × BLOCK_K strip of q, k and the gate.
+    A vector decay cannot leave the product over Dk. It is split as in `half_factor`: six
+    products of tensor cores over halves of halves, instead of exponentials a pair.
+    """
+    start = tl.load(chunks + tl.program_id(0) * 2)
+    length = tl.load(chunks + tl.program_id(0) * 2 + 1)
+    if length == 0:
+        return
+    head = tl.program_id(1)
+    key_head = head // (value_heads // key_heads)
+    rows = tl.arange(0, CHUNK)
+    reads = tl.zeros((CHUNK, CHUNK), tl.float32)
+    sees = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for column in range(0, DK, BLOCK_K):
+        k_strip = load_rows(k, start, length, key_heads, key_head, DK, column, BLOCK_K)
+        if OUTPUT:
+            q_strip = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
+        if KIND == VECTOR:
+            gate = load_rows(decay, start, length, value_heads, head, DK, column, BLOCK_K)
+            for level in range(6):
+                span = 1 << level
+                pairs = halves(span)
+                factor = half_factor(
+                    decay, gate, start, length, value_heads, head, span, DK, column, BLOCK_K
+                )
+                lower = tl.trans(k_strip * factor)
+                if OUTPUT:
+                    reads += tl.where(pairs, dot(q_strip * factor, lower, PRECISION), 0.0)
+                if DELTA:
+                    sees += tl.where(pairs, dot(k_strip * factor, lower, PRECISION), 0.0)
+            if OUTPUT:
+                own = tl.sum(q_strip.to(tl.float32) * k_strip.to(tl.float32), axis=1)
+                reads += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
+        else:
+            if OUTPUT:
+                reads += dot(q_strip, tl.trans(k_strip), PRECISION)
+            if DELTA:
+                sees += dot(k_strip, tl.trans(k_strip), PRECISION)
+    if KIND != VECTOR:
+        gate, _ = load_gate(decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND)
+        pair = pair_decay(gate)
+        reads *= pair
+        sees *= pair
+    if OUTPUT:
+        store_rows(A, reads, start, length, value_heads, head, CHUNK, 0, CHUNK)
+    if DELTA:
+        strictly_lower = rows[:, None] > rows[None, :]
+        b = load_scalars(beta, start, length, value_heads, head)
+        solved = solve(tl.where(strictly_lower, sees, 0.0), b, SOLVE)
+        store_rows(Z, solved, start, length, value_heads, head, CHUNK, 0, CHUNK)

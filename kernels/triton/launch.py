@@ -1,0 +1,98 @@
+"""Launch parameters: block widths, warps and stages, by architecture, dtype and head dim.
+
+A table and no tuner: nothing is timed at run time, a second run compiles nothing, and
+`python -m kernels compile` can show every row's registers and shared memory without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Blocks(NamedTuple):
+    """What one kernel is launched with."""
+
+    BLOCK_K: int
+    BLOCK_V: int
+    num_warps: int
+    num_stages: int
+
+
+class Launch(NamedTuple):
+    """One kernel launch, as it was asked for."""
+
+    kernel: Any  # the jitted function
+    args: tuple[Any, ...]
+    constants: dict[str, Any]  # compile-time arguments, num_warps and num_stages
+
+
+class _Recording(NamedTuple):
+    arch: str
+    launches: list[Launch]
+
+
+_recordings: list[_Recording] = []
+
+
+@contextlib.contextmanager
+def recording(arch: str) -> Iterator[list[Launch]]:
+    """Collect launches as on that architecture instead of making them.
+
+    An op that runs on meta tensors inside shows which kernels it would launch and how: that is
+    how the ahead-of-time compile knows what is shipped, with no second list to keep.
+    """
+    _recordings.append(_Recording(arch, []))
+    try:
+        yield _recordings[-1].launches
+    finally:
+        _recordings.pop()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Launch a kernel, unless its grid is empty."""
+    if _recordings:
+        _recordings[-1].launches.append(Launch(kernel, args, constants))
+    elif all(grid):
+        kernel[grid](*args, **constants)
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", …; "interpreter" for a CPU."""
+    if _recordings:
+        return _recordings[-1].arch
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def precision(dtype: torch.dtype, arch: str) -> str:
+    """How a chunk's products are made for inputs of that dtype.
+
+    fp16 tensors are multiplied as tf32: its mantissa is as long, and states and loss-scaled
+    gradients leave the range of fp16. fp32 is emulated by three tf32 products.
+    """
+    if dtype == torch.bfloat16:
+        return "bf16"
+    if not arch.startswith("sm_"):
+        return "ieee"
+    return "tf32" if dtype == torch.float16 else "tf32x3"
+
+
+def padded(width: int) -> int:
+    """The block that holds a head dim: a power of two that tensor cores can multiply."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector: bool) -> Blocks:
+    """The launch of one kernel."""
+    K, V = padded(DK), padded(DV)
+    if kernel in ("forward", "backward"):
+        return Blocks(K, min(V, 32 if K >= 128 else 64), 4, 1)
+    return Blocks(min(K, 64), min(V, 64), 4, 1)

@@ -1,0 +1,345 @@
+"""The Triton backend of `kernels.linear_attention`: chunk kernels, forward and backward.
+
+Five kernels serve every decay (none, head, scalar, vector), with or without the delta rule:
+
+    accumulate_gate   a vector decay summed inside each chunk               (vector only)
+    intra_chunk       A, what tokens of a chunk read of each other, and Z, the delta rule solved
+    forward_chunks    the state from chunk to chunk, and the outputs beside it
+    backward_chunks   the state's gradient from the last chunk to the first; dv, dβ
+    gradients         dq, dk and the decay's gradient, each chunk for itself
+
+The backward pass keeps nothing but the op's inputs: 0 bytes a token beyond q, k, v, decay, β and
+the initial state. It runs the first three kernels again (without outputs), which costs less than
+the traffic of what they would have kept. While it runs it holds, for a token and value head and
+numbers of e bytes (2 for bf16, else 4), A and Z: 128 e, r and dv: 2 Dv e, S and dS of each chunk:
+2 Dk Dv e / 64, and in the forward pass A and Z alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.packing import device_bounds
+from kernels.triton import backward, forward, intra
+from kernels.triton.launch import Blocks, architecture, blocks, launch, padded, precision
+from kernels.triton.tiles import CHUNK, HEAD, NONE, SCALAR, VECTOR
+
+
+class Layout(NamedTuple):
+    """Where sequences and their chunks lie in the stream of tokens, on the device.
+
+    The number of chunks is not known without waiting for the device, so there is a slot for as
+    many as there can be, and the last ones may be empty.
+    """
+
+    bounds: Tensor  # (N + 1,) rows at which sequences begin and end
+    first_chunks: Tensor  # (N,) slot of a sequence's first chunk
+    chunks: Tensor  # (slots, 2) first row and number of rows
+
+
+def lay_out(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
+    """Cut every sequence into chunks, without a device synchronisation."""
+    bounds = device_bounds(batch, length, cu_seqlens, device)
+    C = CHUNK.value
+    N = len(bounds) - 1
+    counts = (bounds.diff() + C - 1) // C
+    ends = counts.cumsum(0)
+    first_chunks = ends - counts
+    if N == 0:
+        return Layout(bounds, first_chunks, bounds.new_zeros(0, 2))
+    slots = batch * (-(-length // C)) if cu_seqlens is None else length // C + N
+    slot = torch.arange(slots, device=device)
+    sequence = torch.searchsorted(ends, slot, right=True)
+    used = sequence < N
+    sequence = sequence.clamp(max=N - 1)
+    start = bounds[sequence] + (slot - first_chunks[sequence]) * C
+    rows = (bounds[sequence + 1] - start).clamp(max=C)
+    chunks = torch.stack([start, rows], dim=1) * used[:, None]
+    return Layout(bounds, first_chunks, chunks)
+
+
+class Problem(NamedTuple):
+    """The op's inputs as the kernels read them: contiguous, tokens of all batch rows end to end."""
+
+    q: Tensor | None  # (tokens, Hk, Dk); None where no output is wanted
+    k: Tensor  # (tokens, Hk, Dk)
+    v: Tensor | None  # (tokens, Hv, Dv); None for values of zero
+    decay: Tensor | None  # (Hv,), (tokens, Hv), or (tokens, Hv, Dk) accumulated inside chunks
+    beta: Tensor | None  # (tokens, Hv)
+    kind: int
+    scale: float
+    Hv: int
+    DV: int
+    layout: Layout
+    packed: bool  # rows that belong to no sequence are possible
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """What intermediates are stored in: the dtype they are multiplied in."""
+        return torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
+
+    def choices(self, kernel: str) -> tuple[Blocks, dict[str, Any]]:
+        """The kernel's blocks, and the compile-time arguments that all kernels share."""
+        DK, arch = self.k.shape[2], architecture(self.k.device)
+        chosen = blocks(kernel, arch, self.k.dtype, DK, self.DV, self.kind == VECTOR.value)
+        constants = {
+            "DK": DK,
+            "KIND": self.kind,
+            "DELTA": self.beta is not None,
+            "OUTPUT": self.q is not None,
+            "PRECISION": precision(self.k.dtype, arch),
+            "BLOCK_K": chosen.BLOCK_K,
+            "num_warps": chosen.num_warps,
+            "num_stages": chosen.num_stages,
+        }
+        return chosen, constants
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.k.device)
+
+    def result(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor over tokens that leaves the op: rows of no sequence must be zero in it."""
+        make = torch.zeros if self.packed else torch.empty
+        return make(shape, dtype=dtype, device=self.k.device)
+
+
+def pose(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    Hv: int,
+    DV: int,
+    cu_seqlens: Tensor | None,
+) -> Problem:
+    """Lay the op's arguments, (B, T, …), out for the kernels."""
+    B, T, _, DK = k.shape
+
+    def rows(x: Tensor) -> Tensor:
+        return x.reshape(B * T, *x.shape[2:]).contiguous()
+
+    layout = lay_out(B, T, cu_seqlens, k.device)
+    kind = NONE
+    if decay is not None:
+        kind = {1: HEAD, 3: SCALAR, 4: VECTOR}[decay.dim()]
+        decay = decay.contiguous() if kind is HEAD else rows(decay)
+    if kind is VECTOR:
+        assert decay is not None
+        gate = torch.empty_like(decay, dtype=torch.float32)
+        BLOCK_K = min(padded(DK), 64)
+        grid = (len(layout.chunks), Hv, -(-DK // BLOCK_K))
+        launch(
+            intra.accumulate_gate, grid, decay, gate, layout.chunks, Hv,
+            DK=DK, BLOCK_K=BLOCK_K, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        decay = gate
+    return Problem(
+        None if q is None else rows(q), rows(k), None if v is None else rows(v), decay,
+        None if beta is None else rows(beta), kind.value, scale, Hv, DV, layout,
+        cu_seqlens is not None,
+    )  # fmt: skip
+
+
+def run_intra(p: Problem) -> tuple[Tensor | None, Tensor | None]:
+    """A (None without q) and Z (None without β), (tokens, Hv, CHUNK)."""
+    tokens, Hk, _ = p.k.shape
+    _, constants = p.choices("intra")
+    shape = (tokens, p.Hv, CHUNK.value)
+    A = None if p.q is None else p.empty(*shape, dtype=p.operand_dtype)
+    Z = None if p.beta is None else p.empty(*shape, dtype=p.operand_dtype)
+    if A is not None or Z is not None:
+        solve = "ieee" if constants["PRECISION"] == "ieee" else "tf32x3"
+        launch(
+            intra.intra_chunk, (len(p.layout.chunks), p.Hv), p.q, p.k, p.decay, p.beta, A, Z,
+            p.layout.chunks, Hk, p.Hv, SOLVE=solve, **constants,
+        )  # fmt: skip
+    return A, Z
+
+
+def run_forward(
+    p: Problem, A: Tensor | None, Z: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """o (tokens, Hv, Dv), None without q, and the final states (N, Hv, Dk, Dv)."""
+    tokens, _, DK = p.k.shape
+    o = None if p.q is None else p.result(tokens, p.Hv, p.DV, dtype=p.k.dtype)
+    N = len(p.layout.first_chunks)
+    final_state = p.empty(N, p.Hv, DK, p.DV, dtype=torch.float32)
+    _launch_forward(p, p.q, A, Z, initial_state, o, final_state, None, None)
+    return o, final_state
+
+
+def run_states(p: Problem, Z: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the backward pass needs of the forward one again: the state that enters each chunk,
+    (slots, Hv, Dk, Dv), and the errors r, (tokens, Hv, Dv)."""
+    tokens, _, DK = p.k.shape
+    N = len(p.layout.first_chunks)
+    states = p.empty(len(p.layout.chunks), p.Hv, DK, p.DV, dtype=p.operand_dtype)
+    errors = p.empty(tokens, p.Hv, p.DV, dtype=p.operand_dtype)
+    final_state = p.empty(N, p.Hv, DK, p.DV, dtype=torch.float32)
+    _launch_forward(p, None, None, Z, initial_state, None, final_state, states, errors)
+    return states, errors
+
+
+def _launch_forward(
+    p: Problem,
+    q: Tensor | None,
+    A: Tensor | None,
+    Z: Tensor | None,
+    initial_state: Tensor | None,
+    o: Tensor | None,
+    final_state: Tensor,
+    states: Tensor | None,
+    errors: Tensor | None,
+) -> None:
+    chosen, constants = p.choices("forward")
+    constants["OUTPUT"] = o is not None
+    N, Hv = final_state.shape[:2]
+    launch(
+        forward.forward_chunks, (-(-p.DV // chosen.BLOCK_V), Hv, N),
+        q, p.k, p.v, p.decay, p.beta, A, Z, initial_state, o, final_state, states, errors,
+        p.layout.bounds, p.layout.first_chunks, p.k.shape[1], Hv, p.scale,
+        DV=p.DV, BLOCK_V=chosen.BLOCK_V, VALUES=p.v is not None,
+        INITIAL=initial_state is not None, STATES=states is not None, **constants,
+    )  # fmt: skip
+
+
+class Gradients(NamedTuple):
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    beta: Tensor | None
+    initial_state: Tensor
+
+
+def run_backward(
+    p: Problem, initial_state: Tensor | None, d_o: Tensor | None, d_final_state: Tensor | None
+) -> Gradients:
+    """Gradients over tokens in the shapes of `Problem`; a head's decay still has one a token.
+
+    dq and dk are summed over the value heads of a key head; shares of column blocks are summed,
+    in a fixed order: the same inputs give the same bits.
+    """
+    tokens, Hk, DK = p.k.shape
+    Hv, DV = p.Hv, p.DV
+    N, slots = len(p.layout.first_chunks), len(p.layout.chunks)
+    A, Z = run_intra(p)
+    states, errors = run_states(p, Z, initial_state)
+
+    chosen, constants = p.choices("backward")
+    column_blocks = -(-DV // chosen.BLOCK_V)
+    d_v = p.result(tokens, Hv, DV, dtype=p.k.dtype)
+    d_beta = None
+    if p.beta is not None:
+        d_beta = p.result(column_blocks, tokens, Hv, dtype=torch.float32)
+    d_states = torch.empty_like(states)
+    d_initial_state = p.empty(N, Hv, DK, DV, dtype=torch.float32)
+    launch(
+        backward.backward_chunks, (column_blocks, Hv, N),
+        p.q, p.k, p.decay, p.beta, A, Z, errors, d_o, d_final_state,
+        d_v, d_beta, d_states, d_initial_state,
+        p.layout.bounds, p.layout.first_chunks, Hk, Hv, tokens, p.scale,
+        DV=DV, BLOCK_V=chosen.BLOCK_V, FINAL=d_final_state is not None, **constants,
+    )  # fmt: skip
+
+    chosen, constants = p.choices("gradients")
+    column_blocks = -(-DK // chosen.BLOCK_K)
+    head_dtype = p.k.dtype if Hk == Hv else torch.float32
+    d_q = None if p.q is None else p.result(tokens, Hv, DK, dtype=head_dtype)
+    d_k = p.result(tokens, Hv, DK, dtype=head_dtype)
+    d_decay = None
+    if p.kind == VECTOR.value:
+        d_decay = p.result(tokens, Hv, DK, dtype=torch.float32)
+    elif p.kind != NONE.value:
+        d_decay = p.result(column_blocks, tokens, Hv, dtype=torch.float32)
+    launch(
+        backward.gradients, (slots, Hv, column_blocks),
+        p.q, p.k, p.decay, p.beta, errors, states, d_o, d_v, d_states, d_q, d_k, d_decay,
+        p.layout.chunks, Hk, Hv, tokens, p.scale,
+        DV=DV, BLOCK_V=chosen.BLOCK_V, **constants,
+    )  # fmt: skip
+
+    def over_group(x: Tensor) -> Tensor:
+        return x if Hk == Hv else x.unflatten(1, (Hk, Hv // Hk)).sum(2).to(p.k.dtype)
+
+    if d_decay is not None and p.kind != VECTOR.value:
+        d_decay = d_decay.sum(0)
+    return Gradients(
+        None if d_q is None else over_group(d_q),
+        over_group(d_k),
+        d_v,
+        d_decay,
+        None if d_beta is None else d_beta.sum(0),
+        d_initial_state,
+    )
+
+
+def _like(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """A gradient over tokens in the shape and dtype of its input."""
+    if gradient is None or x is None:
+        return None
+    if x.dim() == 1:  # one decay a head
+        gradient = gradient.sum(0)
+    return gradient.reshape(x.shape).to(x.dtype)
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        beta: Tensor | None,
+        scale: float,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if initial_state is not None:
+            initial_state = initial_state.float().contiguous()
+        p = pose(q, k, v, decay, beta, scale, v.shape[2], v.shape[3], cu_seqlens)
+        o, final_state = run_forward(p, *run_intra(p), initial_state)
+        ctx.save_for_backward(q, k, v, decay, beta, initial_state, cu_seqlens)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        assert o is not None
+        return o.reshape(v.shape), final_state
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, beta, initial_state, cu_seqlens = ctx.saved_tensors
+        d_o, d_final_state = (None if d is None else d.contiguous() for d in d_outputs)
+        read = None if d_o is None else q
+        p = pose(read, k, v, decay, beta, ctx.scale, v.shape[2], v.shape[3], cu_seqlens)
+        g = run_backward(p, initial_state, d_o, d_final_state)
+        return (
+            _like(g.q, q),
+            _like(g.k, k),
+            _like(g.v, v),
+            _like(g.decay, decay),
+            _like(g.beta, beta),
+            None,
+            None if initial_state is None else g.initial_state,
+            None,
+        )
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute `kernels.linear_attention` with Triton; bf16, fp16 or fp32."""
+    o, final_state = _LinearAttention.apply(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
+    return o, final_state
