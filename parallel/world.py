@@ -1,0 +1,98 @@
+"""The ranks of a run: one flat world, whatever started it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum of `values` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """Do `work` on rank 0; its (picklable) result, or its fault, comes to every rank."""
+        if self.size == 1:
+            return work()
+        box: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                box[0] = work()
+            except Exception as fault:
+                box[1] = fault
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def join(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+    """Join the ranks that torchrun or srun started, or make a world of one.
+
+    NCCL on GPUs, gloo on CPUs. Rank and size come from RANK, WORLD_SIZE and LOCAL_RANK, or
+    from SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID where MASTER_ADDR says that a
+    rendezvous was prepared for srun's tasks.
+    """
+    environment = os.environ
+    rank, size, local_rank = 0, 1, 0
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local_rank = int(environment.get("LOCAL_RANK", "0"))
+    elif "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
+        rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+        local_rank = int(environment["SLURM_LOCALID"])
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    # A world of one needs no port; a store in memory cannot collide with a neighbour's run.
+    store = dist.HashStore() if size == 1 else None
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+    )
+    try:
+        yield World(rank, size, local_rank, device)
+    finally:
+        dist.destroy_process_group()

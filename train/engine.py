@@ -1,0 +1,220 @@
+"""DeepSpeed, behind one class: forward, backward, step, and the state by parameter.
+
+All ZeRO stages train one flat world of ranks. What is saved is never DeepSpeed's own
+layout but every parameter's full fp32 tensors by name, so that a checkpoint knows nothing
+of ranks or stages.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel import World
+from train.config import ZeroConfig
+from train.model.transformer import Model
+from train.optim import OptimConfig, parameter_groups
+
+# The fp32 tensors of one parameter: the weight itself and AdamW's two means.
+WEIGHT, MEAN, MEAN_SQUARE = "weight", "exp_avg", "exp_avg_sq"
+STATE_KEYS = (WEIGHT, MEAN, MEAN_SQUARE)
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: built alike on every rank.
+        accumulate: batches of one optimiser step.
+        dtype: of weights and activations; with bf16 the optimiser keeps fp32 weights.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optim: OptimConfig,
+        zero: ZeroConfig,
+        world: World,
+        dtype: torch.dtype,
+        accumulate: int,
+    ) -> None:
+        self.world, self.stage, self.clip = world, zero.stage, optim.clip
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        # A learning rate of zero until a step sets it: DeepSpeed makes some of the
+        # optimiser's state by a step of its own, which must change nothing.
+        adamw = torch.optim.AdamW(
+            parameter_groups(model.named_parameters(), optim),
+            lr=0.0,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True,
+        )
+        bf16 = dtype == torch.bfloat16
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": accumulate,
+            "gradient_clipping": optim.clip,
+            "zero_optimization": {"stage": zero.stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": bf16},
+            "steps_per_print": None,
+        }
+        if bf16 and zero.stage > 0:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        self._engine = _quietly_initialise(model, adamw, settings, world)
+        wrapper = self._engine.optimizer
+        self._adamw: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
+        self._create_optimizer_state()
+        self.set_optimizer_step(0)
+
+    @property
+    def model(self) -> Model:
+        return self._engine.module
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this batch's gradients; they are averaged over ranks and accumulation."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> float | None:
+        """End a batch. At the last one of a step update the weights and return the gradient norm.
+
+        The norm is that over all parameters before clipping.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return None
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if self._weights_are_masters:
+            # Nothing wraps the optimiser then, and DeepSpeed keeps no norm.
+            grads = [p.grad for p in self.names if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+        self._engine.step()
+        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def gather(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(parameter, state key, full fp32 tensor) of everything there is to save.
+
+        Every rank must run it to the end together.
+        """
+        for parameter, name in self.names.items():
+            for key in STATE_KEYS:
+                yield name, key, self._full(parameter, key)
+
+    def scatter(self, read: Callable[[str, str], Tensor]) -> None:
+        """Set everything from `read(parameter, state key)`, which gives full fp32 tensors."""
+        for parameter, name in self.names.items():
+            for key in STATE_KEYS:
+                value = read(name, key).to(self.world.device, torch.float32)
+                self._set_full(parameter, key, value)
+
+    def set_optimizer_step(self, step: int) -> None:
+        """AdamW's own count of steps, which corrects the bias of its young means."""
+        for state in self._adamw.state.values():
+            state["step"].fill_(step)
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The full shape, also where ZeRO 3 has left this rank a part."""
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    @property
+    def _weights_are_masters(self) -> bool:
+        return self._engine.optimizer is self._adamw
+
+    def _create_optimizer_state(self) -> None:
+        """AdamW's means, as zeros, before the first step: a resume fills them."""
+        wrapper = self._engine.optimizer
+        partitions = getattr(wrapper, "fp32_partitioned_groups_flat", None)
+        if partitions is None:
+            partitions = [p for group in self._adamw.param_groups for p in group["params"]]
+        for partition in partitions:
+            if not self._adamw.state[partition]:
+                self._adamw.state[partition].update(
+                    step=torch.zeros((), device=partition.device),
+                    exp_avg=torch.zeros_like(partition),
+                    exp_avg_sq=torch.zeros_like(partition),
+                )
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+    def _unsharded(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """Stage 0: the tensor itself. In bf16 the optimiser holds an fp32 copy of each weight."""
+        master = parameter
+        if not self._weights_are_masters:
+            wrapper = self._engine.optimizer
+            for low, full in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+                for mine, copy in zip(low, full, strict=True):
+                    if mine is parameter:
+                        master = copy
+        return master.data if key == WEIGHT else self._adamw.state[master][key]
+
+    def _full(self, parameter: nn.Parameter, key: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return self._unsharded(parameter, key)
+        if key == WEIGHT:
+            full = safe_get_full_fp32_param(parameter)
+        else:
+            full = safe_get_full_optimizer_state(parameter, key)
+        return full.reshape(self.shape(parameter))
+
+    def _set_full(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed import utils
+
+        if self.stage == 0:
+            self._unsharded(parameter, key).copy_(value)
+        elif self.stage < 3:
+            if key == WEIGHT:
+                utils.safe_set_full_fp32_param(parameter, value)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            part = parameter.ds_tensor  # type: ignore[attr-defined]
+            size = part.numel()
+            padded = value.new_zeros(size * self.world.size)
+            padded[: value.numel()] = value.flatten()
+            mine = padded[size * self.world.rank :][:size]
+            if key == WEIGHT:
+                utils.safe_set_local_fp32_param(parameter, mine)
+                part.data.copy_(mine)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, mine, key)
+        # The weights that the model computes with: ZeRO 3 has none in between, but for
+        # the small ones that it keeps whole on every rank.
+        if key == WEIGHT and parameter.shape == value.shape:
+            parameter.data.copy_(value)
+
+
+def _quietly_initialise(
+    model: nn.Module, optimizer: Any, settings: dict[str, Any], world: World
+) -> Any:
+    """`deepspeed.initialize` without its chatter, on the process group that there is."""
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # An all-reduce for CPU ranks that DeepSpeed would compile here, with a C++ compiler
+    # that a newcomer need not have; gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return engine

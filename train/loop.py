@@ -1,0 +1,254 @@
+"""The training loop: one step that reads in one screen, and the run around it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+import data
+from data.settings import ConfigError
+from parallel import World, distribute
+from train import checkpoint
+from train.config import Config, differences
+from train.engine import Engine
+from train.evaluate import compressed_bits_per_byte, evaluate
+from train.generate import generate
+from train.metrics import Recorder, peak_flops, peak_memory
+from train.model.transformer import Model
+from train.optim import learning_rate
+from train.run import CHECKPOINTS
+
+
+class Trainer:
+    """A run, from wherever its folder says that it stands.
+
+    Args:
+        config: the resolved configuration.
+        folder: the run's folder, claimed.
+        command: what the user typed, for the advice at the end.
+    """
+
+    def __init__(self, config: Config, folder: Path, command: str, world: World) -> None:
+        self.config, self.command, self.world = config, command, world
+        self.checkpoints = folder / CHECKPOINTS
+        self.stop_signal: signal.Signals | None = None
+        self.stopping = False
+
+        notes: list[str] = []
+        found = world.on_first(lambda: checkpoint.newest(self.checkpoints, notes.append))
+        saved = checkpoint.progress(found) if found else None
+        self.step = saved.step if saved else 0
+        self.tokens = saved.tokens if saved else 0
+        self.recorder = Recorder(folder, self.step, config.train.steps) if world.is_first else None
+        for line in [*notes, *_surroundings(world)]:
+            self.say(line)
+
+        self.corpus = data.prepare(config.data, log=self.say)
+        self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
+        self.stream = data.Batches(self.corpus, config.train, config.data, self.cursor)
+        self.validation = list(
+            data.validation_batches(self.corpus, config.train, config.eval.tokens)
+        )
+        torch.manual_seed(config.train.seed)
+        model = Model(config.model, self.corpus.tokenizer.vocab_size)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.say(f"model: {', '.join(config.model.blocks)}; {parameters:,} parameters")
+        self.engine = Engine(
+            model, config.optim, config.zero, world, _dtype(config, world), config.train.accumulate
+        )
+        self.peak_flops = peak_flops(world.device)
+        if found and saved:
+            self._resume(found, saved)
+
+    def run(self) -> bool:
+        """Train to the last step, or until a signal asks to stop; either way save.
+
+        Returns:
+            Whether everything was saved.
+        """
+        config = self.config
+        self._evaluate_if_due()
+        saved = True
+        with self._signals():
+            while self.step < config.train.steps and not self.stopping:
+                row = self.train_step()
+                if self.recorder:
+                    self.recorder.step(row)
+                last = self.step == config.train.steps
+                if not self.stopping:
+                    self._evaluate_if_due()
+                if self.stopping or last or self.step % config.checkpoint.every == 0:
+                    saved = self._save()
+        if self.stopping:
+            name = self.stop_signal.name if self.stop_signal else "a signal to another rank"
+            self.say(f"stopped by {name} at step {self.step}; to go on: {self.command}")
+        else:
+            self._summarise()
+        return saved
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step over `train.accumulate` batches.
+
+        The gradient is that of the mean over all target tokens of the step. DeepSpeed
+        averages over ranks and batches, so each loss is multiplied by their number.
+        """
+        config, world, engine = self.config.train, self.world, self.engine
+        began = time.monotonic()
+        batches = [next(self.stream) for _ in range(config.accumulate)]
+        targets = max(1, sum(batch.targets for batch in batches))
+        rate = learning_rate(self.config.optim, self.step, config.steps)
+        # Chance is a function of the step, so that a resumed run needs no saved generator.
+        torch.manual_seed((config.seed * world.size + world.rank) << 32 | self.step)
+        nats = torch.zeros((), dtype=torch.float64, device=world.device)
+        norm = None
+        for batch in batches:
+            tokens, labels, shard = distribute(batch.tokens, batch.labels, batch.cu_seqlens, world)
+            loss, cross_entropy = engine(tokens, labels, shard)
+            engine.backward(loss * (world.size * config.accumulate / targets))
+            norm = engine.step(rate)
+            nats += cross_entropy
+        # One small sum a step: the loss, and whether any rank was asked to stop.
+        asked = torch.full_like(nats, self.stop_signal is not None)
+        total, stops = world.sum(torch.stack([nats, asked])).tolist()
+
+        self.step += 1
+        self.tokens += config.batch_tokens * config.accumulate
+        self.cursor = batches[-1].cursor
+        self.stopping = stops > 0
+        seconds = time.monotonic() - began
+        # A backward pass is twice the work of a forward pass.
+        work = 3 * sum(engine.model.flops(np.diff(batch.cu_seqlens)) for batch in batches)
+        return {
+            "step": self.step,
+            "loss": total / targets,
+            "lr": rate,
+            "grad_norm": float("nan") if norm is None else norm,
+            "tokens": self.tokens,
+            "seconds": seconds,
+            "tokens_per_second": config.batch_tokens * config.accumulate / seconds,
+            "mfu": work / seconds / (self.peak_flops * world.size),
+            "memory_gb": peak_memory(world.device),
+        }
+
+    def say(self, line: str) -> None:
+        """A line to the terminal and the log, from rank 0."""
+        if self.recorder:
+            self.recorder.say(line)
+
+    def _resume(self, path: Path, saved: checkpoint.Progress) -> None:
+        changed = differences(saved.config, self.config.to_dict())
+        self.say(f"going on from {path}" + (f" with {'; '.join(changed)}" if changed else ""))
+        promised = self.stream.peek().digest
+        if promised != saved.next_batch:
+            raise ConfigError(
+                f"{path}: the next batch is not the one that was promised; restore "
+                f"{', '.join(line.split(':')[0] for line in changed) or 'the corpus'}, "
+                "or set another run.name"
+            )
+        checkpoint.load(path, self.engine)
+
+    def _save(self) -> bool:
+        """Save; a fault is told and training goes on, with the older checkpoints in place."""
+        began = time.monotonic()
+        progress = checkpoint.Progress(
+            step=self.step,
+            tokens=self.tokens,
+            cursor=self.cursor.to_dict(),
+            next_batch=self.stream.peek().digest,
+            config=self.config.to_dict(),
+        )
+        try:
+            path = checkpoint.save(self.checkpoints, self.engine, progress, self.world)
+        except OSError as error:
+            self.say(f"step {self.step} could not be saved: {error}; older checkpoints are whole")
+            return False
+        if self.world.is_first:
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+        self.say(f"saved {path} in {time.monotonic() - began:.1f} s")
+        return True
+
+    def _evaluate_if_due(self) -> None:
+        """At every `eval.every`-th step and the last one, unless a run before did."""
+        last = self.step == self.config.train.steps
+        rows = self.recorder.evaluations() if self.recorder else []
+        done = self.world.on_first(lambda: self.step in {row["step"] for row in rows})
+        if done or not (last or self.step % self.config.eval.every == 0):
+            return
+        lengths = self.corpus.tokenizer.byte_lengths()
+        row = evaluate(self.engine, self.validation, lengths, self.world)
+        if self.recorder:
+            self.recorder.evaluation({"step": self.step, **row})
+
+    def _summarise(self) -> None:
+        """What was learned, a sample, and how to go on."""
+        config = self.config.eval
+        sample = ""
+        if config.sample_tokens:
+            self.engine.eval()
+            sample = generate(
+                self.engine.model,
+                self.corpus.tokenizer,
+                config.prompt,
+                config.sample_tokens,
+                config.temperature,
+            )
+        if self.recorder is None:
+            return
+        rows = self.recorder.evaluations()
+        bar = compressed_bits_per_byte(self.corpus.validation_text(config.tokens).encode())
+        more = self.config.train.steps * 2
+        self.say(
+            "validation, bits per byte\n"
+            f"  untrained  {rows[0]['val_bpb']:.3f}\n"
+            f"  xz -9      {bar:.3f}\n"
+            f"  trained    {rows[-1]['val_bpb']:.3f}"
+            f"  after {self.step} steps, {self.tokens:,} tokens"
+        )
+        if sample:
+            self.say(f"a sample\n{sample}")
+            self.recorder.text("sample", sample, self.step)
+        self.say(
+            f"to see the curves:  tensorboard --logdir {self.config.run.root}\n"
+            f"to go on:           {self.command} train.steps={more}"
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask for a save and an end; a second one acts at once."""
+
+        def ask(number: int, _: FrameType | None) -> None:
+            self.stop_signal = signal.Signals(number)
+            signal.signal(number, before[number])
+
+        before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _dtype(config: Config, world: World) -> torch.dtype:
+    auto = "bf16" if world.device.type == "cuda" else "fp32"
+    name = auto if config.train.dtype == "auto" else config.train.dtype
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def _surroundings(world: World) -> list[str]:
+    """What the run finds around it, as far as a user should know."""
+    lines = []
+    if world.device.type == "cpu":
+        lines.append(f"no GPU found: training on the CPU with {torch.get_num_threads()} threads")
+    if world.size > 1:
+        lines.append(f"{world.size} ranks: a batch is cut over them between sequences only")
+    return lines

@@ -1,0 +1,148 @@
+"""What a run shows: the log, the progress bar, metrics.jsonl and TensorBoard. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+# Peak dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "A800": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "MI300X": 1307e12,
+}
+PLAIN_LINE_EVERY_S = 5.0
+
+
+class Recorder:
+    """Keeps a run's history in its folder and tells its story on the terminal.
+
+    A resumed run goes on in the same files: rows past the step it resumes from belong to
+    steps that will be made again, and are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.steps = steps
+        self._path = folder / "metrics.jsonl"
+        self._drop_rows_after(step)
+        self._rows = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._log = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+        self._started, self._first, self._last_line = time.monotonic(), step, 0.0
+
+    def say(self, line: str) -> None:
+        """One line on the terminal and in the log."""
+        tqdm.write(line)
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self._log.flush()
+
+    def step(self, row: dict[str, float]) -> None:
+        """A training step's row: `step` and its metrics."""
+        step = int(row["step"])
+        self._write(row)
+        for name, value in row.items():
+            if name not in ("step", "seconds"):
+                self._board.add_scalar(f"train/{name}", value, step)
+        speed = row["tokens_per_second"]
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
+            self._bar.update(step - self._bar.n)
+        now = time.monotonic()
+        if self._bar is None and (now - self._last_line > PLAIN_LINE_EVERY_S or step == self.steps):
+            left = (now - self._started) / (step - self._first) * (self.steps - step)
+            self._last_line = now
+            self.say(
+                f"step {step}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                f"grad_norm {row['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.0f} s left"
+            )
+
+    def evaluation(self, row: dict[str, float]) -> None:
+        """An evaluation's row: `step`, `val_loss` in nats a token, `val_bpb`."""
+        self._write(row)
+        self._board.add_scalar("eval/loss", row["val_loss"], int(row["step"]))
+        self._board.add_scalar("eval/bits_per_byte", row["val_bpb"], int(row["step"]))
+        self.say(
+            f"step {int(row['step'])}  validation loss {row['val_loss']:.4f}  "
+            f"bits per byte {row['val_bpb']:.4f}"
+        )
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """Every evaluation of the run so far, also from before it was resumed."""
+        rows = (json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines())
+        return [row for row in rows if "val_bpb" in row]
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self._board.add_text(name, text, step)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._board.close()
+        self._rows.close()
+        self._log.close()
+
+    def _write(self, row: dict[str, float]) -> None:
+        self._rows.write(json.dumps(row) + "\n")
+        self._rows.flush()
+
+    def _drop_rows_after(self, step: int) -> None:
+        """Keep the rows up to `step`; a last line that a kill cut short goes too."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        rewritten = self._path.with_suffix(".new")
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        rewritten.replace(self._path)
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s that the device could reach at best.
+
+    A GPU's is its data sheet's, dense bf16. For any other device it is what a large matrix
+    product in fp32 reaches here and now.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAK_FLOPS.items():
+            if part in name:
+                return peak
+    a = torch.ones(1024, 1024, device=device)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])
+        times.append(time.perf_counter() - began)
+    return 2 * 1024**3 / min(times)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB this process has held at most: of the GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    in_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return in_kib * (1 if sys.platform == "darwin" else 1024) / 1e9

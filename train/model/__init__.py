@@ -1,0 +1,1 @@
+"""The model: a list of blocks, each a mixer and an MLP."""

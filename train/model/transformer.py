@@ -1,0 +1,139 @@
+"""The model: embedding, blocks of mixer and MLP, and a head that is the loss.
+
+x ← x + mixer(norm(x))
+x ← x + mlp(norm(x))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from parallel import Shard
+from train.model import mixers
+from train.model.config import ModelConfig
+
+Cache = list[dict[str, Tensor]]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, eps=self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hidden = config.mlp_dim or 64 * math.ceil(config.dim * 8 / 3 / 64)
+        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mixer = mixers.make(config.blocks[layer], config, layer)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config.dim, hidden)
+
+    def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), shard, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Head(nn.Module):
+    """The output matrix. With labels it is the loss, without it is the logits."""
+
+    def __init__(self, vocab_size: int, dim: int, z_loss: float) -> None:
+        super().__init__()
+        self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
+        self.z_loss = z_loss
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        return kernels.linear_cross_entropy(hidden, self.weight, labels, z_loss=self.z_loss)
+
+
+class Model(nn.Module):
+    """A hybrid language model over a shard of the stream."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.dim)
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(config, layer) for layer in range(config.layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = Head(vocab_size, config.dim, config.z_loss)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self._initialise()
+        # Counted now: under ZeRO 3 a rank's parameters are empty between their uses.
+        self.matmul_parameters = sum(
+            parameter.numel()
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if parameter.dim() == 2 and name != "embedding.weight"
+        )
+
+    def _initialise(self) -> None:
+        """Normal weights; what writes to the residual stream is scaled down with the depth."""
+        std = self.config.init_std
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, Head)):
+                writes_residual = name.endswith(".out")
+                scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
+                nn.init.normal_(module.weight, std=std * scale)
+        for block in self.blocks:
+            block.mixer.reset_parameters()
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None, shard: Shard, cache: Cache | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The loss over a shard, or the logits that follow each of its tokens.
+
+        Args:
+            tokens: (T,) int64, the shard's sequences end to end.
+            labels: (T,) int64, the token to predict at each place, −100 for none; or None.
+            shard: where the sequences lie.
+            cache: one dict a block, for a sequence that goes on from the call before.
+
+        Returns:
+            With labels (loss, cross_entropy), fp32 sums over the targets, z-loss in the
+            first one only; without, the logits (T, vocabulary).
+        """
+        x = self.embedding(tokens).unsqueeze(0)
+        for layer, block in enumerate(self.blocks):
+            if self.config.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, shard, use_reentrant=False)
+            else:
+                x = block(x, shard, None if cache is None else cache[layer])
+        return self.head(self.norm(x).squeeze(0), labels)
+
+    def new_cache(self) -> Cache:
+        return [{} for _ in self.blocks]
+
+    def flops(self, lengths: Sequence[int] | np.ndarray) -> float:
+        """FLOPs of one forward over sequences of these lengths, each kind of layer for itself."""
+        mixing = sum(block.mixer.mixing_flops(lengths) for block in self.blocks)
+        return 2.0 * sum(lengths) * self.matmul_parameters + mixing

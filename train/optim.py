@@ -1,0 +1,73 @@
+"""AdamW and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.settings import ConfigError, setting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class OptimConfig:
+    lr: float = setting(3e-3, "peak learning rate")
+    schedule: Literal["wsd", "cosine"] = setting("wsd", "shape of the learning rate after warm-up")
+    warmup_steps: int = setting(20, "steps of linear warm-up")
+    decay_fraction: float = setting(0.2, "wsd: the last share of the steps, in which it decays")
+    min_lr_fraction: float = setting(0.0, "learning rate at the end, as a share of the peak")
+    beta1: float = setting(0.9, "AdamW: decay of the mean of gradients")
+    beta2: float = setting(0.95, "AdamW: decay of the mean of squared gradients")
+    eps: float = setting(1e-8, "AdamW: epsilon")
+    weight_decay: float = setting(0.1, "AdamW: decoupled decay of matrices; vectors have none")
+    clip: float = setting(1.0, "largest gradient norm; 0 for no clipping")
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"optim.lr is {self.lr}; it must be above 0")
+        for key in ("decay_fraction", "min_lr_fraction"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError(f"optim.{key} is {getattr(self, key)}; it must be in [0, 1]")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"optim.{key} is {getattr(self, key)}; it must be in [0, 1)")
+        for key in ("warmup_steps", "weight_decay", "clip", "eps"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"optim.{key} is {getattr(self, key)}; it must not be negative")
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of step `step` of `steps`, counted from 0: a function, no state.
+
+    Warm-up is linear. WSD (Hu et al. 2024, arXiv 2404.06395) then stays at the peak and
+    falls linearly over the last `decay_fraction`; cosine falls from the peak on.
+    """
+    warmup = min(config.warmup_steps, steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "wsd":
+        falling = config.decay_fraction * steps
+        left = min(1.0, (steps - step) / falling) if falling else 1.0
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return config.lr * (config.min_lr_fraction + (1 - config.min_lr_fraction) * left)
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> list[dict[str, Any]]:
+    """Matrices with weight decay, everything else (norms, biases, decays, filters) without."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        is_matrix = parameter.dim() == 2 and name.endswith(".weight")
+        (decayed if is_matrix else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
