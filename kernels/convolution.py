@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Backend, use_triton
 from kernels.packing import Block, accumulation_dtype, blocks, check_cu_seqlens, host_bounds
 
 # Elements of a block of rows. The convolution reads each input W times; a block of this
@@ -25,6 +26,7 @@ def short_convolution(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve every channel with its own filter over the current and the last W − 1 tokens.
 
@@ -42,6 +44,7 @@ def short_convolution(
         cu_seqlens: (N + 1,) int, packed sequences as in `kernels.linear_attention`: B must
             be 1, empty sequences are allowed, rows at or past `cu_seqlens[-1]` give zeros
             and take no gradient.
+        backend: "triton" (GPU), "torch" (any device), or "auto".
 
     Returns:
         y (B, T, D) in the dtype of x, and the final state (N, W − 1, D) in the dtype of x,
@@ -53,6 +56,13 @@ def short_convolution(
     """
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
     B, T, D = x.shape
+    if use_triton(backend, x):
+        from kernels.triton import convolution as compiled
+
+        y, final_state = compiled.short_convolution(
+            x, weight, bias, activation == "silu", initial_state, cu_seqlens
+        )
+        return y, final_state if output_final_state else None
     bounds = host_bounds(B, T, cu_seqlens)
     y, final_state = _ShortConvolution.apply(
         x.reshape(B * T, D), weight, bias, initial_state, activation == "silu", bounds
@@ -96,7 +106,7 @@ class _ShortConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, initial_state)
         ctx.silu, ctx.bounds = silu, bounds
         ctx.set_materialize_grads(False)
-        D, W = weight.shape
+        W = weight.shape[1]
         dtype = accumulation_dtype(x.dtype)
         taps = weight.detach().t().to(dtype).contiguous()
         offset = None if bias is None else bias.detach().to(dtype)

@@ -8,17 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.backend import Backend, use_triton
 from kernels.packing import accumulation_dtype
 
-# Logits held at a time: 2²² in fp32 are 16 MB, near a CPU's last cache; a GPU wants larger
-# products to fill it (256 MB).
+# Logits held at a time: 2²² in fp32 are 16 MB, near a CPU's last cache. A GPU wants larger
+# products (256 MB), and with a wide model up to half as many logits as the weight has
+# elements, since every chunk reads and writes the weight's gradient once.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 IGNORED = -100
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float = 0.0,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sum over target tokens of the cross-entropy of `hidden @ weight.T`.
 
@@ -28,9 +35,11 @@ def linear_cross_entropy(
     Args:
         hidden: (T, D), floating point.
         weight: (V, D), the dtype of hidden.
-        labels: (T,) int64; −100 marks a token without a target. Its row of hidden is never
-            looked at, whatever it holds.
+        labels: (T,) int64; −100 marks a token without a target, whose row of hidden has no
+            part in anything, whatever it holds.
         z_loss: factor on the squared log normaliser (PaLM, arXiv 2204.02311, section 5).
+        backend: "triton" (GPU), "torch" (any device), or "auto"; the matrix products are
+            torch's either way.
 
     Returns:
         loss, and Σ ce_t without a gradient, both fp32 scalars (fp64 for fp64 inputs). Sums,
@@ -41,67 +50,61 @@ def linear_cross_entropy(
     would have to make the logits again, one of four products of T × V × D. The price is
     that the gradients (T × D in the dtype of hidden, V × D in fp32) are held between
     forward and backward; beside them only a chunk of logits, 16 MB on a CPU, 256 MB on a
-    GPU, whatever T × V is. Without grad mode, no gradient is computed.
+    GPU (or half as many as the weight has elements, if that is more), whatever T × V is.
+    Without grad mode, no gradient is computed.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
     _check(hidden, weight, labels)
     loss, cross_entropy = _LinearCrossEntropy.apply(
-        hidden, weight, labels, z_loss, torch.is_grad_enabled()
+        hidden, weight, labels, z_loss, torch.is_grad_enabled(), use_triton(backend, hidden)
     )
     return loss, cross_entropy
 
 
 @torch.no_grad()
-def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: Backend = "auto"
+) -> Tensor:
     """Cross-entropy of each token: (T,) fp32, 0 where the label is −100; no gradient.
 
     Arguments and memory as in `linear_cross_entropy`.
     """
     _check(hidden, weight, labels)
     losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
-    targets = _targets(labels)
-    projection = _projection(weight)
-    for rows in _chunks(targets, weight):
-        logits = _logits(hidden[rows], projection)
-        losses[rows] = (_log_normaliser(logits) - _at(logits, labels[rows])).float()
+    triton = use_triton(backend, hidden)
+    for rows, _, logits, targets in _chunks(hidden, _operand(weight), labels, triton):
+        losses[rows] = _losses(logits, targets, 0.0, False, hidden.dtype, triton)[1].float()
     return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, grad_mode: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        z_loss: float,
+        grad_mode: bool,
+        triton: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(hidden.dtype)
-        want_hidden, want_weight = (grad_mode and need for need in ctx.needs_input_grad[:2])
-        dhidden = torch.zeros_like(hidden) if want_hidden else None
-        dweight = (
-            torch.zeros(weight.shape, dtype=dtype, device=weight.device) if want_weight else None
-        )
+        for_hidden, for_weight = (grad_mode and need for need in ctx.needs_input_grad[:2])
+        dhidden = torch.zeros_like(hidden) if for_hidden else None
+        dweight = torch.zeros_like(weight, dtype=dtype) if for_weight else None
         total, total_z = hidden.new_zeros(2, dtype=dtype).unbind()
-        projection = _projection(weight)
-        for rows in _chunks(_targets(labels), weight):
-            block, targets = hidden[rows], labels[rows]
-            logits = _logits(block, projection)
-            chosen = _at(logits, targets)
-            if want_hidden or want_weight:
-                # The logits turn into their own gradient where they lie:
-                # softmax · (1 + 2 · z_loss · lse) − onehot(label).
-                top = logits.amax(1, keepdim=True)
-                mass = logits.sub_(top).exp_().sum(1, keepdim=True)
-                lse = (top + mass.log()).squeeze(1)
-                logits.mul_((1 + 2 * z_loss * lse).unsqueeze(1) / mass)
-                logits[torch.arange(len(targets), device=targets.device), targets] -= 1
-                if dhidden is not None:
-                    dhidden[rows] = _product(logits, projection).to(hidden.dtype)
-                if dweight is not None:
-                    _add_product(dweight, logits.t(), block)
-            else:
-                lse = _log_normaliser(logits)
-            total += (lse - chosen).sum()
+        projection = _operand(weight)
+        for rows, block, logits, targets in _chunks(hidden, projection, labels, triton):
+            want = for_hidden or for_weight
+            lse, ce, dlogits = _losses(logits, targets, z_loss, want, hidden.dtype, triton)
+            total += ce.sum()
             total_z += lse.square().sum()
+            if dhidden is not None:
+                dhidden[rows] = _product(dlogits, projection).to(hidden.dtype)
+            if dweight is not None:
+                _add_product(dweight, dlogits.t(), block)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(total)
@@ -111,56 +114,83 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         return (
-            None if dhidden is None else dhidden * dloss.to(dhidden.dtype),
+            None if dhidden is None else (dhidden * dloss).to(dhidden.dtype),
             None if dweight is None else (dweight * dloss).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
-def _targets(labels: Tensor) -> Tensor:
-    """The rows that have a target. Only these are computed, so the others may hold NaN."""
-    return (labels != IGNORED).nonzero().squeeze(1)
+def _chunks(
+    hidden: Tensor, projection: Tensor, labels: Tensor, triton: bool
+) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
+    """Rows of hidden, what they hold, their logits and labels, a chunk at a time.
+
+    The torch path looks at rows with a target only. The Triton path takes all, the others as
+    zeros: to find out which they are, the CPU would have to wait for the GPU.
+    """
+    V = max(len(projection), 1)
+    limit = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cpu"])
+    if hidden.is_cuda:
+        limit = max(limit, projection.numel() // 2)
+    step = max(limit // V, 1)
+    if triton:
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            block = hidden[rows].masked_fill((labels[rows] == IGNORED).unsqueeze(1), 0)
+            yield rows, block, _product(block, projection.t()), labels[rows]
+    else:
+        targets = (labels != IGNORED).nonzero().squeeze(1)
+        for chosen in targets.split(step) if len(targets) else ():
+            block = hidden[chosen]
+            yield chosen, block, _product(block, projection.t()), labels[chosen]
 
 
-def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    limit = CHUNK_LOGITS.get(weight.device.type, CHUNK_LOGITS["cpu"])
-    rows = max(limit // max(len(weight), 1), 1)
-    return iter(targets.split(rows)) if len(targets) else iter(())
+def _losses(
+    logits: Tensor, labels: Tensor, z_loss: float, gradient: bool, dtype: torch.dtype, triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lse and ce of each row, and with `gradient` that of Σ ce + z_loss · lse² for the logits,
+
+        softmax · (1 + 2 · z_loss · lse) − onehot(label),
+
+    which takes the place of the logits where its dtype allows.
+    """
+    if triton:
+        from kernels.triton import cross_entropy as compiled
+
+        return compiled.losses(logits, labels, z_loss, gradient, dtype)
+    chosen = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    if not gradient:
+        lse = logits.logsumexp(1)
+        return lse, lse - chosen, logits
+    top = logits.amax(1, keepdim=True)
+    mass = logits.sub_(top).exp_().sum(1, keepdim=True)
+    lse = (top + mass.log()).squeeze(1)
+    logits.mul_((1 + 2 * z_loss * lse).unsqueeze(1) / mass)
+    logits[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return lse, lse - chosen, logits
 
 
-def _projection(weight: Tensor) -> Tensor:
-    """The weight as the products want it: fp32 on a CPU, whose bf16 products round their
-    sums; as it is on a GPU, whose tensor cores sum in fp32."""
-    return weight if weight.is_cuda else weight.to(accumulation_dtype(weight.dtype))
+def _operand(x: Tensor) -> Tensor:
+    """x as the products want it: as it is on a GPU, whose tensor cores sum in fp32; in fp32
+    on a CPU, whose products of bf16 round their sums."""
+    return x if x.is_cuda else x.to(accumulation_dtype(x.dtype))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with sums and result in fp32 (fp64 for fp64), in the dtype of `right`."""
-    if right.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
-    return left.to(right.dtype) @ right
+    """left @ right, summed and returned in fp32 (fp64 for fp64)."""
+    left, right = _operand(left), _operand(right)
+    if left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right.to(left.dtype), out_dtype=torch.float32)
+    return left @ right.to(left.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in place where the dtypes allow."""
-    if right.is_cuda and right.dtype != total.dtype:
-        total += _product(left, right)
-    else:
+    """total += left @ right, in place."""
+    left, right = _operand(left), _operand(right)
+    if left.dtype == total.dtype:
         total.addmm_(left, right.to(total.dtype))
-
-
-def _logits(block: Tensor, projection: Tensor) -> Tensor:
-    return _product(block, projection.t())
-
-
-def _log_normaliser(logits: Tensor) -> Tensor:
-    return torch.logsumexp(logits, dim=1)
-
-
-def _at(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    else:
+        torch.addmm(total, left, right.to(left.dtype), out_dtype=total.dtype, out=total)
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -178,7 +208,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"labels must be ({len(hidden)},) int64; got {tuple(labels.shape)} {labels.dtype}"
         )
-    if not labels.is_cuda and len(labels):
+    if labels.device.type == "cpu" and len(labels):
         V = len(weight)
         wrong = (labels >= V) | ((labels < 0) & (labels != IGNORED))
         if wrong.any():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Backend, use_triton
 from kernels.packing import accumulation_dtype, blocks, check_cu_seqlens, host_bounds
 
 # Elements of a block of rows. A block is passed over a few times, so its fp32 decays and
@@ -22,6 +23,7 @@ def diagonal_scan(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Run an element-wise linear recurrence along each sequence.
 
@@ -36,6 +38,7 @@ def diagonal_scan(
         cu_seqlens: (N + 1,) int, packed sequences as in `kernels.linear_attention`: B must
             be 1, empty sequences are allowed, rows at or past `cu_seqlens[-1]` give zeros
             and take no gradient.
+        backend: "triton" (GPU), "torch" (any device), or "auto".
 
     Returns:
         h (B, T, D) in the dtype of x, and the final state (N, D) in fp32 (fp64 for fp64
@@ -60,6 +63,11 @@ def diagonal_scan(
         raise ValueError(
             f"initial_state must be {(N, D)} for {N} sequences; got {tuple(initial_state.shape)}"
         )
+    if use_triton(backend, x):
+        from kernels.triton import diagonal_scan as compiled
+
+        h, final_state = compiled.diagonal_scan(x, decay, initial_state, cu_seqlens)
+        return h, final_state if output_final_state else None
     bounds = host_bounds(B, T, cu_seqlens)
     h, final_state = _DiagonalScan.apply(
         x.reshape(B * T, D), decay.reshape(B * T, D), initial_state, bounds
@@ -108,10 +116,8 @@ class _DiagonalScan(torch.autograd.Function):
             carried += dfinal
         for n, start, end, first, _ in reversed(list(blocks(bounds, _rows(h)))):
             factor = decay[start:end].to(dtype).exp()
-            if dh is None:
-                gradient = torch.zeros_like(factor)
-            else:
-                gradient = dh[start:end].flip(0).to(dtype)
+            arriving = torch.zeros_like(h[start:end]) if dh is None else dh[start:end]
+            gradient = arriving.flip(0).to(dtype)
             gradient[0] += carried[n]
             # Row t takes the factor of row t + 1: one place on, in reversed order.
             gradient = _scan(factor.roll(-1, 0).flip(0), gradient).flip(0)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Backend, use_triton
 from kernels.packing import accumulation_dtype
 
 # Elements of a block of rows: small enough that the passes over a block after the first
@@ -16,7 +17,12 @@ BLOCK_ELEMENTS = 1 << 17
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None, *, eps: float = 1e-6, gate: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    gate: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Divide each row by its root mean square; optionally scale it and gate it.
 
@@ -27,6 +33,7 @@ def rms_norm(
         weight: (D,) or None.
         eps: added to the mean square.
         gate: the shape of x, or None.
+        backend: "triton" (GPU), "torch" (any device), or "auto".
 
     Returns:
         y, the shape and dtype of x. Statistics and products are fp32 (fp64 for fp64
@@ -49,6 +56,10 @@ def rms_norm(
         raise ValueError(
             f"gate must have the shape of x, {tuple(x.shape)}; got {tuple(gate.shape)}"
         )
+    if use_triton(backend, x):
+        from kernels.triton import norm as compiled
+
+        return compiled.rms_norm(x, weight, gate, eps)
     rows = x.reshape(-1, D)
     gates = None if gate is None else gate.reshape(-1, D)
     return _RMSNorm.apply(rows, weight, gates, eps).view(x.shape)

@@ -1,0 +1,23 @@
+"""Which implementation of an op runs: Triton kernels on a GPU, torch anywhere."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+def use_triton(backend: Backend, x: Tensor) -> bool:
+    """Whether an op on x runs in Triton; "auto" prefers it on a GPU.
+
+    fp64 is for checking gradients and stays with torch.
+    """
+    if backend == "auto":
+        return x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None
+    if backend not in ("triton", "torch"):
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, triton, torch")
+    return backend == "triton"
