@@ -1,0 +1,28 @@
+"""What every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+# Two threads on two cores: tests that run ranks would fight over them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], object]]:
+    """A world of the given size; each size is started once a session."""
+    from tests.ranks import Ranks
+
+    worlds: dict[int, Ranks] = {}
+
+    def world(size: int) -> Ranks:
+        if size not in worlds:
+            worlds[size] = Ranks(size)
+        return worlds[size]
+
+    yield world
+    for started in worlds.values():
+        started.close()
