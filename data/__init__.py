@@ -3,9 +3,11 @@
     corpus = prepare(DataConfig())                    # prepares what is missing
     for batch in Batches(corpus, StreamConfig(), DataConfig()): …
 
-Files, in the order that text passes through them: `sources` reads documents, `tokenizer`
-codes them, `prepare` stores them, `corpus` maps what is stored, `order` says which
-document is next, `packing` which batch it lies in, `stream` gives out the batches.
+The files, in the order that text passes through them: `sources` reads documents, `sample`
+picks what the `tokenizer` learns from, `encode` codes in many processes, `store` writes so
+that nothing is lost, `prepare` runs these; `corpus` maps what is stored, `order` says
+which document is next, `mixture` from which source, `packing` and `balance` which batch its
+pieces lie in, `stream` gives out the batches. `python -m data` shows it at work.
 """
 
 from data.config import DataConfig, StreamConfig

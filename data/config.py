@@ -1,6 +1,5 @@
 """The settings of the data room: what the corpus is, and how it becomes a stream."""
 
-# ruff: noqa: RUF009  `setting` makes a field
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,6 +8,12 @@ from typing import Any, Literal
 from data.settings import ConfigError, setting
 
 Packing = Literal["balanced", "sequential", "best_fit"]
+_STAGE_KEYS: dict[str, Any] = {
+    "step": int,
+    "seq_len": int,
+    "weights": dict,
+    "long_weight": (int, float),
+}
 
 
 @dataclass
@@ -16,7 +21,7 @@ class DataConfig:
     """Which text, which tokenizer, where the prepared corpus lives (keys `data.*`)."""
 
     source: str | list[Any] | dict[str, Any] = setting(
-        "stdlib", "stdlib, a file or glob, a hub data set, or a list of mappings with weights"
+        "stdlib", "stdlib, a file, folder or glob, a hub data set, or a list of mappings: see data/"
     )
     text_field: str = setting("text", "column of JSONL, Parquet and hub sources with the text")
     root: str = setting("corpora", "folder of prepared corpora, shared by all runs")
@@ -24,9 +29,21 @@ class DataConfig:
         None, "a .model or tokenizer.json to use; null trains one on a sample of the corpus"
     )
     vocab_size: int = setting(6144, "pieces of a tokenizer trained here")
+    model_type: Literal["bpe", "unigram"] = setting(
+        "bpe", "kind of SentencePiece model trained here: bpe or unigram"
+    )
+    normalize: bool = setting(False, "bring text to Unicode NFC first; decoding then gives that")
     workers: int = setting(0, "processes that tokenise; 0 is one a CPU")
+    max_broken: float = setting(
+        0.1, "share of a source's documents that may be empty, not UTF-8 or broken"
+    )
     validation: float = setting(0.02, "share of documents held out, chosen by their content")
     packing: Packing = setting("balanced", "balanced, sequential or best_fit")
+    long_tokens: int = setting(0, "documents of so many tokens or more count as long; 0 is none")
+    long_weight: float = setting(1.0, "how much more often long documents are seen")
+    stages: list[dict[str, Any]] = setting(
+        [], "changes at a step: mappings of step, and seq_len, weights (by source) or long_weight"
+    )
 
     def __post_init__(self) -> None:
         if self.vocab_size < 512:
@@ -34,10 +51,39 @@ class DataConfig:
                 f"data.vocab_size is {self.vocab_size}; 256 bytes and the control pieces "
                 "leave no room for words below 512"
             )
-        if not 0 <= self.validation < 1:
-            raise ConfigError(f"data.validation is {self.validation}; it must be in [0, 1)")
-        if self.workers < 0:
-            raise ConfigError(f"data.workers is {self.workers}; it must be 0 or more")
+        for name in ("validation", "max_broken"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"data.{name} is {value}; it must be 0 or more and below 1")
+        for name in ("workers", "long_tokens", "long_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.long_weight != 1 and not self.long_tokens:
+            raise ConfigError("data.long_weight needs data.long_tokens, which says what is long")
+        for number, stage in enumerate(self.stages):
+            self._check_stage(f"data.stages[{number}]", stage)
+
+    def source_weights(self) -> dict[str, float] | None:
+        """The weights of the sources by name; None where sources weigh what they hold."""
+        from data.sources import resolve
+
+        found = resolve(self.source, self.text_field)
+        if all(source.weight is None for source in found):
+            return None
+        return {source.name: float(source.weight or 0.0) for source in found}
+
+    def _check_stage(self, where: str, stage: dict[str, Any]) -> None:
+        for key, value in stage.items():
+            if key not in _STAGE_KEYS:
+                raise ConfigError(f"{where}: {key}: no such key; {', '.join(_STAGE_KEYS)} are")
+            if not isinstance(value, _STAGE_KEYS[key]) or isinstance(value, bool):
+                raise ConfigError(f"{where}: {key} is {value!r}; it is of the wrong type")
+        if stage.get("step", -1) < 0:
+            raise ConfigError(f"{where}: step must be given, 0 or more")
+        if stage.get("seq_len", 2) < 2:
+            raise ConfigError(f"{where}: seq_len is {stage['seq_len']}; it must be 2 or more")
+        if "long_weight" in stage and not self.long_tokens:
+            raise ConfigError(f"{where}: long_weight needs data.long_tokens")
 
 
 @dataclass
@@ -47,10 +93,13 @@ class StreamConfig:
     batch_tokens: int = setting(16384, "tokens of one batch, over all ranks")
     seq_len: int = setting(2048, "longest sequence in tokens; longer documents are cut")
     seed: int = setting(0, "seed of the order of documents and of the initial weights")
+    accumulate: int = setting(1, "batches of one optimiser step")
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
             raise ConfigError(f"train.seq_len is {self.seq_len}; it must be 2 or more")
+        if self.accumulate < 1:
+            raise ConfigError(f"train.accumulate is {self.accumulate}; it must be 1 or more")
         if self.batch_tokens < self.seq_len:
             raise ConfigError(
                 f"train.batch_tokens is {self.batch_tokens}, less than train.seq_len = "

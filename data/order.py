@@ -33,7 +33,7 @@ def ranks(positions: np.ndarray, count: int, key: int) -> np.ndarray:
         `count` positions is a permutation.
     """
     epoch, place = np.divmod(positions.astype(np.uint64), np.uint64(count))
-    epoch_key = _mix(np.uint64(key & (2**64 - 1)) ^ _mix(epoch + np.uint64(1)))
+    epoch_key = mix(np.uint64(key & (2**64 - 1)) ^ mix(epoch + np.uint64(1)))
     strata = _strata(count)
     edges = np.arange(strata + 1, dtype=np.uint64) * np.uint64(count) // np.uint64(strata)
     sizes = np.diff(edges)
@@ -42,13 +42,13 @@ def ranks(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     longer = np.flatnonzero(sizes > rows).astype(np.uint64)
     row, column = np.divmod(place, np.uint64(strata))
     width = np.where(row < rows, np.uint64(strata), np.uint64(max(1, len(longer))))
-    row_key = _mix(epoch_key ^ _mix(row + _GOLDEN))
+    row_key = mix(epoch_key ^ mix(row + _GOLDEN))
     stratum = _permute(column, width, row_key)
     if len(longer):
         last = row == rows
         stratum[last] = longer[stratum[last].astype(np.int64)]
     at = stratum.astype(np.int64)
-    stratum_key = _mix(epoch_key + _mix(stratum * _GOLDEN))
+    stratum_key = mix(epoch_key + mix(stratum * _GOLDEN))
     return (edges[at] + _permute(row, sizes[at], stratum_key)).astype(np.int64)
 
 
@@ -77,11 +77,11 @@ def _feistel(values: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarra
     left, right = values >> half, values & mask
     for turn in range(_ROUNDS):
         salt = np.uint64((turn * 0xD1B54A32D192ED03) & (2**64 - 1))
-        left, right = right, left ^ (_mix(right + key + salt) & mask)
+        left, right = right, left ^ (mix(right + key + salt) & mask)
     return (left << half) | right
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
+def mix(value: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64: every bit of the input reaches every bit of the output."""
     with np.errstate(over="ignore"):
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,16 +1,24 @@
-"""From sources to a prepared corpus: tokenizer, tokens, offsets, indices, manifest."""
+"""From sources to a prepared corpus: tokenizer, tokens, indices, manifest.
+
+    <root>/<name>-<recipe>/           a finished corpus, never touched again
+    <root>/<name>-<recipe>.partial/   one in the making; whoever comes next goes on with it
+    <root>/<name>-<recipe>.lock       held by the process that works, the others wait for it
+
+The recipe is a digest of everything that the tokens depend on, the files' content among it:
+a corpus with changed text or another tokenizer is another folder.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
-import shutil
-from collections import deque
+import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +26,15 @@ import numpy as np
 from data import tokenizer as tokenizers
 from data.config import DataConfig
 from data.corpus import MANIFEST, Corpus
+from data.encode import pieces
+from data.sample import sample
 from data.settings import ConfigError
-from data.sources import documents, files
+from data.sources import Source, resolve
+from data.store import JOURNAL, Journal, Writer, digest, index, replace, shard_name
 
-FORMAT = 1
-_SAMPLE_BYTES = 4 << 20  # text the tokenizer is trained on
-_TASK_CHARACTERS = 1 << 19  # text a worker is given at once
+FORMAT = 2
+_VERIFY_BYTES = 1 << 30  # a corpus up to this size is verified whenever it is opened
+_REPORT_SECONDS = 10.0
 
 Log = Callable[[str], None]
 
@@ -31,148 +42,181 @@ Log = Callable[[str], None]
 def prepare(config: DataConfig, log: Log = lambda line: None) -> Corpus:
     """Open the corpus that `config` describes, preparing first what is missing.
 
-    Any number of processes may call it at once: one works, the others wait.
+    Any number of processes may call it at once: one works, the others wait. Interrupted
+    at any moment, the next call goes on and ends with the same bytes.
 
     Args:
         config: the sources and the tokenizer.
         log: takes lines of progress.
 
     Raises:
-        ConfigError: if a source cannot be read or holds no text.
+        ConfigError: if a source cannot be read, too much of it is broken, the disk is
+            full, or a prepared corpus is damaged.
     """
-    name, named = files(config)
-    path = Path(config.root) / f"{name}-{_recipe(config, named)}"
-    if (path / MANIFEST).exists():
-        return Corpus(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    sources = resolve(config.source, config.text_field)
+    name = sources[0].name if len(sources) == 1 else f"{sources[0].name}-and-{len(sources) - 1}"
+    try:
+        path = Path(config.root) / f"{name}-{_recipe(config, sources)}"
         if not (path / MANIFEST).exists():
-            _build(config, named, path, log)
-    return Corpus(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(Path(f"{path}.lock"), log):
+                if not (path / MANIFEST).exists():
+                    _build(config, sources, path, log)
+        corpus = Corpus(path)
+        if corpus.manifest["bytes"] <= _VERIFY_BYTES:
+            corpus.verify()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ConfigError(
+                f"{config.root}: {error.strerror}; make room and start again, "
+                "it goes on from what is there"
+            ) from None
+        raise ConfigError(f"{error.filename or config.root}: {error.strerror}") from None
+    return corpus
 
 
-def _recipe(config: DataConfig, named: list[tuple[str, Path]]) -> str:
-    digest = hashlib.blake2b(digest_size=6)
-    digest.update(json.dumps([FORMAT, config.vocab_size, config.validation]).encode())
-    for name, path in named:
-        digest.update(f"{name}\0".encode())
-        digest.update(hashlib.blake2b(path.read_bytes()).digest())
-    return digest.hexdigest()
+@contextmanager
+def _locked(path: Path, log: Log) -> Iterator[None]:
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"another process prepares {path.stem}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def _build(config: DataConfig, named: list[tuple[str, Path]], path: Path, log: Log) -> None:
+def _recipe(config: DataConfig, sources: list[Source]) -> str:
+    recipe = [FORMAT, config.validation, config.normalize, [s.recipe() for s in sources]]
+    if config.tokenizer is None:
+        weights = [source.weight for source in sources]
+        recipe += [config.vocab_size, config.model_type, weights]
+    else:
+        path = Path(config.tokenizer)
+        if not path.is_file():
+            raise ConfigError(f"data.tokenizer is {path}; there is no such file")
+        recipe += [digest(path)]
+    return hashlib.blake2b(json.dumps(recipe).encode(), digest_size=6).hexdigest()
+
+
+def _build(config: DataConfig, sources: list[Source], path: Path, log: Log) -> None:
     part = path.with_name(path.name + ".partial")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    log(f"training a tokenizer of {config.vocab_size} pieces")
-    tokenizer = tokenizers.train(_sample(named), config.vocab_size)
-    (part / "tokenizer.model").write_bytes(tokenizer.model)
+    part.mkdir(exist_ok=True)
+    tokenizer = _tokenizer(config, sources, part, log)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    workers = config.workers or os.cpu_count() or 1
-    log(f"tokenising {len(named)} documents in {workers} processes")
-    lengths: list[np.ndarray] = []
-    keys: list[np.ndarray] = []
-    digest = hashlib.blake2b(tokenizer.model, digest_size=16)
-    with open(part / "tokens-00000.bin", "wb") as out:
-        for tokens, counts, hashes in _encoded(named, tokenizer.model, dtype, workers):
-            out.write(tokens.data)
-            digest.update(tokens.data)
-            digest.update(counts.data)
-            lengths.append(counts)
-            keys.append(hashes)
-    if not lengths:
-        raise ConfigError(f"data.source is {config.source}; it holds no text")
-    counts = np.concatenate(lengths)
-    hashes = np.concatenate(keys)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    held = hashes < np.uint64(int(config.validation * 2**64))
-    validation = np.flatnonzero(held)
-    offsets.tofile(part / "offsets.bin")
-    training = np.flatnonzero(~held)
-    training[np.argsort(counts[training], kind="stable")].astype(np.int64).tofile(
-        part / "by_length.bin"
-    )
-    validation[np.argsort(hashes[validation], kind="stable")].astype(np.int64).tofile(
-        part / "validation.bin"
-    )
+    writer = Writer(part, len(sources), dtype)
+    try:
+        _tokenize(config, sources, part / tokenizer.file, writer, log)
+        writer.commit()
+    finally:
+        writer.close()
+    journal = writer.journal
+    _check_broken(config, sources, journal, log)
+    held = index(part, journal.documents, config.validation)
+    names = [shard_name(i) for i in range(len(journal.shards))]
+    digests = {
+        name: digest(part / name)
+        for name in (*names, tokenizer.file, "offsets.bin", "by_length.bin", "validation.bin")
+    }
+    documents = sum(journal.documents)
     manifest = {
         "format": FORMAT,
-        "fingerprint": digest.hexdigest(),
-        "tokens": int(offsets[-1]),
-        "documents": len(counts),
-        "validation_documents": len(validation),
+        "fingerprint": hashlib.blake2b(json.dumps(digests).encode(), digest_size=16).hexdigest(),
+        "tokenizer": tokenizer.file,
+        "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
-        "shards": [{"file": "tokens-00000.bin", "tokens": int(offsets[-1])}],
+        "tokens": sum(journal.shards),
+        "documents": documents,
+        "validation_documents": documents - sum(source["documents"] for source in held),
+        "text_bytes": journal.text_bytes,
+        "bytes": sum((part / name).stat().st_size for name in digests),
+        "shards": [
+            {"file": name, "tokens": tokens}
+            for name, tokens in zip(names, journal.shards, strict=True)
+        ],
+        "sources": [
+            {
+                "name": source.name,
+                "documents": journal.documents[i],
+                "training_documents": held[i]["documents"],
+                "training_tokens": held[i]["tokens"],
+                "left_out": journal.problems[i],
+            }
+            for i, source in enumerate(sources)
+        ],
+        "left_out": journal.named,
+        "digests": digests,
     }
-    (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    replace(part / MANIFEST, json.dumps(manifest, indent=1))
+    for name in ("lengths.part", "hashes.part", JOURNAL):
+        (part / name).unlink()
     part.rename(path)
-    log(f"{manifest['tokens']:,} tokens of {len(counts):,} documents in {path}")
-
-
-def _sample(named: list[tuple[str, Path]]) -> Iterator[str]:
-    """About _SAMPLE_BYTES of text, in slices from all over the corpus."""
-    total = sum(path.stat().st_size for _, path in named)
-    share = min(1.0, _SAMPLE_BYTES / max(total, 1))
-    for document in documents(named):
-        if document.text is None:
-            continue
-        size = 4096
-        pieces = [document.text[i : i + size] for i in range(0, len(document.text), size)]
-        for i, piece in enumerate(pieces):
-            key = hashlib.blake2b(f"{document.name}\0{i}".encode(), digest_size=8).digest()
-            if int.from_bytes(key, "little") < share * 2**64:
-                yield piece
-
-
-def _tasks(named: list[tuple[str, Path]]) -> Iterator[list[str]]:
-    texts: list[str] = []
-    size = 0
-    for document in documents(named):
-        if document.text is None:
-            continue
-        texts.append(document.text)
-        size += len(document.text)
-        if size >= _TASK_CHARACTERS:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
-
-
-_Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _encoded(
-    named: list[tuple[str, Path]], model: bytes, dtype: np.dtype, workers: int
-) -> Iterator[_Encoded]:
-    """Tokens, lengths and content hashes of the documents, in order."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (model,)) as pool:
-        pending: deque[Future[_Encoded]] = deque()
-        for texts in _tasks(named):
-            pending.append(pool.submit(_encode, texts, dtype))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-_worker_tokenizer: tokenizers.Tokenizer | None = None
-
-
-def _start_worker(model: bytes) -> None:
-    global _worker_tokenizer  # noqa: PLW0603  a worker process has one tokenizer
-    _worker_tokenizer = tokenizers.Tokenizer(model)
-
-
-def _encode(texts: list[str], dtype: np.dtype) -> _Encoded:
-    assert _worker_tokenizer is not None
-    tokenizer = _worker_tokenizer
-    coded = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    hashes = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
-    return (
-        np.concatenate([np.array(tokens, dtype=dtype) for tokens in coded]),
-        np.array([len(tokens) for tokens in coded], dtype=np.int64),
-        np.frombuffer(b"".join(hashes), dtype=np.uint64),
+    log(
+        f"{manifest['tokens']:,} tokens of {documents:,} documents "
+        f"({journal.text_bytes / max(sum(journal.shards), 1):.2f} bytes a token) in {path}"
     )
+    if not manifest["validation_documents"]:
+        log("no document is held out for validation")
+
+
+def _tokenizer(
+    config: DataConfig, sources: list[Source], part: Path, log: Log
+) -> tokenizers.Tokenizer:
+    """The tokenizer of a corpus in the making; trained or copied once."""
+    for made in ("tokenizer.model", "tokenizer.json"):
+        if (part / made).exists():
+            return tokenizers.load(part / made)
+    tokenizer: tokenizers.Tokenizer
+    if config.tokenizer is not None:
+        tokenizer = tokenizers.load(Path(config.tokenizer))
+    else:
+        log(f"training a tokenizer of {config.vocab_size} pieces")
+        tokenizer = tokenizers.train(sample(sources), config.vocab_size, config.model_type)
+    partial = part / "tokenizer.part"
+    partial.write_bytes(tokenizer.model)
+    partial.replace(part / tokenizer.file)
+    return tokenizer
+
+
+def _tokenize(
+    config: DataConfig, sources: list[Source], tokenizer: Path, writer: Writer, log: Log
+) -> None:
+    from tqdm import tqdm
+
+    workers = config.workers or len(os.sched_getaffinity(0))
+    done = sum(writer.journal.shards)
+    log(
+        f"tokenising in {workers} processes" + (f", going on after {done:,} tokens" if done else "")
+    )
+    # The size of packed and hub sources is not known beforehand, so only counts are shown.
+    bar = tqdm(
+        initial=done, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
+    )
+    reported = time.monotonic()
+    made = pieces(sources, writer.journal.next, tokenizer, config.normalize, writer.dtype, workers)
+    with bar:
+        for piece in made:
+            writer.append(piece)
+            bar.update(len(piece.tokens))
+            if bar.disable and time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
+                log(f"{sum(writer.journal.shards):,} tokens")
+
+
+def _check_broken(config: DataConfig, sources: list[Source], journal: Journal, log: Log) -> None:
+    """Say what was left out; refuse sources of which too much was."""
+    for source, problems, read in zip(sources, journal.problems, journal.next, strict=True):
+        count = sum(problems.values())
+        if not count:
+            continue
+        kinds = ", ".join(f"{number} {kind}" for kind, number in problems.items())
+        line = f"{source.name}: {count} of {read} documents left out: {kinds}"
+        if count > config.max_broken * read:
+            raise ConfigError(
+                f"{line}, more than data.max_broken = {config.max_broken} allows; the first is "
+                f"{journal.named[0]}"
+            )
+        log(f"{line}; the first are {'; '.join(journal.named[:3])}")
+    if not sum(journal.documents):
+        names = ", ".join(source.name for source in sources)
+        raise ConfigError(f"data.source: {names} holds no text")
