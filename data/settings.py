@@ -78,13 +78,16 @@ def build(
     for name, (value, origin) in values.items():
         if name in known:
             leaves[name] = _convert(value, known[name].hint, f"{origin}: {name}")
-        elif name in sections and value in (None, {}):
+        elif (name in sections or not name) and value in (None, {}):
             continue
         elif (owner := _mapping_above(name, known)) is not None:
-            leaf = name[len(owner) + 1 :]
-            if not isinstance(leaves.get(owner), dict):
-                leaves[owner] = {}
-            leaves[owner][leaf] = value
+            inside = leaves.setdefault(owner, {})
+            *path, leaf = name[len(owner) + 1 :].split(".")
+            for part in path:
+                inside = inside.setdefault(part, {})
+                if not isinstance(inside, dict):
+                    raise ConfigError(f"{origin}: {name}: {part} is no mapping")
+            inside[leaf] = value
         elif not known_only:
             raise ConfigError(f"{origin}: {name}: no such key{_nearest(name, known, sections)}")
     try:

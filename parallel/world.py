@@ -68,7 +68,8 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
 
     NCCL on GPUs, gloo on CPUs. Rank and size come from RANK, WORLD_SIZE and LOCAL_RANK, or
     from SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID where MASTER_ADDR says that a
-    rendezvous was prepared for srun's tasks.
+    rendezvous was prepared for srun's tasks. Inside another `join` it is the same world:
+    DeepSpeed keeps the first one's groups for as long as the process lives.
     """
     environment = os.environ
     rank, size, local_rank = 0, 1, 0
@@ -83,6 +84,9 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        return
     # A world of one needs no port; a store in memory cannot collide with a neighbour's run.
     store = dist.HashStore() if size == 1 else None
     dist.init_process_group(

@@ -1,0 +1,270 @@
+"""A run from its command: trained, stopped, killed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from parallel import World, join
+from train.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on a few of the checkout's own sources; the corpus is prepared once."""
+    folder = tmp_path_factory.mktemp("run")
+    for number, path in enumerate(sorted((ROOT / "train").rglob("*.py"))):
+        text = path.read_text(encoding="utf-8")
+        (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"""
+train: {{steps: {STEPS}, batch_tokens: 512, seq_len: 192, accumulate: 2}}
+data: {{source: "{folder}/*.txt", root: "{folder}/corpora", vocab_size: 600, validation: 0.2}}
+model:
+  layers: 2
+  dim: 32
+  pattern: [gated_deltanet, attention]
+  mixers:
+    gated_deltanet: {{heads: 2, head_dim: 8}}
+    attention: {{heads: 2, head_dim: 16}}
+eval: {{every: 4, tokens: 2048, sample_tokens: 5}}
+checkpoint: {{every: 2, keep: 0}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def world() -> Iterator[World]:
+    """One world of one for every run that this process makes."""
+    with join() as one:
+        yield one
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss by step; every step must be there once."""
+    steps = [(int(row["step"]), row["loss"]) for row in rows(folder) if "loss" in row]
+    assert len(dict(steps)) == len(steps)
+    return dict(steps)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(config: Path) -> Path:
+    """The folder of a run that nothing happened to."""
+    root = config.parent / "undisturbed"
+    assert main([str(config), f"run.root={root}"]) == 0
+    return root / "tiny"
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has written the row of a step."""
+    path = folder / "metrics.jsonl"
+    for _ in range(6000):
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise TimeoutError(f"no step {step} after two minutes")
+
+
+def test_a_run_leaves_everything_in_its_folder(undisturbed: Path) -> None:
+    steps = [row for row in rows(undisturbed) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "seconds"} <= steps[0].keys()
+    assert steps[-1]["tokens"] == STEPS * 2 * 512
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    evaluations = [row for row in rows(undisturbed) if "val_bpb" in row]
+    assert [row["step"] for row in evaluations] == [0, 4, 8]
+    assert evaluations[-1]["val_bpb"] < evaluations[0]["val_bpb"]
+    assert (undisturbed / "config.yaml").exists()
+    assert list((undisturbed / "tensorboard").iterdir())
+
+
+def test_tensorboard_holds_the_promised_scalars(undisturbed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(undisturbed / "tensorboard"))
+    board.Reload()
+    wanted = {"loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_gb"}
+    assert {f"train/{name}" for name in wanted} <= set(board.Tags()["scalars"])
+    assert {"eval/loss", "eval/bits_per_byte"} <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """SIGTERM in the middle saves and exits with 0; the same command ends with the same losses."""
+    process = start(config, f"run.root={tmp_path}", "checkpoint.every=100")
+    wait_for_step(tmp_path / "tiny", 3, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM" in output
+    done = max(losses(tmp_path / "tiny"))
+    assert 3 <= done < STEPS
+    assert main([str(config), f"run.root={tmp_path}", "checkpoint.every=100"]) == 0
+    assert losses(tmp_path / "tiny") == losses(undisturbed)
+    last = [row for row in rows(tmp_path / "tiny") if "val_bpb" in row][-1]
+    assert last == [row for row in rows(undisturbed) if "val_bpb" in row][-1]
+
+
+def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(
+    config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    process = start(config, f"run.root={tmp_path}")
+    wait_for_step(tmp_path / "tiny", 5, process)
+    process.kill()
+    process.wait()
+    checkpoints = sorted((tmp_path / "tiny" / "checkpoints").glob("step-*"))
+    assert checkpoints[-1].name >= "step-00000004"
+    assert main([str(config), f"run.root={tmp_path}"]) == 0
+    assert losses(tmp_path / "tiny") == losses(undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over(
+    config: Path, undisturbed: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(config), f"run.root={tmp_path}"]
+    assert main([*command, "train.steps=4", "optim.schedule=wsd", "optim.decay_fraction=0"]) == 0
+    newest = tmp_path / "tiny" / "checkpoints" / "step-00000004"
+    state = next(newest.glob("*.safetensors"))
+    content = bytearray(state.read_bytes())
+    if damage == "cut":
+        state.write_bytes(content[:-1])
+    elif damage == "flip":
+        content[-1] ^= 1
+        state.write_bytes(content)
+    elif damage == "missing":
+        state.unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    capsys.readouterr()
+    assert main([*command, "train.steps=6", "optim.decay_fraction=0"]) == 0
+    output = capsys.readouterr().out
+    assert "passing over" in output
+    assert "going on from" in output
+    assert "step-00000002" in output
+    assert sorted(losses(tmp_path / "tiny")) == list(range(1, 7))
+
+
+def test_fresh_overwrites_only_when_told(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(config), f"run.root={tmp_path}", "train.steps=2"]
+    assert main(command) == 0
+    assert main([*command, "--fresh"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert sorted(losses(tmp_path / "tiny")) == [1, 2]
+    before = rows(tmp_path / "tiny")[1]["seconds"]
+    assert main([*command, "--fresh", "--overwrite"]) == 0
+    assert rows(tmp_path / "tiny")[1]["seconds"] != before
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    config: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = losses(undisturbed)
+    assert main([str(config), f"run.root={undisturbed.parent}"]) == 0
+    assert losses(undisturbed) == before
+    assert "train.steps=" in capsys.readouterr().out
+
+
+def test_two_processes_cannot_train_in_one_folder(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start(config, f"run.root={tmp_path}", "train.steps=100000")
+    wait_for_step(tmp_path / "tiny", 1, process)
+    assert main([str(config), f"run.root={tmp_path}"]) == 2
+    assert "another process trains there" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+
+
+def test_a_full_disk_loses_no_older_checkpoint(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import errno
+
+    from train import checkpoint
+
+    publish = checkpoint._publish
+
+    def full(staging, final, *rest):  # type: ignore[no-untyped-def]
+        if final.name == "step-00000004":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(staging, final, *rest)
+
+    monkeypatch.setattr(checkpoint, "_publish", full)
+    assert main([str(config), f"run.root={tmp_path}", "train.steps=6"]) == 0
+    assert "step 4 could not be saved" in capsys.readouterr().out
+    folder = tmp_path / "tiny" / "checkpoints"
+    names = [path.name for path in sorted(folder.iterdir())]
+    assert names == ["step-00000002", "step-00000006"]
+
+
+def test_another_model_is_refused(
+    config: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(config), f"run.root={undisturbed.parent}", "train.steps=9"]
+    assert main([*command, "model.dim=40"]) == 2
+    error = capsys.readouterr().err
+    assert "is of another model" in error
+    assert error.count("\n") == 1
+    assert main([*command, "train.seq_len=100"]) == 2
+    assert "train.seq_len" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [2])
+def test_two_ranks_have_the_losses_of_one(
+    config: Path, undisturbed: Path, tmp_path: Path, stage: int
+) -> None:
+    """And what they saved goes on in one process at another ZeRO stage."""
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "train",
+         str(config), f"run.root={tmp_path}", "train.steps=8", f"zero.stage={stage}"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "cut over them between sequences only" in process.stdout
+    both, one = losses(tmp_path / "tiny"), losses(undisturbed)
+    assert both == pytest.approx(one, rel=1e-5)
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    for path in checkpoints.glob("step-*"):
+        if path.name > "step-00000004":
+            path.rename(path.with_name(f"was-{path.name}"))
+    assert main([str(config), f"run.root={tmp_path}", "zero.stage=0"]) == 0
+    assert losses(tmp_path / "tiny") == pytest.approx(one, rel=1e-5)
