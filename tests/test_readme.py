@@ -1,0 +1,83 @@
+"""Every command of the README is one that works."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+]
+# What is made smaller so that a command ends soon; everything else is as written.
+SMALL = ["train.steps=2", "train.batch_tokens=4096", "eval.tokens=4096", "eval.sample_tokens=4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("readme")
+    return [f"run.root={folder}/runs", f"data.root={folder}/corpora"]
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_a_command_of_the_readme_works(command: str, place: list[str]) -> None:
+    if command.startswith("pip install"):
+        # CI runs the installation itself; what follows it is a command like the others.
+        extras = re.findall(r"\[(\w+)\]", command)
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+        command = command.partition(" && ")[2]
+    words = shlex.split(command)
+    if not words or words[0] == "pytest":
+        return
+    if words[0] == "tensorboard":
+        check_tensorboard(words, place)
+        return
+    programs = {
+        "python": [sys.executable],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }
+    words = programs[words[0]] + words[1:]
+    if any(word.endswith(".yaml") for word in words):
+        data_only = "data" in words
+        words += place[1:] if data_only else [*place, *SMALL]
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check_tensorboard(words: list[str], place: list[str]) -> None:
+    runs = place[0].partition("=")[2]
+    program = [sys.executable, "-m", "tensorboard.main", words[1], runs, "--port", "0"]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            address = re.search(r"http://localhost:\d+/", line)
+            if address:
+                time.sleep(1)
+                with urllib.request.urlopen(address[0] + "data/plugin/scalars/tags") as answer:
+                    assert answer.status == 200
+                break
+        else:
+            pytest.fail("TensorBoard gave no address")
+        process.terminate()
+
+
+def test_the_readme_names_only_files_that_exist() -> None:
+    for name in re.findall(
+        r"`((?:train|data|kernels|parallel|configs|slurm|tests)/[\w/.]*)`", README
+    ):
+        assert (ROOT / name).exists(), name
