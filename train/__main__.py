@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 
 from data.settings import ConfigError, describe
@@ -51,9 +50,9 @@ def train(options: argparse.Namespace) -> int:
     from train.run import claim
 
     mixers.check(config.model)
-    words = ["python", "-m", "train", options.config, *options.overrides]
+    command = ["python", "-m", "train", options.config, *options.overrides]
     with join() as world, claim(config, options.fresh, options.overwrite, world) as folder:
-        saved = Trainer(config, folder, shlex.join(words), world).run()
+        saved = Trainer(config, folder, command, world).run()
     return 0 if saved else 1
 
 

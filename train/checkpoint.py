@@ -41,7 +41,7 @@ class Progress:
 
     step: int
     tokens: int
-    cursor: dict[str, int]
+    cursor: dict[str, Any]
     next_batch: str
     config: dict[str, Any]
 

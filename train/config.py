@@ -22,18 +22,14 @@ class RunConfig:
 @dataclass
 class TrainConfig(StreamConfig):
     steps: int = setting(1000, "optimiser steps of the whole run")
-    accumulate: int = setting(1, "batches of one step")
     dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "of weights and activations (auto: bf16 on a GPU, fp32 on a CPU)"
     )
 
     def __post_init__(self) -> None:
-        parent = getattr(super(), "__post_init__", None)
-        if parent is not None:
-            parent()
-        for key in ("steps", "accumulate"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"train.{key} is {getattr(self, key)}; it must be at least 1")
+        super().__post_init__()
+        if self.steps < 1:
+            raise ConfigError(f"train.steps is {self.steps}; it must be at least 1")
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -33,10 +36,10 @@ class Trainer:
     Args:
         config: the resolved configuration.
         folder: the run's folder, claimed.
-        command: what the user typed, for the advice at the end.
+        command: the words that start this run, for the advice at the end.
     """
 
-    def __init__(self, config: Config, folder: Path, command: str, world: World) -> None:
+    def __init__(self, config: Config, folder: Path, command: list[str], world: World) -> None:
         self.config, self.command, self.world = config, command, world
         self.checkpoints = folder / CHECKPOINTS
         self.stop_signal: signal.Signals | None = None
@@ -89,7 +92,7 @@ class Trainer:
                     saved = self._save()
         if self.stopping:
             name = self.stop_signal.name if self.stop_signal else "a signal to another rank"
-            self.say(f"stopped by {name} at step {self.step}; to go on: {self.command}")
+            self.say(f"stopped by {name} at step {self.step}; to go on: {shlex.join(self.command)}")
         else:
             self._summarise()
         return saved
@@ -177,6 +180,8 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         """At every `eval.every`-th step and the last one, unless a run before did."""
+        if not self.validation:
+            return
         last = self.step == self.config.train.steps
         rows = self.recorder.evaluations() if self.recorder else []
         done = self.world.on_first(lambda: self.step in {row["step"] for row in rows})
@@ -202,22 +207,31 @@ class Trainer:
             )
         if self.recorder is None:
             return
-        rows = self.recorder.evaluations()
-        bar = compressed_bits_per_byte(self.corpus.validation_text(config.tokens).encode())
-        more = self.config.train.steps * 2
+        self._compare(self.recorder)
+        if sample:
+            self.say(f"a sample\n{sample}")
+            self.recorder.text("sample", sample, self.step)
+        onward = [word for word in self.command if not word.startswith("train.steps=")]
+        onward.append(f"train.steps={2 * self.step}")
+        self.say(
+            f"to see the curves:  {shlex.join(['tensorboard', '--logdir', self.config.run.root])}\n"
+            f"to go on:           {shlex.join(onward)}"
+        )
+
+    def _compare(self, recorder: Recorder) -> None:
+        """The validation set as the untrained model, xz and the trained model see it."""
+        rows = recorder.evaluations()
+        if not rows:
+            return
+        bar = compressed_bits_per_byte(
+            self.corpus.validation_text(self.config.eval.tokens).encode()
+        )
         self.say(
             "validation, bits per byte\n"
             f"  untrained  {rows[0]['val_bpb']:.3f}\n"
             f"  xz -9      {bar:.3f}\n"
             f"  trained    {rows[-1]['val_bpb']:.3f}"
             f"  after {self.step} steps, {self.tokens:,} tokens"
-        )
-        if sample:
-            self.say(f"a sample\n{sample}")
-            self.recorder.text("sample", sample, self.step)
-        self.say(
-            f"to see the curves:  tensorboard --logdir {self.config.run.root}\n"
-            f"to go on:           {self.command} train.steps={more}"
         )
 
     @contextmanager
@@ -247,6 +261,8 @@ def _dtype(config: Config, world: World) -> torch.dtype:
 def _surroundings(world: World) -> list[str]:
     """What the run finds around it, as far as a user should know."""
     lines = []
+    if world.device.type == "cuda" and not (os.environ.get("CC") or shutil.which("cc")):
+        raise ConfigError("no C compiler found, and Triton's kernels need one: install gcc")
     if world.device.type == "cpu":
         lines.append(f"no GPU found: training on the CPU with {torch.get_num_threads()} threads")
     if world.size > 1:
