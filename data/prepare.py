@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from data.settings import ConfigError
 from data.sources import Source, resolve
 from data.store import JOURNAL, Journal, Writer, digest, index, replace, shard_name
 
-FORMAT = 2
+FORMAT = 3
 _VERIFY_BYTES = 1 << 30  # a corpus up to this size is verified whenever it is opened
 _REPORT_SECONDS = 10.0
 
@@ -112,7 +113,27 @@ def _build(config: DataConfig, sources: list[Source], path: Path, log: Log) -> N
         writer.close()
     journal = writer.journal
     _check_broken(config, sources, journal, log)
-    held = index(part, journal.documents, config.validation)
+    names = [source.name for source in sources]
+    manifest = publish(part, path, tokenizer, dtype, journal, names, config.validation)
+    log(
+        f"{manifest['tokens']:,} tokens of {manifest['documents']:,} documents "
+        f"({journal.text_bytes / manifest['tokens']:.2f} bytes a token) in {path}"
+    )
+    if not manifest["validation_documents"]:
+        log("no document is held out for validation")
+
+
+def publish(
+    part: Path,
+    path: Path,
+    tokenizer: tokenizers.Tokenizer,
+    dtype: np.dtype,
+    journal: Journal,
+    sources: list[str],
+    validation: float,
+) -> dict[str, Any]:
+    """Make the finished files in `part` a corpus at `path`: indices, digests, manifest, rename."""
+    held = index(part, journal.documents, validation)
     names = [shard_name(i) for i in range(len(journal.shards))]
     digests = {
         name: digest(part / name)
@@ -136,13 +157,13 @@ def _build(config: DataConfig, sources: list[Source], path: Path, log: Log) -> N
         ],
         "sources": [
             {
-                "name": source.name,
+                "name": name,
                 "documents": journal.documents[i],
                 "training_documents": held[i]["documents"],
                 "training_tokens": held[i]["tokens"],
                 "left_out": journal.problems[i],
             }
-            for i, source in enumerate(sources)
+            for i, name in enumerate(sources)
         ],
         "left_out": journal.named,
         "digests": digests,
@@ -151,12 +172,7 @@ def _build(config: DataConfig, sources: list[Source], path: Path, log: Log) -> N
     for name in ("lengths.part", "hashes.part", JOURNAL):
         (part / name).unlink()
     part.rename(path)
-    log(
-        f"{manifest['tokens']:,} tokens of {documents:,} documents "
-        f"({journal.text_bytes / max(sum(journal.shards), 1):.2f} bytes a token) in {path}"
-    )
-    if not manifest["validation_documents"]:
-        log("no document is held out for validation")
+    return manifest
 
 
 def _tokenizer(
