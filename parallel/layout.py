@@ -1,0 +1,269 @@
+"""Where tokens lie: layouts, the moves between two of them, and the rings that share keys.
+
+A layout is a table of spans. A span is a run of tokens of one sequence that lies unbroken in
+one rank's buffer. Sequences are numbered by their place in the stream (`Plan.order` says
+which sequence of the batch that is), positions count inside the sequence, offsets inside
+the rank's buffer. numpy only: plans are made on the host, and nothing here knows torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How many ranks there are, and which share a node: rank r is on node r // ranks_per_node."""
+
+    ranks: int
+    ranks_per_node: int
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or self.ranks_per_node < 1:
+            raise ValueError(
+                f"{self.ranks} ranks with {self.ranks_per_node} a node: both must be at least 1"
+            )
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // self.ranks_per_node)
+
+    def node(self, rank: Array | int) -> Array | int:
+        """The node of a rank, or of each rank of an array."""
+        return rank // self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table of spans, by rank and then by offset; no span is empty.
+
+    Attributes:
+        sequence, start, end, rank, offset: int64 (spans,). Positions [start, end) of
+            `sequence` lie at [offset, offset + end - start) of the buffer of `rank`.
+        tokens: int64 (ranks,), how many tokens each rank holds.
+    """
+
+    sequence: Array
+    start: Array
+    end: Array
+    rank: Array
+    offset: Array
+    tokens: Array
+
+    @staticmethod
+    def stack(sequence: Array, start: Array, end: Array, rank: Array, ranks: int) -> Layout:
+        """The layout in which each rank's spans follow one another in the given order."""
+        kept = np.flatnonzero(end > start)
+        kept = kept[np.argsort(rank[kept], kind="stable")]
+        sequence, start, end, rank = sequence[kept], start[kept], end[kept], rank[kept]
+        size = end - start
+        tokens = np.bincount(rank, size, ranks).astype(np.int64)
+        before = np.cumsum(tokens) - tokens
+        return Layout(sequence, start, end, rank, np.cumsum(size) - size - before[rank], tokens)
+
+    @cached_property
+    def bounds(self) -> Array:
+        """int64 (ranks + 1,): the rows of rank r are [bounds[r], bounds[r + 1])."""
+        return np.searchsorted(self.rank, np.arange(len(self.tokens) + 1))
+
+    def rows(self, rank: int) -> slice:
+        """The rows of the spans that `rank` holds."""
+        return slice(int(self.bounds[rank]), int(self.bounds[rank + 1]))
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Runs of tokens that go from one layout's buffers to the other's.
+
+    Sorted by (source, target, source_offset). Rows with source == target are copies inside
+    a rank. Sender and receiver of a pair see its rows in the same order, so the rows of one
+    peer are one message without any header.
+
+    Attributes:
+        source, source_offset, target, target_offset, tokens: int64 (moves,).
+        ranks: how many ranks there are.
+    """
+
+    source: Array
+    source_offset: Array
+    target: Array
+    target_offset: Array
+    tokens: Array
+    ranks: int
+
+    def sent(self, rank: int) -> Array:
+        """Rows that leave `rank` (copies included), by target."""
+        first, end = np.searchsorted(self.source, [rank, rank + 1])
+        return np.arange(first, end)
+
+    def received(self, rank: int) -> Array:
+        """Rows that come to `rank` (copies included), by source."""
+        return np.flatnonzero(self.target == rank)
+
+    def counts(self) -> Array:
+        """int64 (ranks, ranks): tokens that [source, target] sends, copies on the diagonal."""
+        pair = self.source * self.ranks + self.target
+        flat = np.bincount(pair, self.tokens, self.ranks * self.ranks).astype(np.int64)
+        return flat.reshape(self.ranks, self.ranks)
+
+
+def moves(source: Layout, target: Layout, cu_seqlens: Array) -> Moves:
+    """What must go where so that tokens laid out as `source` come to lie as `target`.
+
+    Args:
+        cu_seqlens: int64 (N + 1,), the stream's sequences in cumulative form.
+    """
+    sides = []
+    for layout in (source, target):
+        first = cu_seqlens[layout.sequence] + layout.start
+        by_place = np.argsort(first, kind="stable")
+        sides.append((by_place, first[by_place]))
+    (by_source, source_first), (by_target, target_first) = sides
+    # Both tables cover the stream, so the union of their cuts cuts it into runs that lie
+    # unbroken on both sides.
+    first = np.union1d(source_first, target_first)
+    tokens = np.diff(first, append=cu_seqlens[-1])
+    a = np.searchsorted(source_first, first, side="right") - 1
+    b = np.searchsorted(target_first, first, side="right") - 1
+    source_offset = source.offset[by_source[a]] + first - source_first[a]
+    target_offset = target.offset[by_target[b]] + first - target_first[b]
+    source_rank, target_rank = source.rank[by_source[a]], target.rank[by_target[b]]
+    order = np.lexsort((source_offset, target_rank, source_rank))
+    return Moves(
+        source_rank[order],
+        source_offset[order],
+        target_rank[order],
+        target_offset[order],
+        tokens[order],
+        len(source.tokens),
+    )
+
+
+@dataclass(frozen=True)
+class Round:
+    """One step of a ring's exchange; each array is int64 (members,), of member numbers.
+
+    Attributes:
+        block: whose keys and values each member works on.
+        source: the member that hands them over (itself in round 0).
+        ready: the round since which that member has held them: the transfer may begin as
+            soon as that round begins.
+    """
+
+    block: Array
+    source: Array
+    ready: int
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Ranks that share some sequences' attention, zigzag.
+
+    A sequence is cut into 2G chunks for the G members; member i holds chunk i, its *early*
+    one, and chunk 2G − 1 − i, its *late* one, so that all have the same causal work
+    (Zeppelin, arXiv 2509.21841, section 3.1). In a member's buffer the ring's tokens are one
+    block: the early chunks of all its sequences, then the late ones. Against the block of
+    an earlier member, all queries meet its early keys and none its late ones; against that
+    of a later one, the late queries meet all its keys.
+
+    Attributes:
+        ranks: int64 (nodes, members a node); member x·(members a node) + l is ranks[x, l].
+        sequences: int64 (S,), by place in the stream.
+        chunks: int64 (S, 2G + 1), where each sequence's chunks begin and end. Sizes differ
+            by one at most; a sequence shorter than 2G has empty ones.
+        offset: int64 (G,), where the ring's block begins in each member's buffer.
+    """
+
+    ranks: Array
+    sequences: Array
+    chunks: Array
+    offset: Array
+
+    @property
+    def members(self) -> Array:
+        """int64 (G,): the ranks in member order."""
+        return self.ranks.reshape(-1)
+
+    @cached_property
+    def early(self) -> Array:
+        """int64 (G, S): tokens of each member's early chunks."""
+        return np.diff(self.chunks, axis=1)[:, : self.ranks.size].T
+
+    @cached_property
+    def late(self) -> Array:
+        """int64 (G, S): tokens of each member's late chunks."""
+        return np.diff(self.chunks, axis=1)[:, : self.ranks.size - 1 : -1].T
+
+    @cached_property
+    def tokens(self) -> Array:
+        """int64 (G,): tokens of each member's block."""
+        return (self.early + self.late).sum(axis=1)
+
+    def rounds(self) -> list[Round]:
+        """The exchange: every member meets every block once, its own first.
+
+        Two rings in one. On the outer one, each member passes its block to its peer on the
+        next node, so that traffic between nodes is spread over the node's ranks and NICs
+        and enters each node once; on the inner one, blocks go round inside the node.
+        """
+        nodes, each = self.ranks.shape
+        node, local = np.divmod(np.arange(nodes * each), each)
+        rounds: list[Round] = []
+        for outer in range(nodes):
+            for inner in range(each):
+                block = (node - outer) % nodes * each + (local - inner) % each
+                if inner:
+                    source, ready = node * each + (local - 1) % each, len(rounds) - 1
+                elif outer:
+                    source, ready = (node - 1) % nodes * each + local, len(rounds) - each
+                else:
+                    source, ready = np.arange(nodes * each), 0
+                rounds.append(Round(block, source, ready))
+        return rounds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every token of one batch lies in every kind of layer.
+
+    Attributes:
+        topology: the ranks.
+        strategy: what made it: "balanced", "ring", "even" or "allgather".
+        order: int64 (N,), the batch's sequences in the order of the stream.
+        cu_seqlens: int64 (N + 1,), the stream in cumulative form (empty sequences allowed).
+        stream: what all layers but full attention work on: equal shards, sizes differing by
+            one token at most; contiguous ones, unless no layer of the model needs that. A
+            reader takes a rank's tokens from its rows here, and is right in both cases.
+        attention: what full attention works on; on each rank the blocks of `rings` in
+            their order, then the sequences that it holds whole, in order of the stream.
+        rings: those between nodes first, then by falling size; every rank works through
+            its own in this order, so no two ranks wait for each other in a circle.
+        to_attention, to_stream: the moves from the one layout to the other, and back.
+    """
+
+    topology: Topology
+    strategy: str
+    order: Array
+    cu_seqlens: Array
+    stream: Layout
+    attention: Layout
+    rings: tuple[Ring, ...]
+    to_attention: Moves
+    to_stream: Moves
+
+    def rings_of(self, rank: int) -> list[tuple[Ring, int]]:
+        """The rings that `rank` is in, with its member number, in the order of work."""
+        found = [(ring, np.flatnonzero(ring.members == rank)) for ring in self.rings]
+        return [(ring, int(member[0])) for ring, member in found if len(member)]
+
+    def whole(self, rank: int) -> slice:
+        """Rows of `attention` with the sequences that `rank` holds whole."""
+        rows = self.attention.rows(rank)
+        blocks = sum(int(ring.tokens[member]) for ring, member in self.rings_of(rank))
+        here = self.attention.offset[rows]
+        return slice(rows.start + int(np.searchsorted(here, blocks)), rows.stop)
