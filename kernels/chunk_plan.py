@@ -10,6 +10,7 @@ the state is done for a slab at once, small enough for its temporaries to stay i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -64,9 +65,11 @@ class Plan:
     covered: int  # tokens inside sequences
 
 
-def make_plan(cu_seqlens: Tensor, chunks_in_slab: int, device: torch.device) -> Plan:
-    """The plan of sequences `cu_seqlens` (N + 1,) int64, on the CPU; its tensors on `device`."""
-    starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+@lru_cache(maxsize=4)  # all layers of a model ask for the plan of one batch
+def make_plan(cu_seqlens: tuple[int, ...], chunks_in_slab: int, device: torch.device) -> Plan:
+    """The plan of the N sequences between N + 1 bounds, its tensors on `device`."""
+    bounds = torch.tensor(cu_seqlens)
+    starts, lengths = bounds[:-1], bounds.diff()
     counts, order = ((lengths + CHUNK - 1) // CHUNK).sort(descending=True, stable=True)
     rank = torch.arange(len(counts)).repeat_interleave(counts)
     step = torch.arange(len(rank)) - (counts.cumsum(0) - counts)[rank]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels.chunk_decay import CHUNK, Undecayed, decay_in_chunks
 from kernels.chunk_plan import Plan, Slab, make_plan
+from kernels.packing import accumulation_dtype, host_bounds
 
 # Tokens times heads in a slab. A temporary of 64 columns then has 1 MB in fp32.
 SLAB = 4096
@@ -77,10 +78,8 @@ def _run(
         decay = decay.unsqueeze(-1)
     if beta is not None:
         beta = beta.unsqueeze(-1)
-    ends = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.cpu().long()
-    if ends[0] != 0 or ends[-1] > B * T or (ends.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to at most T = {T}; got {ends.tolist()}")
-    plan = make_plan(ends, max(1, SLAB // (CHUNK * Hv)), v.device)
+    bounds = tuple(host_bounds(B, T, cu_seqlens))
+    plan = make_plan(bounds, max(1, SLAB // (CHUNK * Hv)), v.device)
     tokens = [None if x is None else x.flatten(0, 1) for x in (q, k, v, decay, beta)]
     with torch.autocast(v.device.type, enabled=False):
         o, state = _Chunked.apply(*tokens, initial_state, scale, plan)
@@ -147,15 +146,11 @@ def _rows_like(x: Tensor, plan: Plan) -> Tensor:
 
 def _states(x: Tensor | None, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """A copy of the states x (N, H, Dk, Dv) in plan order, zeros if there are none."""
-    dtype = _precision(k)
+    dtype = accumulation_dtype(k.dtype)
     if x is None:
         N, (H, Dv), Dk = len(plan.order), v.shape[1:], k.shape[-1]
         return torch.zeros(N, H, Dk, Dv, dtype=dtype, device=k.device)
     return x.to(dtype).index_select(0, plan.order)
-
-
-def _precision(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class _Terms:
@@ -177,7 +172,7 @@ class _Terms:
         scale: float,
     ) -> None:
         H = v.shape[1]
-        self.load = partial(slab.load, heads=H, dtype=_precision(k))
+        self.load = partial(slab.load, heads=H, dtype=accumulation_dtype(k.dtype))
         self.steps = [slice(step.start * H, step.stop * H) for step in slab.steps]
         self.scale = scale
         self.k, self.v = self.load(k), self.load(v)

@@ -1,0 +1,106 @@
+"""What a run of tokens does to the state that enters it: S_out = M · S_in + E.
+
+A segment is a sequence, or a fragment of one. M and E follow from its own tokens, so each holder
+of a fragment can compute them before it knows its S_in, and neighbours' maps compose:
+(M₂, E₂) ∘ (M₁, E₁) = (M₂M₁, M₂E₁ + E₂). M is no larger than it need be:
+
+    (N, Hv)          no decay, or one a head: a factor
+    (N, Hv, Dk)      decay a channel: a diagonal
+    (N, Hv, Dk, Dk)  with the delta rule: a matrix
+
+All of it is fp32 (fp64 for fp64 inputs), whatever the dtype of the tokens or an autocast around:
+a chain of bf16 maps drifts away from the state. Everything is differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import chunked
+from kernels.linear_attention import Backend, _check, linear_attention
+from kernels.packing import accumulation_dtype
+
+
+def segment_state(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The maps (M, E) of N segments, for the arguments of `kernels.linear_attention`.
+
+    For every S_in, `M · S_in + E` is its final state with `initial_state=S_in`. An empty segment
+    is the identity. Costs about half of the op, with Dk more columns in the state under the
+    delta rule and one more without.
+
+    Returns:
+        M, shaped as above, and E (N, Hv, Dk, Dv).
+
+    Raises:
+        ValueError: shapes, dtypes or arguments do not fit together.
+    """
+    _check(k, k, v, decay, beta, None, cu_seqlens)
+    (*_, Dk), (B, T, Hv, Dv) = k.shape, v.shape
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    # M is what becomes of columns that start as its own unit and are never written to: of the
+    # identity under the delta rule, of a single column of ones where channels stay apart.
+    unit = torch.eye(Dk, device=k.device) if beta is not None else k.new_ones(Dk, 1)
+    columns = unit.shape[1]
+    state = torch.cat([unit.new_zeros(Dk, Dv), unit], dim=1).to(accumulation_dtype(k.dtype))
+    values = torch.cat([v, v.new_zeros(B, T, Hv, columns)], dim=-1)
+    final = _final_state(k, values, decay, beta, state.expand(N, Hv, -1, -1), cu_seqlens, backend)
+    E, M = final.split([Dv, columns], dim=-1)
+    if beta is not None:
+        return M, E
+    per_channel = decay is not None and decay.dim() == 4
+    return (M[..., 0] if per_channel else M[..., 0, 0]), E
+
+
+def _final_state(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    if backend == "torch" or (backend == "auto" and not k.is_cuda):
+        return chunked.final_state(k, v, decay, beta, initial_state, cu_seqlens)
+    _, final = linear_attention(
+        k,
+        k,
+        v,
+        decay,
+        beta,
+        initial_state=initial_state,
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    assert final is not None
+    return final
+
+
+def apply_segment(M: Tensor, E: Tensor, state: Tensor) -> Tensor:
+    """M · state + E, (N, Hv, Dk, Dv): the state that leaves, given the one that enters."""
+    return _times(M, state) + E
+
+
+def compose_segments(
+    second: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The map (M, E) of `first` followed by `second`."""
+    (M2, E2), (M1, E1) = second, first
+    M = _times(M2, M1) if M1.dim() == 4 else M2 * M1
+    return M, apply_segment(M2, E2, E1)
+
+
+def _times(M: Tensor, x: Tensor) -> Tensor:
+    if M.dim() == x.dim():
+        with torch.autocast(x.device.type, enabled=False):
+            return M @ x
+    return M.reshape(*M.shape, *(1,) * (x.dim() - M.dim())) * x
