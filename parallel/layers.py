@@ -1,15 +1,26 @@
 """The layers that mix tokens, over a shard of the stream.
 
 A model calls these and never the kernels beneath: what a layer needs from other ranks is
-this room's business. A shard of whole sequences needs nothing.
+this room's business. Generation calls them with a shard that no other rank shares
+(`parallel.shard`), and nothing is exchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import kernels
-from parallel.stream import Shard
+from kernels.packing import accumulation_dtype
+from kernels.segments import apply_segment, segment_state
+from parallel import attention
+from parallel.chain import Recurrence, Shapes, enter
+from parallel.exchange import move
+from parallel.stream import Shard, View
 
 
 def linear_attention(
@@ -24,18 +35,49 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`kernels.linear_attention` over the sequences of `shard`; shapes are given there."""
-    return kernels.linear_attention(
-        q,
-        k,
-        v,
-        decay,
-        beta,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=shard.cu_seqlens,
-    )
+    """`kernels.linear_attention` over the sequences of `shard`; shapes are given there.
+
+    A sequence that began on other ranks enters with their state. `initial_state` and
+    `output_final_state` are for a shard that no other rank shares.
+    """
+    view = _view(shard, initial_state, output_final_state)
+    if view is None:
+        return kernels.linear_attention(
+            q,
+            k,
+            v,
+            decay,
+            beta,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=shard.cu_seqlens,
+        )
+    v, state = _entering_state(_LINEAR_ATTENTION, view, shard, v, k, v, decay, beta)
+    op = partial(kernels.linear_attention, scale=scale)
+    return _run(op, view, shard, state, q, k, v, decay, beta), None
+
+
+def diagonal_scan(
+    x: Tensor,
+    decay: Tensor,
+    shard: Shard,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`kernels.diagonal_scan` over the sequences of `shard`, as `linear_attention` here."""
+    view = _view(shard, initial_state, output_final_state)
+    if view is None:
+        return kernels.diagonal_scan(
+            x,
+            decay,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=shard.cu_seqlens,
+        )
+    x, state = _entering_state(_DIAGONAL_SCAN, view, shard, x, x, decay)
+    return _run(kernels.diagonal_scan, view, shard, state[..., 0, 0], x, decay), None
 
 
 def short_convolution(
@@ -47,7 +89,17 @@ def short_convolution(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`kernels.short_convolution` with SiLU over the sequences of `shard`."""
+    """`kernels.short_convolution` with SiLU over the sequences of `shard`.
+
+    The last W − 1 tokens before the shard come from the ranks that hold them.
+    """
+    view = _view(shard, initial_state, output_final_state)
+    if view is not None:
+        reach = weight.shape[1] - 1
+        (halo,) = move([x[0]], [view.halo(reach)], view.rank, view.group)
+        others = len(shard.lengths) - 1
+        initial_state = F.pad(halo, (0, 0, reach - len(halo), 0)).unsqueeze(0)
+        initial_state = F.pad(initial_state, (0, 0, 0, 0, 0, others))
     return kernels.short_convolution(
         x,
         weight,
@@ -70,10 +122,95 @@ def softmax_attention(
     """`kernels.softmax_attention`, causal, over the sequences of `shard`.
 
     `cu_seqlens_k` is given where k and v hold more than this shard's tokens: those of the
-    same sequences that came before.
+    same sequences that came before. Such a shard is one that no other rank shares.
     """
+    view = _view(shard, cu_seqlens_k)
+    if view is not None:
+        return attention.across_ranks(q, k, v, shard, view, window)
     o = kernels.softmax_attention(
         q, k, v, cu_seqlens=shard.cu_seqlens, cu_seqlens_k=cu_seqlens_k, window=window
     )
     assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
     return o
+
+
+def _view(shard: Shard, *of_generation: object) -> View | None:
+    """The shard among those of other ranks, if any sequence lies on more than one."""
+    if shard.view is None:
+        return None
+    if any(argument is not None and argument is not False for argument in of_generation):
+        raise ValueError("states and caches go with a shard made by parallel.shard alone")
+    return shard.view if shard.view.crossing else None
+
+
+def _entering_state(
+    recurrence: Recurrence, view: View, shard: Shard, through: Tensor, *inputs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    last = shard.tokens - shard.lengths[-1]
+    return enter(recurrence, view.links, last, view.group, through, *inputs)
+
+
+def _run(
+    op: Callable[..., tuple[Tensor, Tensor | None]],
+    view: View,
+    shard: Shard,
+    state: Tensor,
+    *inputs: Tensor | None,
+) -> Tensor:
+    """`op` with `state` entering the first fragment and zero the others.
+
+    A state a fragment would be more memory than many short fragments' tokens.
+    """
+    if not view.links.before:
+        return op(*inputs, cu_seqlens=shard.cu_seqlens)[0]
+    if len(shard.lengths) == 1:
+        return op(*inputs, initial_state=state)[0]
+    sizes = [shard.lengths[0], shard.tokens - shard.lengths[0]]
+    heads, tails = zip(
+        *(
+            (x, x) if x is None or x.dim() == 1 else x.split(sizes, dim=1)  # a constant or rows
+            for x in inputs
+        ),
+        strict=True,
+    )
+    first, _ = op(*heads, initial_state=state)
+    others, _ = op(*tails, cu_seqlens=shard.later)
+    return torch.cat([first, others], dim=1)
+
+
+def _shapes(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> Shapes:
+    Dk, (Hv, Dv) = k.shape[3], v.shape[2:]
+    per_channel = decay is not None and decay.dim() == 4
+    M = (1, Hv, Dk, Dk) if beta is not None else (1, Hv, Dk) if per_channel else (1, Hv)
+    return Shapes(torch.Size(M), torch.Size((1, Hv, Dk, Dv)))
+
+
+def _final_state(
+    entering: Tensor | None, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    M, E = segment_state(k, v, decay, beta)
+    return E if entering is None else apply_segment(M, E, entering)
+
+
+# Of k, v, decay and beta.
+_LINEAR_ATTENTION = Recurrence(_shapes, segment_state, _final_state)
+
+
+def _scan_shapes(x: Tensor, decay: Tensor) -> Shapes:
+    return Shapes(torch.Size((1, x.shape[2])), torch.Size((1, x.shape[2], 1, 1)))
+
+
+def _scan_segment(x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    M = decay.sum(1, dtype=accumulation_dtype(x.dtype)).exp()
+    return M, _scan_final_state(None, x, decay)
+
+
+def _scan_final_state(entering: Tensor | None, x: Tensor, decay: Tensor) -> Tensor:
+    state = None if entering is None else entering[..., 0, 0]
+    _, final = kernels.diagonal_scan(x, decay, initial_state=state, output_final_state=True)
+    assert final is not None
+    return final[..., None, None]
+
+
+# Of x and decay; each channel is a head with a state of one number.
+_DIAGONAL_SCAN = Recurrence(_scan_shapes, _scan_segment, _scan_final_state)

@@ -1,24 +1,96 @@
-"""One stream: the sequences of a batch laid end to end and cut over the ranks.
+"""One stream: the sequences of a batch laid end to end and cut evenly over the ranks.
 
-Today the cuts lie between sequences, so that no layer needs anything from another rank;
-the layers already go through this room (`parallel.layers`), which is where a cut inside a
-sequence will be served.
+A cut may fall anywhere. What a layer then needs from other ranks follows from the batch's
+plan, which every rank has made for itself from the lengths alone (`parallel.plan`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from parallel.chain import Links
+from parallel.config import Attention, ParallelConfig
+from parallel.exchange import Block, Table
+from parallel.layout import Plan, Topology
+from parallel.plan import plan
 from parallel.world import World
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class View:
+    """A batch's plan as one rank sees it. All of it is on the host.
+
+    Attributes:
+        plan: alike on all ranks.
+        group: all ranks, for the messages of layers.
+        attention: the strategy of full attention.
+    """
+
+    plan: Plan
+    rank: int
+    group: dist.ProcessGroup | None
+    attention: Attention
+    _halos: dict[int, Table] = field(default_factory=dict)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """(ranks + 1,): rank r holds the tokens [bounds[r], bounds[r + 1]) of the stream."""
+        return np.concatenate([[0], np.cumsum(self.plan.stream.tokens)])
+
+    @cached_property
+    def crossing(self) -> bool:
+        """Whether any sequence lies on more than one rank: alike on all of them."""
+        return not np.isin(self.bounds[1:-1], self.plan.cu_seqlens).all()
+
+    @cached_property
+    def links(self) -> Links:
+        """Those whose sequences reach into this shard, or go on from it."""
+        spans = self.plan.stream.rows(self.rank)
+        first, last = self.plan.stream.sequence[[spans.start, spans.stop - 1]]
+        begin, end = self.plan.cu_seqlens[first], self.plan.cu_seqlens[last + 1]
+        return Links(
+            rank=self.rank,
+            before=self.rank - self._holder(begin),
+            after=self._holder(end - 1) - self.rank,
+            through=spans.stop - spans.start == 1,
+        )
+
+    def halo(self, reach: int) -> Table:
+        """The up to `reach` tokens before this shard that belong to its first sequence.
+
+        Shards shorter than the reach make it span several ranks before.
+        """
+        if reach not in self._halos:
+            first = self._halo_start(self.rank, reach)
+            begin, end = self.bounds[self.rank : self.rank + 2]
+            takes, gives = [], []
+            for peer in range(self._holder(first), self.rank):
+                a, b = max(first, self.bounds[peer]), self.bounds[peer + 1]
+                takes.append(Block(peer, slice(int(a - first), int(b - first))))
+            for peer in range(self.rank + 1, self.rank + self.links.after + 1):
+                a = max(self._halo_start(peer, reach), begin)
+                if a < end:
+                    gives.append(Block(peer, slice(int(a - begin), int(end - begin))))
+            self._halos[reach] = Table(tuple(gives), tuple(takes), int(begin - first))
+        return self._halos[reach]
+
+    def _halo_start(self, rank: int, reach: int) -> int:
+        begin = self.bounds[rank]
+        sequence = np.searchsorted(self.plan.cu_seqlens, begin, side="right") - 1
+        return int(max(begin - reach, self.plan.cu_seqlens[sequence]))
+
+    def _holder(self, token: int) -> int:
+        return int(np.searchsorted(self.bounds, token, side="right")) - 1
+
+
+@dataclass(frozen=True, eq=False)
 class Shard:
     """The part of a stream that one rank holds.
 
@@ -26,52 +98,50 @@ class Shard:
         lengths: tokens of each fragment, on the host: no device is asked for them.
         cu_seqlens: (N + 1,) int32 on the device, the same in cumulative form.
         positions: (T,) int64 on the device, each token's position in its sequence.
+        view: how it lies among the shards of other ranks; None if there are none, and every
+            fragment begins its sequence or goes on from a cache.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     positions: Tensor
+    view: View | None = None
 
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
 
+    @cached_property
+    def later(self) -> Tensor:
+        """`cu_seqlens` of all fragments but the first."""
+        return self.cu_seqlens[1:] - self.lengths[0]
+
 
 def shard(lengths: Sequence[int] | np.ndarray, device: torch.device | str, start: int = 0) -> Shard:
     """A shard of whole sequences; `start` is the position of each one's first token."""
     each = np.asarray(lengths, dtype=np.int64)
-    cu_seqlens = np.concatenate([[0], np.cumsum(each)])
-    positions = start + np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], each)
+    return _shard(each, np.full(len(each), start), torch.device(device), None)
+
+
+def _shard(
+    lengths: np.ndarray, starts: np.ndarray, device: torch.device, view: View | None
+) -> Shard:
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(cu_seqlens[-1]) + np.repeat(starts - cu_seqlens[:-1], lengths)
     return Shard(
-        lengths=tuple(int(length) for length in each),
-        cu_seqlens=_to_device(cu_seqlens.astype(np.int32), torch.device(device)),
-        positions=_to_device(positions, torch.device(device)),
+        lengths=tuple(int(length) for length in lengths),
+        cu_seqlens=to_device(cu_seqlens.astype(np.int32), device),
+        positions=to_device(positions, device),
+        view=view,
     )
 
 
-def cut(cu_seqlens: np.ndarray, ranks: int) -> list[tuple[int, int]]:
-    """Deal a stream's sequences out to `ranks`, in order and whole.
-
-    Args:
-        cu_seqlens: (N + 1,) int, the stream's sequences in cumulative form.
-        ranks: how many shards to make.
-
-    Returns:
-        For each rank the half-open range (first, end) of its sequences. Each cut is the
-        boundary nearest to the even one, so shards differ by less than the longest
-        sequence; a rank's range may be empty.
-    """
-    even = np.arange(1, ranks) * (int(cu_seqlens[-1]) / ranks)
-    after = np.searchsorted(cu_seqlens, even)
-    before = np.maximum(after - 1, 0)
-    nearer = even - cu_seqlens[before] <= cu_seqlens[after] - even
-    inner = np.where(nearer, before, after)
-    bounds = [0, *(int(bound) for bound in inner), len(cu_seqlens) - 1]
-    return list(itertools.pairwise(bounds))
-
-
 def distribute(
-    tokens: np.ndarray, labels: np.ndarray, cu_seqlens: np.ndarray, world: World
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    cu_seqlens: np.ndarray,
+    world: World,
+    config: ParallelConfig | None = None,
 ) -> tuple[Tensor, Tensor, Shard]:
     """This rank's part of a stream, on its device.
 
@@ -80,24 +150,35 @@ def distribute(
         cu_seqlens: (N + 1,) int.
 
     Returns:
-        tokens and labels (t,) int64 of this rank's shard, and the shard. A rank that gets no
-        sequence holds one token without a label: it takes part in every collective and
-        changes no gradient.
+        tokens and labels (t,) int64 of this rank's shard, and the shard; t differs by at most
+        one over the ranks. Sequences may change places in the stream (`Plan.order`). Where
+        there are fewer tokens than ranks, the stream ends with sequences of one token without
+        a label, so that every rank holds something and takes part in every exchange.
     """
-    first, end = cut(cu_seqlens, world.size)[world.rank]
-    here = slice(int(cu_seqlens[first]), int(cu_seqlens[end]))
-    lengths = np.diff(cu_seqlens[first : end + 1])
-    tokens, labels = tokens[here], labels[here]
-    if not len(tokens):
-        tokens, labels, lengths = np.zeros(1, np.int64), np.full(1, -100), np.ones(1, np.int64)
+    config = config or ParallelConfig()
+    missing = max(0, world.size - len(tokens))
+    tokens = np.concatenate([tokens, np.zeros(missing, tokens.dtype)])
+    labels = np.concatenate([labels, np.full(missing, -100, labels.dtype)])
+    lengths = np.concatenate([np.diff(cu_seqlens), np.ones(missing, np.int64)])
+
+    made = plan(lengths, Topology(world.size, world.ranks_per_node), "allgather")
+    view = View(made, world.rank, world.group, config.attention)
+    here = np.arange(*view.bounds[world.rank : world.rank + 2])
+    # From places in the stream to places in the batch, whose sequences lie in another order.
+    sequence = np.searchsorted(made.cu_seqlens, here, side="right") - 1
+    begins = np.cumsum(lengths) - lengths
+    here += begins[made.order[sequence]] - made.cu_seqlens[sequence]
+
+    spans = made.stream.rows(world.rank)
+    starts, ends = made.stream.start[spans], made.stream.end[spans]
     return (
-        _to_device(tokens, world.device),
-        _to_device(labels, world.device),
-        shard(lengths, world.device),
+        to_device(tokens[here], world.device),
+        to_device(labels[here], world.device),
+        _shard(ends - starts, starts, world.device, view if world.size > 1 else None),
     )
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy on the device; from pinned memory, so that a GPU need not be waited for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +15,26 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
+# Of the world that this process has joined, for a `join` inside it.
+_layer_groups: list[dist.ProcessGroup | None] = []
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among its peers.
+
+    Attributes:
+        ranks_per_node: rank r is on node r // ranks_per_node.
+        group: all ranks once more, for the messages of layers: they need not queue behind
+            the optimiser's. None: the default group.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    ranks_per_node: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -72,20 +84,25 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     DeepSpeed keeps the first one's groups for as long as the process lives.
     """
     environment = os.environ
-    rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, ranks_per_node = 0, 1, 0, 1
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         local_rank = int(environment.get("LOCAL_RANK", "0"))
+        ranks_per_node = int(environment.get("LOCAL_WORLD_SIZE", size))
     elif "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
         rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
         local_rank = int(environment["SLURM_LOCALID"])
+        # "8(x4)" is eight tasks on each of four nodes, "8(x3),4" four on one more.
+        per_node = re.match(r"\d+", environment.get("SLURM_TASKS_PER_NODE", ""))
+        ranks_per_node = int(per_node[0]) if per_node else size
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     if dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        yield World(rank, size, local_rank, device, ranks_per_node, _layer_groups[-1])
         return
     # A world of one needs no port; a store in memory cannot collide with a neighbour's run.
     store = dist.HashStore() if size == 1 else None
@@ -96,7 +113,13 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
         world_size=size,
         timeout=timeout,
     )
+    group = dist.new_group(timeout=timeout) if size > 1 else None
+    if group is not None:
+        # NCCL sets a group up at its first use, which must be one of all ranks together.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    _layer_groups.append(group)
     try:
-        yield World(rank, size, local_rank, device)
+        yield World(rank, size, local_rank, device, ranks_per_node, group)
     finally:
+        _layer_groups.pop()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The stream: every token on exactly one rank, cut between sequences."""
+"""The stream: every token on exactly one rank, in shards of one size."""
 
 from __future__ import annotations
 
@@ -7,35 +7,62 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel import World, cut, distribute, shard
+from parallel import Shard, World, distribute, shard
 
 CPU = torch.device("cpu")
 
 
-def test_a_cut_is_the_boundary_nearest_to_the_even_one() -> None:
-    assert cut(np.array([0, 64, 65, 135, 164]), 2) == [(0, 2), (2, 4)]
-    assert cut(np.array([0, 164]), 3) == [(0, 0), (0, 1), (1, 1)]
-    assert cut(np.array([0, 40, 80, 120, 164]), 4) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+def shards(lengths: list[int], ranks: int) -> list[tuple[np.ndarray, np.ndarray, Shard]]:
+    """Each rank's (tokens, labels, shard) of a stream that counts from 0, with labels alike."""
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    count = np.arange(cu_seqlens[-1])
+    parts = [distribute(count, count, cu_seqlens, World(r, ranks, 0, CPU)) for r in range(ranks)]
+    return [(tokens.numpy(), labels.numpy(), part) for tokens, labels, part in parts]
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 9))
-def test_every_token_is_on_one_rank_and_every_sequence_whole(
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(1, 9))
+def test_every_token_is_on_one_rank_and_ranks_hold_equally_many(
     lengths: list[int], ranks: int
 ) -> None:
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    stream = np.arange(cu_seqlens[-1])
-    tokens, held = [], []
-    for rank in range(ranks):
-        mine, labels, part = distribute(stream, stream, cu_seqlens, World(rank, ranks, 0, CPU))
-        if (labels == -100).all():
-            assert part.lengths == (1,)  # a rank with no sequence holds one unlabelled token
-            continue
-        tokens += mine.tolist()
-        held += part.lengths
-        assert part.tokens == len(mine)
-        assert abs(len(mine) - cu_seqlens[-1] / ranks) <= 2 * max(lengths)
-    assert tokens == stream.tolist()
-    assert held == lengths
+    held = shards(lengths, ranks)
+    labelled = np.concatenate([tokens[labels >= 0] for tokens, labels, _ in held])
+    assert sorted(labelled) == list(range(sum(lengths)))
+    sizes = [len(tokens) for tokens, _, _ in held]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= 1
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(1, 9))
+def test_fragments_end_to_end_are_the_sequences(lengths: list[int], ranks: int) -> None:
+    begins = np.cumsum(lengths) - lengths
+    for tokens, labels, part in shards(lengths, ranks):
+        assert part.tokens == len(tokens)
+        assert part.cu_seqlens.tolist() == [0, *np.cumsum(part.lengths)]
+        assert min(part.lengths) >= 1
+        sequence = np.searchsorted(begins, tokens, side="right") - 1
+        positions = part.positions.numpy()
+        real = labels >= 0
+        np.testing.assert_array_equal(positions[real], (tokens - begins[sequence])[real])
+        starts = part.cu_seqlens[:-1].tolist()
+        assert all(positions[start] == 0 for start in starts[1:])
+
+
+def test_fewer_tokens_than_ranks_leave_no_rank_empty() -> None:
+    held = shards([1, 0, 2], 5)
+    assert [len(tokens) for tokens, _, _ in held] == [1] * 5
+    assert [labels.tolist() for _, labels, _ in held] == [[0], [1], [2], [-100], [-100]]
+    assert [part.lengths for _, _, part in held] == [(1,)] * 5
+
+
+def test_a_rank_knows_its_neighbours() -> None:
+    # Cuts at 4, 8, 12: the second rank holds only the middle of the long sequence.
+    links = [part.view.links for _, _, part in shards([2, 11, 3], 4)]
+    assert [(x.before, x.after, x.through) for x in links] == [
+        (0, 3, False),
+        (1, 2, True),
+        (2, 1, True),
+        (3, 0, False),
+    ]
 
 
 def test_positions_begin_anew_in_every_sequence() -> None:

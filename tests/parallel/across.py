@@ -1,0 +1,80 @@
+"""One layer over shards on several ranks, against the same layer over the whole stream.
+
+Functions here run on every rank; a test hands them to its ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parallel import ParallelConfig, Shard, World, distribute
+
+# Streams of every shape: a sequence over all ranks, many short ones, a mixture, lengths
+# divisible by nothing, shards of one to three tokens, fewer tokens than ranks.
+STREAMS = [
+    [67],
+    [3, 1, 2, 4, 1, 3, 5, 2, 1, 1, 4],
+    [1, 40, 2, 0, 17, 5, 1, 23],
+    [13, 61, 7],
+    [5],
+    [2, 5, 1],
+    [1, 0, 1],
+]
+
+Layer = Callable[[dict[str, Tensor], Shard], Tensor]
+Whole = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+
+def difference(
+    world: World,
+    lengths: list[int],
+    rows: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    layer: Layer,
+    whole: Whole,
+    config: ParallelConfig,
+) -> float:
+    """The largest error of the output or of any gradient on this rank, in units of its scale.
+
+    Args:
+        rows: tensors (1, T, …), one row a token of the stream; weights: tensors that all
+            tokens share. Both are the same on all ranks.
+        layer: from the rank's rows and the weights to its rows of the output.
+        whole: the same from all rows and `cu_seqlens`, on one process.
+    """
+    total = sum(lengths)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    number = np.arange(total)
+    mine, labels, shard = distribute(number, number, cu_seqlens, world, config)
+    real = (labels >= 0)[:, None]  # not the tokens that fill up a short stream
+
+    reference = {name: x.clone().requires_grad_() for name, x in (rows | weights).items()}
+    wanted = whole(reference, torch.tensor(cu_seqlens))
+    generator = torch.Generator().manual_seed(1)
+    dwanted = torch.randn(wanted.shape, generator=generator, dtype=wanted.dtype)
+    wanted.backward(dwanted)
+
+    local = {name: x[:, mine].clone().requires_grad_() for name, x in rows.items()}
+    shared = {name: x.clone().requires_grad_() for name, x in weights.items()}
+    got = layer(local | shared, shard)
+    dgot = dwanted[:, mine]
+    got.backward(dgot * real.reshape(1, -1, *[1] * (dgot.dim() - 2)))
+
+    errors = [_error(got[:, real[:, 0]], wanted[:, mine[real[:, 0]]])]
+    for name, x in local.items():
+        errors.append(_error(x.grad[:, real[:, 0]], reference[name].grad[:, mine[real[:, 0]]]))
+    for name, x in shared.items():
+        errors.append(_error(world.sum(x.grad), reference[name].grad))
+    return max(errors)
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    if not got.numel():
+        return 0.0
+    assert got.isfinite().all()
+    return float((got - wanted).abs().max() / max(1.0, float(wanted.abs().max())))

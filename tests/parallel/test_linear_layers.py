@@ -1,0 +1,126 @@
+"""Linear layers over a cut stream: output and every gradient as on one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels
+import parallel
+from parallel import ParallelConfig, Shard, World
+from tests.parallel.across import STREAMS, difference
+
+# Every row of the recurrence's table.
+ROWS = {
+    "linear attention": (None, False),
+    "retnet": ("head", False),
+    "mamba2": ("scalar", False),
+    "gla": ("vector", False),
+    "deltanet": (None, True),
+    "gated deltanet": ("scalar", True),
+    "kda": ("vector", True),
+}
+HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 4, 6, 5
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(
+        1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def recurrences(world: World, lengths: list[int]) -> dict[str, float]:
+    """The error of each row of the table."""
+    T = sum(lengths)
+    errors = {}
+    for row, (decay, delta) in ROWS.items():
+        rows = {
+            "q": random(T, HEADS, KEY_DIM, seed=1),
+            "k": F.normalize(random(T, HEADS, KEY_DIM, seed=2), dim=-1),
+            "v": random(T, VALUE_HEADS, VALUE_DIM, seed=3),
+        }
+        weights = {}
+        if decay == "head":
+            weights["decay"] = -0.1 * random(VALUE_HEADS, seed=4)[0].abs()
+        if decay == "scalar":
+            rows["decay"] = -0.1 * random(T, VALUE_HEADS, seed=4).abs()
+        if decay == "vector":
+            rows["decay"] = -0.1 * random(T, VALUE_HEADS, KEY_DIM, seed=4).abs()
+        if delta:
+            rows["beta"] = 2 * random(T, VALUE_HEADS, seed=5).sigmoid()
+
+        def layer(x: dict[str, Tensor], shard: Shard) -> Tensor:
+            given = (x["q"], x["k"], x["v"], x.get("decay"), x.get("beta"))
+            return parallel.linear_attention(*given, shard)[0]
+
+        def whole(x: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
+            return kernels.linear_attention(**x, cu_seqlens=cu_seqlens, backend="reference")[0]
+
+        errors[row] = difference(world, lengths, rows, weights, layer, whole, ParallelConfig())
+    return errors
+
+
+@pytest.mark.parametrize("lengths", STREAMS, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_recurrence_equals_the_definition(ranks, size: int, lengths: list[int]) -> None:
+    """fp64: to 1e-10."""
+    for errors in ranks(size).run(recurrences, lengths):
+        assert all(error < 1e-10 for error in errors.values()), errors
+
+
+def scan(world: World, lengths: list[int]) -> float:
+    rows = {
+        "x": random(sum(lengths), 9, seed=1),
+        "decay": -0.2 * random(sum(lengths), 9, seed=2).abs(),
+    }
+
+    def layer(x: dict[str, Tensor], shard: Shard) -> Tensor:
+        return parallel.diagonal_scan(x["x"], x["decay"], shard)[0]
+
+    def whole(x: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
+        ends, h = cu_seqlens.tolist(), []
+        for t in range(sum(lengths)):
+            before = torch.zeros_like(x["x"][:, 0]) if t in ends else h[-1]
+            h.append(x["decay"][:, t].exp() * before + x["x"][:, t])
+        return torch.stack(h, dim=1)
+
+    return difference(world, lengths, rows, {}, layer, whole, ParallelConfig())
+
+
+@pytest.mark.parametrize("lengths", STREAMS, ids=str)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_diagonal_scan_equals_its_equation(ranks, size: int, lengths: list[int]) -> None:
+    """fp64: to 1e-10."""
+    assert max(ranks(size).run(scan, lengths)) < 1e-10
+
+
+def convolution(world: World, lengths: list[int], width: int) -> float:
+    rows = {"x": random(sum(lengths), 7, seed=1)}
+    weights = {"weight": random(7, width, seed=2)[0], "bias": random(7, seed=3)[0]}
+
+    def layer(x: dict[str, Tensor], shard: Shard) -> Tensor:
+        return parallel.short_convolution(x["x"], x["weight"], shard, bias=x["bias"])[0]
+
+    def whole(x: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
+        pieces = x["x"][0].split(cu_seqlens.diff().tolist())
+        padded = [F.pad(piece.T, (width - 1, 0)) for piece in pieces]
+        y = [
+            F.conv1d(p, x["weight"].unsqueeze(1), x["bias"], groups=7).T
+            for p in padded
+            if p.shape[1] >= width
+        ]
+        return F.silu(torch.cat(y)).unsqueeze(0)
+
+    return difference(world, lengths, rows, weights, layer, whole, ParallelConfig())
+
+
+@pytest.mark.parametrize("width", [1, 4, 9])
+@pytest.mark.parametrize("lengths", STREAMS, ids=str)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_convolution_reaches_over_several_ranks(
+    ranks, size: int, lengths: list[int], width: int
+) -> None:
+    """fp64: to 1e-10; shards of one token under a filter of nine take from eight ranks."""
+    assert max(ranks(size).run(convolution, lengths, width)) < 1e-10
