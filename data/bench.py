@@ -65,6 +65,7 @@ def _texts(sources: list[Source]) -> list[str]:
 
 def _alone(corpus: Corpus, texts: list[str]) -> float:
     """The library's own encode, whole documents, in this thread."""
+    encode: Any
     if corpus.tokenizer.file == "tokenizer.json":
         import tokenizers
 

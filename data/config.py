@@ -63,14 +63,13 @@ class DataConfig:
         for number, stage in enumerate(self.stages):
             self._check_stage(f"data.stages[{number}]", stage)
 
-    def source_weights(self) -> dict[str, float] | None:
-        """The weights of the sources by name; None where sources weigh what they hold."""
-        from data.sources import resolve
-
-        found = resolve(self.source, self.text_field)
-        if all(source.weight is None for source in found):
+    def weights(self) -> list[float] | None:
+        """The weights of the sources in their order; None where they weigh what they hold."""
+        entries = self.source if isinstance(self.source, list) else [self.source]
+        found = [entry.get("weight") if isinstance(entry, dict) else None for entry in entries]
+        if all(weight is None for weight in found):
             return None
-        return {source.name: float(source.weight or 0.0) for source in found}
+        return [float(weight or 0.0) for weight in found]
 
     def _check_stage(self, where: str, stage: dict[str, Any]) -> None:
         for key, value in stage.items():

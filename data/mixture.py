@@ -78,15 +78,19 @@ def decks(corpus: Corpus, data: DataConfig, seed: int) -> list[Deck]:
     return found
 
 
-def stages(cards: list[Deck], data: DataConfig, stream: StreamConfig) -> list[Stage]:
+def stages(
+    corpus: Corpus, cards: list[Deck], data: DataConfig, stream: StreamConfig
+) -> list[Stage]:
     """The stages in the order of their starts; the first starts at batch 0.
 
     Raises:
         ConfigError: if a stage has an unknown key, source, or impossible value.
     """
+    weights = data.weights()
+    names = [source.name for source in corpus.sources]
     settings: dict[str, Any] = {
         "seq_len": stream.seq_len,
-        "weights": data.source_weights(),
+        "weights": dict(zip(names, weights, strict=True)) if weights else None,
         "long_weight": data.long_weight,
     }
     steps: list[dict[str, Any]] = [{"step": 0}, *sorted(data.stages, key=lambda s: s["step"])]
@@ -99,10 +103,15 @@ def stages(cards: list[Deck], data: DataConfig, stream: StreamConfig) -> list[St
                 f"data.stages: seq_len is {settings['seq_len']} from step {step['step']} on, more "
                 f"than train.batch_tokens = {stream.batch_tokens}; raise that or lower seq_len"
             )
-        weights = _weights(cards, settings["weights"], settings["long_weight"])
+        unknown = [name for name in settings["weights"] or {} if name not in names]
+        if unknown:
+            raise ConfigError(
+                f"data.stages: weight of {unknown[0]}: no such source; they are {', '.join(names)}"
+            )
+        shares = _weights(cards, settings["weights"], settings["long_weight"])
         if found and found[-1].start == start:
             found.pop()
-        found.append(Stage(start, settings["seq_len"], weights))
+        found.append(Stage(start, settings["seq_len"], shares))
     return found
 
 
@@ -147,11 +156,6 @@ def _weights(
 ) -> tuple[int, ...]:
     """Integer weights: a source's weight (its tokens, unless given), shared among its decks."""
     names = list(dict.fromkeys(deck.source for deck in cards))
-    for name in sources or {}:
-        if name not in names:
-            raise ConfigError(
-                f"data: weight of {name}: no such source; they are {', '.join(names)}"
-            )
     boosted = [deck.tokens * (long_weight if deck.long else 1.0) for deck in cards]
     if sources is None:
         shares = boosted

@@ -26,7 +26,7 @@ from data.settings import ConfigError
 
 IGNORED = -100  # the label of a token that predicts nothing
 _WINDOW_TOKENS = 1 << 22
-_MIN_BATCHES, _MAX_BATCHES = 16, 1024
+_MIN_BATCHES, _MAX_BATCHES = 16, 256
 _AHEAD = 4  # batches made before they are asked for
 
 
@@ -125,7 +125,7 @@ class Plan:
         self.stream = stream
         self.data = data
         self.decks = decks(corpus, data, stream.seed)
-        self.stages = stages(self.decks, data, stream)
+        self.stages = stages(corpus, self.decks, data, stream)
         self._packers: dict[Stage, Packer] = {}
         # A deck's key is made from the corpus's fingerprint, the seed and the source.
         self._corpus = _number([(deck.key, deck.first, deck.last) for deck in self.decks])
@@ -166,7 +166,7 @@ class Plan:
         )
         documents, deck, positions, offsets = self._documents(stage, cursor)
         if stage not in self._packers:
-            self._packers[stage] = self._packer(stage, number)
+            self._packers[stage] = self._packer(stage)
         rows = self._packers[stage].pack(documents.length, shape ^ start)
         after = Cursor(
             batches=start + length, positions=positions, offsets=offsets, corpus=self._corpus
@@ -174,13 +174,17 @@ class Plan:
         return Window(documents, deck, rows, _begin(documents, rows), cursor, after, stage)
 
     def _length(self, number: int, start: int) -> int:
-        """Batches of a window: half an epoch at most, and none across the start of a stage."""
+        """Batches of a window that starts at batch `start`: none across the start of a stage."""
+        if number + 1 < len(self.stages):
+            return min(self._full_length(), self.stages[number + 1].start - start)
+        return self._full_length()
+
+    def _full_length(self) -> int:
+        """Batches of a window that nothing cuts short: half an epoch at most."""
         epoch = sum(deck.tokens for deck in self.decks) // 2
         size = self.stream.batch_tokens
-        length = min(max(_WINDOW_TOKENS // size, _MIN_BATCHES), epoch // size, _MAX_BATCHES)
-        if number + 1 < len(self.stages):
-            length = min(max(length, 1), self.stages[number + 1].start - start)
-        return max(length, 1)
+        wanted = min(max(_WINDOW_TOKENS // size, _MIN_BATCHES), _MAX_BATCHES)
+        return max(min(wanted, epoch // size), 1)
 
     def _documents(
         self, stage: Stage, cursor: Cursor
@@ -204,12 +208,10 @@ class Plan:
             tuple(offset for _, _, offset in taken),
         )
 
-    def _packer(self, stage: Stage, number: int) -> Packer:
+    def _packer(self, stage: Stage) -> Packer:
         """A stage's packer is fitted to what a window at the very start would hold."""
         nothing = (0,) * len(self.decks)
-        window = Cursor(
-            window=self._length(number, stage.start), positions=nothing, offsets=nothing
-        )
+        window = Cursor(window=self._full_length(), positions=nothing, offsets=nothing)
         documents = self._documents(stage, window)[0]
         return Packer.fitted(
             self.data.packing, self.stream.batch_tokens, stage.seq_len, documents.length
