@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from data import DataConfig, StreamConfig
 from data.settings import ConfigError, load, setting
+from parallel.config import ParallelConfig
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
 
@@ -72,6 +73,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -10,12 +10,16 @@ import numpy as np
 import torch
 
 from data import Batch
-from parallel import World, distribute
+from parallel import ParallelConfig, World, distribute
 from train.engine import Engine
 
 
 def evaluate(
-    engine: Engine, batches: Sequence[Batch], byte_lengths: np.ndarray, world: World
+    engine: Engine,
+    batches: Sequence[Batch],
+    byte_lengths: np.ndarray,
+    world: World,
+    parallel: ParallelConfig,
 ) -> dict[str, float]:
     """The loss over `batches`, on all ranks together.
 
@@ -31,7 +35,9 @@ def evaluate(
     engine.eval()
     with torch.no_grad():
         for batch in batches:
-            tokens, labels, shard = distribute(batch.tokens, batch.labels, batch.cu_seqlens, world)
+            tokens, labels, shard = distribute(
+                batch.tokens, batch.labels, batch.cu_seqlens, world, parallel
+            )
             _, cross_entropy = engine(tokens, labels, shard)
             nats += cross_entropy
             predicted = batch.labels[batch.labels >= 0]

@@ -113,7 +113,9 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
         norm = None
         for batch in batches:
-            tokens, labels, shard = distribute(batch.tokens, batch.labels, batch.cu_seqlens, world)
+            tokens, labels, shard = distribute(
+                batch.tokens, batch.labels, batch.cu_seqlens, world, self.config.parallel
+            )
             loss, cross_entropy = engine(tokens, labels, shard)
             engine.backward(loss * (world.size * config.accumulate / targets))
             norm = engine.step(rate)
@@ -188,7 +190,7 @@ class Trainer:
         if done or not (last or self.step % self.config.eval.every == 0):
             return
         lengths = self.corpus.tokenizer.byte_lengths()
-        row = evaluate(self.engine, self.validation, lengths, self.world)
+        row = evaluate(self.engine, self.validation, lengths, self.world, self.config.parallel)
         if self.recorder:
             self.recorder.evaluation({"step": self.step, **row})
 
@@ -266,5 +268,5 @@ def _surroundings(world: World) -> list[str]:
     if world.device.type == "cpu":
         lines.append(f"no GPU found: training on the CPU with {torch.get_num_threads()} threads")
     if world.size > 1:
-        lines.append(f"{world.size} ranks: a batch is cut over them between sequences only")
+        lines.append(f"{world.size} ranks: each batch is one stream, cut evenly over them")
     return lines
