@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import time
+from typing import TYPE_CHECKING
 
 from data.settings import ConfigError, describe
 
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.stop import Watch
+
+
+COMMANDS = {
+    "checkpoints": "list, verify and prune what a run has saved",
+}
+
 
 def main(arguments: list[str]) -> int:
+    """Run what the words ask for; the exit code: 0 done or stopped as told, with a checkpoint;
+    1 a fault; 2 something the user can mend; 75 stopped in time and saved: start again.
+    """
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            from train import commands
+
+            return getattr(commands, arguments[0])(arguments[1:])
+        return _train(arguments)
+    except ConfigError as error:
+        return _told(error)
+
+
+def _train(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description="Train the run that CONFIG describes, or go on with it from its newest "
@@ -29,13 +55,22 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.config is None:
         parser.error("name a YAML file, as in: python -m train configs/smoke.yaml")
-    try:
-        return train(options)
-    except ConfigError as error:
-        # Every rank finds the same fault; one line is enough.
-        if os.environ.get("RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
-            print(error, file=sys.stderr)
-        return 2
+    return train(options)
+
+
+def _told(error: ConfigError) -> int:
+    """Every rank finds the same fault; one line is enough."""
+    if _is_first():
+        print(error, file=sys.stderr, flush=True)
+    else:
+        # Who started the ranks ends them all when one has ended: the first must speak before.
+        time.sleep(3)
+    return 2
+
+
+def _is_first() -> bool:
+    """Whether this is rank 0, before there is a world to ask."""
+    return os.environ.get("RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def train(options: argparse.Namespace) -> int:
@@ -44,6 +79,19 @@ def train(options: argparse.Namespace) -> int:
 
     config = read(options.config, options.overrides)
 
+    from train.stop import START_AGAIN, Interrupted, Watch
+
+    watch = Watch.of_job()
+    try:
+        with watch.listening():
+            return _run(config, options, watch)
+    except Interrupted as error:
+        if _is_first():
+            print(f"{error} before training began; the same command goes on", flush=True)
+        return START_AGAIN if error.number == signal.SIGUSR1 else 0
+
+
+def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:
     from parallel import join
     from train.loop import Trainer
     from train.model import mixers
@@ -51,15 +99,21 @@ def train(options: argparse.Namespace) -> int:
 
     mixers.check(config.model)
     command = ["python", "-m", "train", options.config, *options.overrides]
-    with join() as world, claim(config, options.fresh, options.overwrite, world) as folder:
-        saved = Trainer(config, folder, command, world).run()
-    return 0 if saved else 1
+    # A job that was queued again goes on with what its first start began anew.
+    fresh = options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    with join() as world, claim(config, fresh, options.overwrite, world) as folder:
+        return Trainer(config, folder, command, world, watch).run()
 
 
 def print_help(parser: argparse.ArgumentParser) -> None:
     from train.config import Config
 
     parser.print_help()
+    print("\nother commands, each with --help:")
+    for name, line in COMMANDS.items():
+        print(f"  python -m train {name:<12} {line}")
+    print("\nexit codes: 0 done, or stopped by SIGTERM or SIGINT and saved; 2 an error to mend;")
+    print("  75 stopped by SIGUSR1 or the end of the job's time and saved, to be started again")
     print("\nsettings, with their defaults:", flush=True)
     print(describe(Config), flush=True)
 

@@ -12,13 +12,10 @@ any stage can go on from it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +27,7 @@ from torch import Tensor
 from data.settings import ConfigError
 from parallel import World
 from train.engine import Engine
-
-MANIFEST = "manifest.json"
-STAGING = ".staging"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, beside its weights."""
-
-    step: int
-    tokens: int
-    cursor: dict[str, Any]
-    next_batch: str
-    config: dict[str, Any]
+from train.manifest import MANIFEST, STAGING, Progress, digest, name, read
 
 
 def save(folder: Path, engine: Engine, progress: Progress, world: World) -> Path:
@@ -55,16 +39,18 @@ def save(folder: Path, engine: Engine, progress: Progress, world: World) -> Path
         OSError: on every rank, if any rank could not write; the staged files are gone.
     """
     staging = folder / STAGING
-    final = folder / f"step-{progress.step:08d}"
+    final = folder / name(progress.step)
     if world.is_first:
         shutil.rmtree(staging, ignore_errors=True)
     world.barrier()
 
     # Everything is gathered by all ranks together; a fault waits until that is over.
     mine: dict[str, Tensor] = {}
-    for index, (name, key, full) in enumerate(engine.gather()):
+    for index, (parameter, key, full) in enumerate(engine.gather()):
         if (index // 3) % world.size == world.rank:
-            mine[f"{name}|{key}"] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
+            mine[f"{parameter}|{key}"] = (
+                full.detach().to("cpu", torch.float32, copy=True).contiguous()
+            )
     path = staging / f"state-{world.rank:02d}-of-{world.size:02d}.safetensors"
     files: dict[str, dict[str, Any]] = {}
     error: str | None = None
@@ -109,58 +95,13 @@ def _publish(
     _sync(final.parent)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; 0 keeps all."""
-    for old in checkpoints(folder)[keep:] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The published checkpoints, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
-
-
-def fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint: a file missing, cut short or changed; None if nothing."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is missing or broken"
-    for name, facts in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
-        if digest(file) != facts["sha256"]:
-            return f"{name} has changed since it was written"
-    return None
-
-
-def newest(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies, with a line for each that does not."""
-    for path in checkpoints(folder):
-        wrong = fault(path)
-        if wrong is None:
-            return path
-        log(f"passing over {path}: {wrong}")
-    return None
-
-
-def progress(path: Path) -> Progress:
-    """Where the run stood at a checkpoint."""
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    return Progress(**{name: manifest[name] for name in Progress.__dataclass_fields__})
-
-
 def load(path: Path, engine: Engine) -> None:
     """Set the weights and the optimiser's state of `engine`, on all ranks together.
 
     Raises:
         ConfigError: the checkpoint is of another model.
     """
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read(path)
     with contextlib.ExitStack() as stack:
         where: dict[str, Any] = {}
         for file in manifest["files"]:
@@ -176,12 +117,6 @@ def load(path: Path, engine: Engine) -> None:
                 )
         engine.scatter(lambda name, key: where[f"{name}|{key}"].get_tensor(f"{name}|{key}"))
     engine.set_optimizer_step(manifest["step"])
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

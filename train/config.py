@@ -44,12 +44,16 @@ class ZeroConfig:
 class CheckpointConfig:
     every: int = setting(500, "steps between checkpoints; the last step always has one")
     keep: int = setting(2, "newest checkpoints to keep; 0 for all")
+    keep_every: int = setting(0, "steps whose multiples are kept for good; 0 for none")
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ConfigError(f"checkpoint.every is {self.every}; it must be at least 1")
-        if self.keep < 0:
-            raise ConfigError(f"checkpoint.keep is {self.keep}; it must not be negative")
+        for key in ("keep", "keep_every"):
+            if getattr(self, key) < 0:
+                raise ConfigError(
+                    f"checkpoint.{key} is {getattr(self, key)}; it must not be negative"
+                )
 
 
 @dataclass

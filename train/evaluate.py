@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lzma
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,21 +20,27 @@ def evaluate(
     byte_lengths: np.ndarray,
     world: World,
     parallel: ParallelConfig,
-) -> dict[str, float]:
+    stopping: Callable[[], bool],
+) -> dict[str, float] | None:
     """The loss over `batches`, on all ranks together.
 
     Args:
         byte_lengths: (vocabulary,) bytes of text that each token stands for.
+        stopping: asked before every batch, on all ranks alike; true gives up.
 
     Returns:
         `val_loss`, nats a target token, and `val_bpb`, bits a byte of the text that the
-        targets stand for. Bits a byte compare across tokenizers; losses do not.
+        targets stand for; None if it was given up.
+        Bits a byte compare across tokenizers; losses do not.
     """
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     targets = size = 0
     engine.eval()
     with torch.no_grad():
         for batch in batches:
+            if stopping():
+                engine.train()
+                return None
             tokens, labels, shard = distribute(
                 batch.tokens, batch.labels, batch.cu_seqlens, world, parallel
             )

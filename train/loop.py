@@ -5,13 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +14,7 @@ import torch
 import data
 from data.settings import ConfigError
 from parallel import World, distribute
-from train import checkpoint
+from train import checkpoint, manifest
 from train.config import Config, differences
 from train.engine import Engine
 from train.evaluate import compressed_bits_per_byte, evaluate
@@ -27,7 +22,7 @@ from train.generate import generate
 from train.metrics import Recorder, peak_flops, peak_memory
 from train.model.transformer import Model
 from train.optim import learning_rate
-from train.run import CHECKPOINTS
+from train.stop import START_AGAIN, Cause, Watch
 
 
 class Trainer:
@@ -37,17 +32,19 @@ class Trainer:
         config: the resolved configuration.
         folder: the run's folder, claimed.
         command: the words that start this run, for the advice at the end.
+        watch: tells when to stop; it is listening.
     """
 
-    def __init__(self, config: Config, folder: Path, command: list[str], world: World) -> None:
-        self.config, self.command, self.world = config, command, world
-        self.checkpoints = folder / CHECKPOINTS
-        self.stop_signal: signal.Signals | None = None
-        self.stopping = False
+    def __init__(
+        self, config: Config, folder: Path, command: list[str], world: World, watch: Watch
+    ) -> None:
+        self.config, self.command, self.world, self.watch = config, command, world, watch
+        self.checkpoints = folder / manifest.CHECKPOINTS
+        self.cause = Cause.NONE
 
         notes: list[str] = []
-        found = world.on_first(lambda: checkpoint.newest(self.checkpoints, notes.append))
-        saved = checkpoint.progress(found) if found else None
+        found = world.on_first(lambda: manifest.newest(self.checkpoints, notes.append))
+        saved = manifest.progress(found) if found else None
         self.step = saved.step if saved else 0
         self.tokens = saved.tokens if saved else 0
         self.recorder = Recorder(folder, self.step, config.train.steps) if world.is_first else None
@@ -68,37 +65,41 @@ class Trainer:
             model, config.optim, config.zero, world, _dtype(config, world), config.train.accumulate
         )
         self.peak_flops = peak_flops(world.device)
+        self.saved_step = self.step if found else None
+        self.next_batch = self.stream.peek().digest
         if found and saved:
             self._resume(found, saved)
 
-    def run(self) -> bool:
-        """Train to the last step, or until a signal asks to stop; either way save.
+    def run(self) -> int:
+        """Train to the last step, or until it must stop; either way save.
 
         Returns:
-            Whether everything was saved.
+            The exit code: 0, `START_AGAIN`, or 1 if the end could not be saved.
         """
         config = self.config
+        self.watch.training = True
         self._evaluate_if_due()
-        saved = True
-        with self._signals():
-            while self.step < config.train.steps and not self.stopping:
-                row = self.train_step()
+        while self.step < config.train.steps and not self.cause:
+            row = self.train_step()
+            if row is not None:
+                self.watch.step_done()
                 if self.recorder:
                     self.recorder.step(row)
-                last = self.step == config.train.steps
-                if not self.stopping:
-                    self._evaluate_if_due()
-                if self.stopping or last or self.step % config.checkpoint.every == 0:
-                    saved = self._save()
-        if self.stopping:
-            name = self.stop_signal.name if self.stop_signal else "a signal to another rank"
-            self.say(f"stopped by {name} at step {self.step}; to go on: {shlex.join(self.command)}")
-        else:
+                self._evaluate_if_due()
+            last = self.step == config.train.steps
+            if self.cause or last or self.step % config.checkpoint.every == 0:
+                self._save()
+        if not self.cause or self.step == config.train.steps:
             self._summarise()
-        return saved
+            return 0 if self.step == self.saved_step else 1
+        onward = shlex.join(self.command)
+        self.say(f"stopped by {self.watch.reason} at step {self.step}; to go on: {onward}")
+        if self.step not in (0, self.saved_step):
+            return 1
+        return START_AGAIN if self.cause == Cause.TIME else 0
 
-    def train_step(self) -> dict[str, float]:
-        """One optimiser step over `train.accumulate` batches.
+    def train_step(self) -> dict[str, float] | None:
+        """One optimiser step over `train.accumulate` batches; None if it had to be given up.
 
         The gradient is that of the mean over all target tokens of the step. DeepSpeed
         averages over ranks and batches, so each loss is multiplied by their number.
@@ -113,6 +114,9 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
         norm = None
         for batch in batches:
+            if self._stopping():
+                self.next_batch = batches[0].digest
+                return None
             tokens, labels, shard = distribute(
                 batch.tokens, batch.labels, batch.cu_seqlens, world, self.config.parallel
             )
@@ -120,14 +124,12 @@ class Trainer:
             engine.backward(loss * (world.size * config.accumulate / targets))
             norm = engine.step(rate)
             nats += cross_entropy
-        # One small sum a step: the loss, and whether any rank was asked to stop.
-        asked = torch.full_like(nats, self.stop_signal is not None)
-        total, stops = world.sum(torch.stack([nats, asked])).tolist()
+        total = float(world.sum(nats))
 
         self.step += 1
         self.tokens += config.batch_tokens * config.accumulate
         self.cursor = batches[-1].cursor
-        self.stopping = stops > 0
+        self.next_batch = self.stream.peek().digest
         seconds = time.monotonic() - began
         # A backward pass is twice the work of a forward pass.
         work = 3 * sum(engine.model.flops(np.diff(batch.cu_seqlens)) for batch in batches)
@@ -148,11 +150,10 @@ class Trainer:
         if self.recorder:
             self.recorder.say(line)
 
-    def _resume(self, path: Path, saved: checkpoint.Progress) -> None:
+    def _resume(self, path: Path, saved: manifest.Progress) -> None:
         changed = differences(saved.config, self.config.to_dict())
         self.say(f"going on from {path}" + (f" with {'; '.join(changed)}" if changed else ""))
-        promised = self.stream.peek().digest
-        if promised != saved.next_batch:
+        if self.next_batch != saved.next_batch:
             raise ConfigError(
                 f"{path}: the next batch is not the one that was promised; restore "
                 f"{', '.join(line.split(':')[0] for line in changed) or 'the corpus'}, "
@@ -160,25 +161,35 @@ class Trainer:
             )
         checkpoint.load(path, self.engine)
 
-    def _save(self) -> bool:
+    def _stopping(self) -> bool:
+        """Whether it is time to save and end; asked between batches, on all ranks together."""
+        self.cause = max(self.cause, self.watch.agreed(self.world))
+        return self.cause != Cause.NONE
+
+    def _save(self) -> None:
         """Save; a fault is told and training goes on, with the older checkpoints in place."""
+        if self.step == self.saved_step:
+            return
         began = time.monotonic()
-        progress = checkpoint.Progress(
+        progress = manifest.Progress(
             step=self.step,
             tokens=self.tokens,
             cursor=self.cursor.to_dict(),
-            next_batch=self.stream.peek().digest,
+            next_batch=self.next_batch,
             config=self.config.to_dict(),
         )
         try:
             path = checkpoint.save(self.checkpoints, self.engine, progress, self.world)
         except OSError as error:
             self.say(f"step {self.step} could not be saved: {error}; older checkpoints are whole")
-            return False
+            return
+        self.saved_step = self.step
         if self.world.is_first:
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
-        self.say(f"saved {path} in {time.monotonic() - began:.1f} s")
-        return True
+            keep = self.config.checkpoint
+            manifest.prune(self.checkpoints, keep.keep, keep.keep_every)
+        self.watch.save_seconds = time.monotonic() - began
+        self.watch.pause()
+        self.say(f"saved {path} in {self.watch.save_seconds:.1f} s")
 
     def _evaluate_if_due(self) -> None:
         """At every `eval.every`-th step and the last one, unless a run before did."""
@@ -190,8 +201,15 @@ class Trainer:
         if done or not (last or self.step % self.config.eval.every == 0):
             return
         lengths = self.corpus.tokenizer.byte_lengths()
-        row = evaluate(self.engine, self.validation, lengths, self.world, self.config.parallel)
-        if self.recorder:
+        row = evaluate(
+            self.engine,
+            self.validation,
+            lengths,
+            self.world,
+            self.config.parallel,
+            self._stopping,
+        )
+        if row and self.recorder:
             self.recorder.evaluation({"step": self.step, **row})
 
     def _summarise(self) -> None:
@@ -235,23 +253,6 @@ class Trainer:
             f"  trained    {rows[-1]['val_bpb']:.3f}"
             f"  after {self.step} steps, {self.tokens:,} tokens"
         )
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask for a save and an end; a second one acts at once."""
-
-        def ask(number: int, _: FrameType | None) -> None:
-            self.stop_signal = signal.Signals(number)
-            signal.signal(number, before[number])
-
-        before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _dtype(config: Config, world: World) -> torch.dtype:

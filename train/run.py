@@ -7,15 +7,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import yaml
 
 from data.settings import ConfigError
-from parallel import World
 from train.config import Config
+from train.manifest import CHECKPOINTS, published
 
-CHECKPOINTS = "checkpoints"
+if TYPE_CHECKING:
+    from parallel import World
 
 
 @contextmanager
@@ -57,10 +58,10 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _open(folder: Path, config: Config, fresh: bool, overwrite: bool) -> None:
-    there = sorted((folder / CHECKPOINTS).glob("step-*"))
+    there = published(folder / CHECKPOINTS)
     if fresh and there and not overwrite:
         raise ConfigError(
-            f"{folder} holds checkpoints up to {there[-1].name}; add --overwrite to remove "
+            f"{folder} holds checkpoints up to {there[0].name}; add --overwrite to remove "
             "them, or set another run.name"
         )
     if fresh:
