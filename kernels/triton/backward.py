@@ -31,14 +31,16 @@ from kernels.triton.tiles import (
     decayed_state,
     dot,
     load_gate,
+    load_row_gate,
     load_rows,
     load_scalars,
+    load_state,
+    operand,
     pair_decay,
     read_state,
-    rounded,
-    row_offsets,
-    state_block,
     store_rows,
+    store_scalars,
+    store_state,
     to_last,
     write_state,
 )
@@ -46,7 +48,8 @@ from kernels.triton.tiles import (
 
 @triton.jit(do_not_specialize=["tokens"])
 def backward_chunks(
-    q, k, decay, beta, A, Z, errors, d_o, d_final_state, d_v, d_beta, d_states, d_initial_state,
+    q_read, k_read, k_written, decay, beta, A, Z, errors, d_o, d_final_state,
+    d_v, d_beta, d_states, d_initial_state,
     bounds, first_chunks, key_heads, value_heads, tokens, scale,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     KIND: tl.constexpr, DELTA: tl.constexpr, FINAL: tl.constexpr, OUTPUT: tl.constexpr,
@@ -65,9 +68,10 @@ def backward_chunks(
     first_chunk = tl.load(first_chunks + sequence)
     share = tl.program_id(0).to(tl.int64) * tokens * value_heads
 
-    own, own_mask = state_block(sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
     if FINAL:
-        dS = tl.load(d_final_state + own, mask=own_mask, other=0.0)
+        dS = load_state(
+            d_final_state, sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V
+        )
     else:
         dS = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
 
@@ -75,38 +79,37 @@ def backward_chunks(
     for done in range(0, chunks):
         chunk = chunks - 1 - done
         start = begin + chunk * CHUNK
-        length = tl.minimum(end - start, CHUNK)
-        block, mask = state_block(
-            first_chunk + chunk, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V
-        )
-        tl.store(d_states + block, dS.to(d_states.dtype.element_ty), mask=mask)
+        length = tl.minimum(end - start, CHUNK).to(tl.int32)
+        slot = first_chunk + chunk
+        store_state(d_states, dS, slot, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
 
-        k_tile = load_rows(k, start, length, key_heads, key_head, DK, 0, BLOCK_K)
-        gate, last = load_gate(decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND)
-        d_written = read_state(k_tile, to_last(gate, last, KIND), dS, KIND, PRECISION)
+        gate, rest, last = load_row_gate(decay, start, length, value_heads, head, DK, BLOCK_K, KIND)
+        k_tile = load_rows(k_written, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+        d_written = read_state(k_tile, rest, dS, KIND, PRECISION)
         dS = decayed_state(dS, last, KIND)
         if OUTPUT:
-            q_tile = load_rows(q, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+            q_tile = load_rows(q_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
             A_tile = load_rows(A, start, length, value_heads, head, CHUNK, 0, CHUNK)
             d_out = load_rows(d_o, start, length, value_heads, head, DV, column, BLOCK_V)
-            d_written += dot(tl.trans(A_tile), d_out, PRECISION) * scale
-            dS += write_state(q_tile, gate, d_out, KIND, PRECISION) * scale
+            d_out = d_out.to(tl.float32) * scale
+            d_written += dot(tl.trans(A_tile), d_out, PRECISION)
+            dS += write_state(q_tile, gate, d_out, KIND, PRECISION)
         if DELTA:
             b = load_scalars(beta, start, length, value_heads, head)
             Z_tile = load_rows(Z, start, length, value_heads, head, CHUNK, 0, CHUNK)
             r = load_rows(errors, start, length, value_heads, head, DV, column, BLOCK_V)
-            e = d_written - dot(tl.trans(Z_tile), b[:, None] * d_written, PRECISION)
-            rows = tl.arange(0, CHUNK)
-            tl.store(
-                d_beta + share + row_offsets(start, value_heads, head, 1),
-                tl.sum(r.to(tl.float32) * e, axis=1),
-                mask=rows < length,
-            )
+            e = d_written + dot(tl.trans(Z_tile), -b[:, None] * d_written, PRECISION)
+            d_b = tl.sum(r.to(tl.float32) * e, axis=1)
+            store_scalars(d_beta + share, d_b, start, length, value_heads, head)
             d_written = b[:, None] * e
-            dS -= write_state(k_tile, gate, d_written, KIND, PRECISION)
+            if KIND == VECTOR:
+                k_tile = load_rows(k_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+            dS += write_state(k_tile, gate, -d_written, KIND, PRECISION)
         store_rows(d_v, d_written, start, length, value_heads, head, DV, column, BLOCK_V)
 
-    tl.store(d_initial_state + own, dS, mask=own_mask)
+    store_state(
+        d_initial_state, dS, sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V
+    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -118,8 +121,9 @@ def gradients(
 ):  # fmt: skip
     """dq, dk (a value head each) and the decay's gradient of one chunk, value head and BLOCK_K
     columns of the keys. A scalar decay's gradient is a share for each column block."""
-    start = tl.load(chunks + tl.program_id(0) * 2)
-    length = tl.load(chunks + tl.program_id(0) * 2 + 1)
+    slot = tl.program_id(0)
+    start = tl.load(chunks + slot * 2)
+    length = tl.load(chunks + slot * 2 + 1).to(tl.int32)
     if length == 0:
         return
     head = tl.program_id(1)
@@ -138,11 +142,12 @@ def gradients(
         if DELTA:
             b = load_scalars(beta, start, length, value_heads, head)
             written = written * b[:, None]
-        block, mask = state_block(
-            tl.program_id(0), value_heads, head, DK, DV, column, BLOCK_K, value_column, BLOCK_V
+        S = load_state(
+            states, slot, value_heads, head, DK, DV, column, BLOCK_K, value_column, BLOCK_V
         )
-        S = tl.load(states + block, mask=mask, other=0.0)
-        dS = tl.load(d_states + block, mask=mask, other=0.0)
+        dS = load_state(
+            d_states, slot, value_heads, head, DK, DV, column, BLOCK_K, value_column, BLOCK_V
+        )
         kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
         dk_written += dot(written, tl.trans(dS), PRECISION)
         if OUTPUT:
@@ -159,6 +164,7 @@ def gradients(
     if OUTPUT:
         q_tile = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
         dA *= scale
+        own = tl.sum(tl.where(rows[:, None] == rows[None, :], dA, 0.0), axis=1)[:, None]
         dq = decayed(dq * scale, gate, KIND)
     dk_reader = decayed(dk_reader, gate, KIND)
     dk_written = decayed(dk_written, to_last(gate, last, KIND), KIND)
@@ -168,6 +174,7 @@ def gradients(
         d_last = tl.sum(k_tile * dk_written) + tl.exp(last) * tl.sum(kept)
 
     if KIND == VECTOR:
+        dA, dK = operand(dA, PRECISION), operand(dK, PRECISION)
         d_gate = k_tile * (dk_reader - dk_written)
         dk = dk_reader + dk_written
         if OUTPUT:
@@ -180,10 +187,10 @@ def gradients(
             )
             # What the reading and the read row add to the gate's gradient cancels for earlier
             # rows only if both come from the very same rounded operands.
-            k_half = rounded(k_tile * factor, PRECISION)
+            k_half = operand(k_tile * factor, PRECISION)
             read_by = tl.zeros((CHUNK, BLOCK_K), tl.float32)
             if OUTPUT:
-                q_half = rounded(q_tile * factor, PRECISION)
+                q_half = operand(q_tile * factor, PRECISION)
                 d_reads = tl.where(pairs, dA, 0.0)
                 reads = dot(d_reads, k_half, PRECISION)
                 read_by += dot(tl.trans(d_reads), q_half, PRECISION)
@@ -217,11 +224,9 @@ def gradients(
                 d_gate += tl.sum(q_tile * dq, axis=1)
             d_steps = tl.cumsum(d_gate, axis=0, reverse=True) + d_last
             share = tl.program_id(2).to(tl.int64) * tokens * value_heads
-            offsets = share + row_offsets(start, value_heads, head, 1)
-            tl.store(d_decay + offsets, d_steps, mask=rows < length)
+            store_scalars(d_decay + share, d_steps, start, length, value_heads, head)
     if OUTPUT:
         # A row reads itself undecayed, which is nothing to the gate.
-        own = tl.sum(tl.where(rows[:, None] == rows[None, :], dA, 0.0), axis=1)[:, None]
         dq += own * k_tile
         dk += own * q_tile
         store_rows(d_q, dq, start, length, value_heads, head, DK, column, BLOCK_K)

@@ -21,31 +21,29 @@ import triton.language as tl
 
 from kernels.triton.tiles import (
     CHUNK,
+    VECTOR,
     decayed_state,
     dot,
-    load_gate,
+    load_row_gate,
     load_rows,
     load_scalars,
+    load_state,
     read_state,
-    state_block,
     store_rows,
-    to_last,
+    store_state,
     write_state,
 )
 
 
 @triton.jit
 def forward_chunks(
-    q, k, v, decay, beta, A, Z, initial_state, o, final_state, states, errors,
-    bounds, first_chunks, key_heads, value_heads, scale,
+    q_read, k_read, k_written, v, decay, beta, A, Z, initial_state,
+    o, final_state, states, errors, bounds, first_chunks, key_heads, value_heads, scale,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    KIND: tl.constexpr, DELTA: tl.constexpr, VALUES: tl.constexpr, INITIAL: tl.constexpr,
+    KIND: tl.constexpr, DELTA: tl.constexpr, INITIAL: tl.constexpr,
     OUTPUT: tl.constexpr, STATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All chunks of one sequence, value head and column block; BLOCK_K covers Dk.
-
-    VALUES off stands for v = 0: what is left of S is the transition applied to `initial_state`.
-    """
+    """All chunks of one sequence, value head and column block; BLOCK_K covers Dk."""
     column = tl.program_id(0) * BLOCK_V
     head = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -54,43 +52,41 @@ def forward_chunks(
     end = tl.load(bounds + sequence + 1)
     first_chunk = tl.load(first_chunks + sequence)
 
-    own, own_mask = state_block(sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
     if INITIAL:
-        S = tl.load(initial_state + own, mask=own_mask, other=0.0)
+        S = load_state(
+            initial_state, sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V
+        )
     else:
         S = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
 
     for chunk in range(0, tl.cdiv(end - begin, CHUNK)):
         start = begin + chunk * CHUNK
-        length = tl.minimum(end - start, CHUNK)
-        k_tile = load_rows(k, start, length, key_heads, key_head, DK, 0, BLOCK_K)
-        gate, last = load_gate(decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND)
+        length = tl.minimum(end - start, CHUNK).to(tl.int32)
+        gate, rest, last = load_row_gate(decay, start, length, value_heads, head, DK, BLOCK_K, KIND)
         if STATES:
-            block, mask = state_block(
-                first_chunk + chunk, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V
-            )
-            tl.store(states + block, S.to(states.dtype.element_ty), mask=mask)
-        if VALUES:
-            r = load_rows(v, start, length, value_heads, head, DV, column, BLOCK_V).to(tl.float32)
-        else:
-            r = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+            slot = first_chunk + chunk
+            store_state(states, S, slot, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
+        r = load_rows(v, start, length, value_heads, head, DV, column, BLOCK_V).to(tl.float32)
         if DELTA:
             b = load_scalars(beta, start, length, value_heads, head)[:, None]
             Z_tile = load_rows(Z, start, length, value_heads, head, CHUNK, 0, CHUNK)
+            k_tile = load_rows(k_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
             r -= read_state(k_tile, gate, S, KIND, PRECISION)
-            r -= dot(Z_tile, b * r, PRECISION)
+            r += dot(Z_tile, -b * r, PRECISION)
             written = b * r
         else:
             written = r
         if STATES:
             store_rows(errors, r, start, length, value_heads, head, DV, column, BLOCK_V)
         if OUTPUT:
-            q_tile = load_rows(q, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+            q_tile = load_rows(q_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
             A_tile = load_rows(A, start, length, value_heads, head, CHUNK, 0, CHUNK)
             out = read_state(q_tile, gate, S, KIND, PRECISION)
             out += dot(A_tile, written, PRECISION)
             store_rows(o, out * scale, start, length, value_heads, head, DV, column, BLOCK_V)
+        if KIND == VECTOR or not DELTA:
+            k_tile = load_rows(k_written, start, length, key_heads, key_head, DK, 0, BLOCK_K)
         S = decayed_state(S, last, KIND)
-        S += write_state(k_tile, to_last(gate, last, KIND), written, KIND, PRECISION)
+        S += write_state(k_tile, rest, written, KIND, PRECISION)
 
-    tl.store(final_state + own, S, mask=own_mask)
+    store_state(final_state, S, sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)

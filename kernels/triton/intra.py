@@ -21,22 +21,23 @@ from kernels.triton.tiles import (
     CHUNK,
     FORGET_ALL,
     VECTOR,
+    at,
     dot,
     load_gate,
     load_rows,
     load_scalars,
     pair_decay,
     store_rows,
+    to_last,
 )
-
-SOLVED = tl.constexpr(16)  # rows solved one after the other; larger blocks are merged by products
 
 
 @triton.jit
 def accumulate_gate(decay, gate, chunks, heads, DK: tl.constexpr, BLOCK_K: tl.constexpr):
     """Sum a vector decay (tokens, heads, DK) inside each chunk, in fp32."""
-    start = tl.load(chunks + tl.program_id(0) * 2)
-    length = tl.load(chunks + tl.program_id(0) * 2 + 1)
+    slot = tl.program_id(0)
+    start = tl.load(chunks + slot * 2)
+    length = tl.load(chunks + slot * 2 + 1).to(tl.int32)
     head = tl.program_id(1)
     column = tl.program_id(2) * BLOCK_K
     steps = load_rows(decay, start, length, heads, head, DK, column, BLOCK_K).to(tl.float32)
@@ -67,8 +68,8 @@ def half_factor(
     middle = rows // (2 * span) * (2 * span) + span
     columns = column + tl.arange(0, COLUMNS)
     mask = (middle < length)[:, None] & (columns < DK)[None, :]
-    offsets = ((start.to(tl.int64) + middle) * heads + head)[:, None] * DK + columns[None, :]
-    reference = tl.load(decay + offsets, mask=mask, other=0.0)
+    offsets = (middle * (heads * DK))[:, None] + columns[None, :]
+    reference = tl.load(at(decay, start, heads, head, DK) + offsets, mask=mask, other=0.0)
     return tl.exp(-tl.abs(gate - reference))
 
 
@@ -76,36 +77,42 @@ def half_factor(
 def solve(K, beta, PRECISION: tl.constexpr):
     """Z = K (I + Diag(β) K)⁻¹ for a strictly lower K, in fp32.
 
-    Rows one after the other inside blocks of SOLVED (z_i = K_i − Σ_{j<i} K_ij β_j z_j, all
-    blocks at once), then blocks in pairs: below the diagonal Z₂₁ = (I − Z₂₂β₂) K₂₁ (I − β₁Z₁₁).
+    The two diagonal quadrants row after row, both at once: z_i = K_i − Σ_{j<i} K_ij β_j z_j.
+    Then the one below the diagonal by two products: Z₂₁ = (I − Z₂₂ β₂) K₂₁ (I − β₁ Z₁₁).
     Doubling powers of K instead would be shorter, and loses all digits when keys repeat.
     """
+    HALF: tl.constexpr = CHUNK // 2
     rows = tl.arange(0, CHUNK)
-    same = (rows // SOLVED)[:, None] == (rows // SOLVED)[None, :]
-    BLOCKS: tl.constexpr = CHUNK // SOLVED
-    block = tl.arange(0, SOLVED)
-    diagonal = tl.reshape(tl.where(same, K, 0.0), (BLOCKS, SOLVED, BLOCKS, SOLVED))
-    diagonal = tl.sum(diagonal, axis=2)
-    b = tl.reshape(beta, (BLOCKS, SOLVED))
-    z = diagonal
-    for i in range(2, SOLVED):
-        row = tl.sum(tl.where((block == i)[None, :, None], diagonal, 0.0), axis=1) * b
-        new = tl.sum(row[:, :, None] * z, axis=1)
-        z -= tl.where((block == i)[None, :, None], new[:, None, :], 0.0)
-    Z = tl.broadcast_to(z[:, :, None, :], (BLOCKS, SOLVED, BLOCKS, SOLVED))
-    Z = tl.where(same, tl.reshape(Z, (CHUNK, CHUNK)), 0.0)
+    row = tl.arange(0, HALF)
+    lower = rows >= HALF
+    diagonal = lower[:, None] == lower[None, :]
+    corner = lower[:, None] & (rows < HALF)[None, :]
+    quadrants = tl.reshape(tl.where(diagonal, K, 0.0), (2, HALF, 2, HALF))
+    K_own = tl.sum(quadrants, axis=2)
+    b = tl.reshape(beta, (2, HALF))
+    z = K_own
+    for i in range(2, HALF):
+        current = (row == i)[None, :, None]
+        weights = tl.sum(tl.where(current, K_own, 0.0), axis=1) * b
+        z -= tl.where(current, tl.sum(weights[:, :, None] * z, axis=1)[:, None, :], 0.0)
 
-    identity = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-    for level in tl.static_range(2):
-        pairs = halves(SOLVED << level)
-        merged = dot(tl.where(pairs, K, 0.0), identity - beta[:, None] * Z, PRECISION)
-        Z += dot(identity - Z * beta[None, :], merged, PRECISION)
-    return Z
+    quadrants = tl.reshape(tl.where(corner, K, 0.0), (2, HALF, 2, HALF))
+    K_21 = tl.sum(tl.sum(quadrants, axis=2), axis=0)
+    z_1, z_2 = tl.split(tl.permute(z, (1, 2, 0)))
+    b_1, b_2 = tl.split(tl.permute(b, (1, 0)))
+    identity = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
+    z_21 = dot(K_21, identity - b_1[:, None] * z_1, PRECISION)
+    z_21 = dot(identity - z_2 * b_2[None, :], z_21, PRECISION)
+
+    own = tl.broadcast_to(z[:, :, None, :], (2, HALF, 2, HALF))
+    below = tl.broadcast_to(z_21[None, :, None, :], (2, HALF, 2, HALF))
+    Z = tl.where(diagonal, tl.reshape(own, (CHUNK, CHUNK)), 0.0)
+    return tl.where(corner, tl.reshape(below, (CHUNK, CHUNK)), Z)
 
 
 @triton.jit
 def intra_chunk(
-    q, k, decay, beta, A, Z, chunks, key_heads, value_heads,
+    q, k, decay, beta, A, Z, q_read, k_read, k_written, chunks, key_heads, value_heads,
     DK: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
     OUTPUT: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
@@ -115,8 +122,9 @@ def intra_chunk(
     A vector decay cannot leave the product over Dk. It is split as in `half_factor`: six
     products of tensor cores over halves of halves, instead of exponentials a pair.
     """
-    start = tl.load(chunks + tl.program_id(0) * 2)
-    length = tl.load(chunks + tl.program_id(0) * 2 + 1)
+    slot = tl.program_id(0)
+    start = tl.load(chunks + slot * 2)
+    length = tl.load(chunks + slot * 2 + 1).to(tl.int32)
     if length == 0:
         return
     head = tl.program_id(1)
@@ -129,7 +137,17 @@ def intra_chunk(
         if OUTPUT:
             q_strip = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
         if KIND == VECTOR:
-            gate = load_rows(decay, start, length, value_heads, head, DK, column, BLOCK_K)
+            gate, last = load_gate(
+                decay, start, length, value_heads, head, DK, column, BLOCK_K, KIND
+            )
+            weighted = k_strip * tl.exp(to_last(gate, last, KIND))
+            store_rows(k_written, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
+            if DELTA:
+                weighted = k_strip * tl.exp(gate)
+                store_rows(k_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
+            if OUTPUT:
+                weighted = q_strip * tl.exp(gate)
+                store_rows(q_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
             for level in range(6):
                 span = 1 << level
                 pairs = halves(span)

@@ -94,5 +94,7 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     """The launch of one kernel."""
     K, V = padded(DK), padded(DV)
     if kernel in ("forward", "backward"):
-        return Blocks(K, min(V, 32 if K >= 128 else 64), 4, 1)
-    return Blocks(min(K, 64), min(V, 64), 4, 1)
+        return Blocks(K, min(V, 32 if K <= 128 else 16), 4, 2)
+    if kernel == "intra":
+        return Blocks(min(K, 32), V, 4, 2) if vector else Blocks(min(K, 64), V, 4, 1)
+    return Blocks(min(K, 32 if vector else 64), min(V, 64 if V > 64 else 32), 8, 1)

@@ -17,6 +17,7 @@ numbers of e bytes (2 for bf16, else 4), A and Z: 128 e, r and dv: 2 Dv e, S and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,16 @@ from torch import Tensor
 
 from kernels.packing import device_bounds
 from kernels.triton import backward, forward, intra
-from kernels.triton.launch import Blocks, architecture, blocks, launch, padded, precision
+from kernels.triton.launch import (
+    Blocks,
+    Launch,
+    architecture,
+    blocks,
+    launch,
+    padded,
+    precision,
+    recording,
+)
 from kernels.triton.tiles import CHUNK, HEAD, NONE, SCALAR, VECTOR
 
 
@@ -66,7 +76,7 @@ class Problem(NamedTuple):
 
     q: Tensor | None  # (tokens, Hk, Dk); None where no output is wanted
     k: Tensor  # (tokens, Hk, Dk)
-    v: Tensor | None  # (tokens, Hv, Dv); None for values of zero
+    v: Tensor  # (tokens, Hv, Dv)
     decay: Tensor | None  # (Hv,), (tokens, Hv), or (tokens, Hv, Dk) accumulated inside chunks
     beta: Tensor | None  # (tokens, Hv)
     kind: int
@@ -109,16 +119,15 @@ class Problem(NamedTuple):
 def pose(
     q: Tensor | None,
     k: Tensor,
-    v: Tensor | None,
+    v: Tensor,
     decay: Tensor | None,
     beta: Tensor | None,
     scale: float,
-    Hv: int,
-    DV: int,
     cu_seqlens: Tensor | None,
 ) -> Problem:
     """Lay the op's arguments, (B, T, …), out for the kernels."""
     B, T, _, DK = k.shape
+    Hv, DV = v.shape[2:]
 
     def rows(x: Tensor) -> Tensor:
         return x.reshape(B * T, *x.shape[2:]).contiguous()
@@ -139,41 +148,58 @@ def pose(
         )  # fmt: skip
         decay = gate
     return Problem(
-        None if q is None else rows(q), rows(k), None if v is None else rows(v), decay,
+        None if q is None else rows(q), rows(k), rows(v), decay,
         None if beta is None else rows(beta), kind.value, scale, Hv, DV, layout,
         cu_seqlens is not None,
     )  # fmt: skip
 
 
-def run_intra(p: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """A (None without q) and Z (None without β), (tokens, Hv, CHUNK)."""
-    tokens, Hk, _ = p.k.shape
+class Intra(NamedTuple):
+    """What the passes over a sequence read of q and k."""
+
+    q_read: Tensor | None  # q, k to read a state with and k to write it with: the very inputs, or
+    k_read: Tensor | None  # (tokens, Hv, Dk) with a vector decay multiplied in
+    k_written: Tensor
+    A: Tensor | None  # (tokens, Hv, CHUNK); None without outputs
+    Z: Tensor | None  # (tokens, Hv, CHUNK); None without β
+
+
+def run_intra(p: Problem) -> Intra:
+    """Launch `intra_chunk` for what the problem has a use for."""
+    tokens, Hk, DK = p.k.shape
     _, constants = p.choices("intra")
-    shape = (tokens, p.Hv, CHUNK.value)
-    A = None if p.q is None else p.empty(*shape, dtype=p.operand_dtype)
-    Z = None if p.beta is None else p.empty(*shape, dtype=p.operand_dtype)
-    if A is not None or Z is not None:
+    output, delta, vector = p.q is not None, p.beta is not None, p.kind == VECTOR.value
+
+    def buffer(wanted: bool, width: int) -> Tensor | None:
+        return p.empty(tokens, p.Hv, width, dtype=p.operand_dtype) if wanted else None
+
+    A, Z = buffer(output, CHUNK.value), buffer(delta, CHUNK.value)
+    q_read = buffer(output, DK) if vector else p.q
+    k_read = buffer(delta, DK) if vector else p.k
+    k_written = p.empty(tokens, p.Hv, DK, dtype=p.operand_dtype) if vector else p.k
+    if output or delta or vector:
         solve = "ieee" if constants["PRECISION"] == "ieee" else "tf32x3"
         launch(
-            intra.intra_chunk, (len(p.layout.chunks), p.Hv), p.q, p.k, p.decay, p.beta, A, Z,
+            intra.intra_chunk, (len(p.layout.chunks), p.Hv),
+            p.q, p.k, p.decay, p.beta, A, Z, q_read, k_read, k_written,
             p.layout.chunks, Hk, p.Hv, SOLVE=solve, **constants,
         )  # fmt: skip
-    return A, Z
+    return Intra(q_read, k_read, k_written, A, Z)
 
 
 def run_forward(
-    p: Problem, A: Tensor | None, Z: Tensor | None, initial_state: Tensor | None
+    p: Problem, made: Intra, initial_state: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
     """o (tokens, Hv, Dv), None without q, and the final states (N, Hv, Dk, Dv)."""
     tokens, _, DK = p.k.shape
     o = None if p.q is None else p.result(tokens, p.Hv, p.DV, dtype=p.k.dtype)
     N = len(p.layout.first_chunks)
     final_state = p.empty(N, p.Hv, DK, p.DV, dtype=torch.float32)
-    _launch_forward(p, p.q, A, Z, initial_state, o, final_state, None, None)
+    _launch_forward(p, made, initial_state, o, final_state, None, None)
     return o, final_state
 
 
-def run_states(p: Problem, Z: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+def run_states(p: Problem, made: Intra, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the backward pass needs of the forward one again: the state that enters each chunk,
     (slots, Hv, Dk, Dv), and the errors r, (tokens, Hv, Dv)."""
     tokens, _, DK = p.k.shape
@@ -181,15 +207,13 @@ def run_states(p: Problem, Z: Tensor | None, initial_state: Tensor | None) -> tu
     states = p.empty(len(p.layout.chunks), p.Hv, DK, p.DV, dtype=p.operand_dtype)
     errors = p.empty(tokens, p.Hv, p.DV, dtype=p.operand_dtype)
     final_state = p.empty(N, p.Hv, DK, p.DV, dtype=torch.float32)
-    _launch_forward(p, None, None, Z, initial_state, None, final_state, states, errors)
+    _launch_forward(p, made, initial_state, None, final_state, states, errors)
     return states, errors
 
 
 def _launch_forward(
     p: Problem,
-    q: Tensor | None,
-    A: Tensor | None,
-    Z: Tensor | None,
+    made: Intra,
     initial_state: Tensor | None,
     o: Tensor | None,
     final_state: Tensor,
@@ -201,9 +225,10 @@ def _launch_forward(
     N, Hv = final_state.shape[:2]
     launch(
         forward.forward_chunks, (-(-p.DV // chosen.BLOCK_V), Hv, N),
-        q, p.k, p.v, p.decay, p.beta, A, Z, initial_state, o, final_state, states, errors,
-        p.layout.bounds, p.layout.first_chunks, p.k.shape[1], Hv, p.scale,
-        DV=p.DV, BLOCK_V=chosen.BLOCK_V, VALUES=p.v is not None,
+        made.q_read, made.k_read, made.k_written, p.v, p.decay, p.beta, made.A, made.Z,
+        initial_state, o, final_state, states, errors,
+        p.layout.bounds, p.layout.first_chunks, made.k_written.shape[1], Hv, p.scale,
+        DV=p.DV, BLOCK_V=chosen.BLOCK_V,
         INITIAL=initial_state is not None, STATES=states is not None, **constants,
     )  # fmt: skip
 
@@ -228,8 +253,8 @@ def run_backward(
     tokens, Hk, DK = p.k.shape
     Hv, DV = p.Hv, p.DV
     N, slots = len(p.layout.first_chunks), len(p.layout.chunks)
-    A, Z = run_intra(p)
-    states, errors = run_states(p, Z, initial_state)
+    made = run_intra(p)
+    states, errors = run_states(p, made, initial_state)
 
     chosen, constants = p.choices("backward")
     column_blocks = -(-DV // chosen.BLOCK_V)
@@ -241,9 +266,9 @@ def run_backward(
     d_initial_state = p.empty(N, Hv, DK, DV, dtype=torch.float32)
     launch(
         backward.backward_chunks, (column_blocks, Hv, N),
-        p.q, p.k, p.decay, p.beta, A, Z, errors, d_o, d_final_state,
-        d_v, d_beta, d_states, d_initial_state,
-        p.layout.bounds, p.layout.first_chunks, Hk, Hv, tokens, p.scale,
+        made.q_read, made.k_read, made.k_written, p.decay, p.beta, made.A, made.Z, errors,
+        d_o, d_final_state, d_v, d_beta, d_states, d_initial_state,
+        p.layout.bounds, p.layout.first_chunks, made.k_written.shape[1], Hv, tokens, p.scale,
         DV=DV, BLOCK_V=chosen.BLOCK_V, FINAL=d_final_state is not None, **constants,
     )  # fmt: skip
 
@@ -292,7 +317,7 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
+        q: Tensor | None,
         k: Tensor,
         v: Tensor,
         decay: Tensor | None,
@@ -300,23 +325,22 @@ class _LinearAttention(torch.autograd.Function):
         scale: float,
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         if initial_state is not None:
             initial_state = initial_state.float().contiguous()
-        p = pose(q, k, v, decay, beta, scale, v.shape[2], v.shape[3], cu_seqlens)
-        o, final_state = run_forward(p, *run_intra(p), initial_state)
+        p = pose(q, k, v, decay, beta, scale, cu_seqlens)
+        o, final_state = run_forward(p, run_intra(p), initial_state)
         ctx.save_for_backward(q, k, v, decay, beta, initial_state, cu_seqlens)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
-        assert o is not None
-        return o.reshape(v.shape), final_state
+        return None if o is None else o.reshape(v.shape), final_state
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, beta, initial_state, cu_seqlens = ctx.saved_tensors
         d_o, d_final_state = (None if d is None else d.contiguous() for d in d_outputs)
         read = None if d_o is None else q
-        p = pose(read, k, v, decay, beta, ctx.scale, v.shape[2], v.shape[3], cu_seqlens)
+        p = pose(read, k, v, decay, beta, ctx.scale, cu_seqlens)
         g = run_backward(p, initial_state, d_o, d_final_state)
         return (
             _like(g.q, q),
@@ -341,5 +365,63 @@ def linear_attention(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `kernels.linear_attention` with Triton; bf16, fp16 or fp32."""
-    o, final_state = _LinearAttention.apply(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
-    return o, final_state
+    o, final = _LinearAttention.apply(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
+    return o, final
+
+
+def final_state(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """The final state alone, (N, Hv, Dk, Dv) in fp32, at about half the cost of the op.
+
+    With `initial_state` [0 | I] and values [v | 0] it is the affine map [E | M] of a segment:
+    the same kernels with every read for an output compiled away, forward and backward.
+    """
+    _, final = _LinearAttention.apply(None, k, v, decay, beta, 1.0, initial_state, cu_seqlens)
+    final_state: Tensor = final
+    return final_state
+
+
+# Rows that are compiled ahead of time: every mixer of the table at the common head dim, the two
+# delta rules at the others, and in fp32.
+SHIPPED = [
+    ("linear", NONE, False, 128, torch.bfloat16),
+    ("retention", HEAD, False, 128, torch.bfloat16),
+    ("mamba2", SCALAR, False, 128, torch.bfloat16),
+    ("gla", VECTOR, False, 128, torch.bfloat16),
+    ("deltanet", NONE, True, 128, torch.bfloat16),
+    ("gated_deltanet", SCALAR, True, 64, torch.bfloat16),
+    ("gated_deltanet", SCALAR, True, 128, torch.bfloat16),
+    ("gated_deltanet", SCALAR, True, 256, torch.bfloat16),
+    ("kda", VECTOR, True, 64, torch.bfloat16),
+    ("kda", VECTOR, True, 128, torch.bfloat16),
+    ("gated_deltanet", SCALAR, True, 64, torch.float32),
+    ("kda", VECTOR, True, 64, torch.float32),
+]
+
+
+def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
+    """Every launch of a forward and backward pass of the shipped rows, with its name."""
+    B, T, H = 2, 4096, 16
+    for mixer, kind, delta, D, dtype in SHIPPED:
+
+        def x(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+        decay_shape = {NONE: (), HEAD: (H,), SCALAR: (B, T, H), VECTOR: (B, T, H, D)}[kind]
+        decay = x(*decay_shape, dtype=torch.float32) if decay_shape else None
+        beta = x(B, T, H, dtype=torch.float32) if delta else None
+        state = x(B, H, D, D, dtype=torch.float32)
+        with recording(arch) as launches:
+            q, k, v = (x(B, T, H, D) for _ in range(3))
+            outputs = linear_attention(q, k, v, decay, beta, 1.0, state, None)
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+        name = f"{mixer} D{D} {str(dtype).removeprefix('torch.')}"
+        for launched in launches:
+            states = " states" if launched.constants.get("STATES") else ""
+            yield f"{name} {launched.kernel.__name__}{states}", launched

@@ -6,6 +6,7 @@ a zero key writes nothing and a zero decay forgets nothing, so short chunks are 
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: SIM109, PLR1714  (Triton compiles `==`, and not `in`)
 from __future__ import annotations
 
 import os
@@ -29,33 +30,44 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def operand(a, PRECISION: tl.constexpr):
+    """a as products take it: rounded to bf16, or in fp32."""
+    if PRECISION == "bf16":
+        return a.to(tl.bfloat16)
+    else:
+        return a.to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a · b in fp32, operands rounded to bf16 ("bf16") or kept in fp32 (an input precision)."""
-    if PRECISION == "bf16":
-        # The interpreter multiplies the bit patterns of bf16 operands; their product is exact
-        # in fp32, so there they are rounded the same way and multiplied as fp32.
-        if INTERPRETED:
-            return tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32))
-        else:
-            return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    """a · b, summed in fp32; PRECISION is "bf16" or an input precision for fp32 operands."""
+    a, b = operand(a, PRECISION), operand(b, PRECISION)
+    if PRECISION != "bf16":
+        return tl.dot(a, b, input_precision=PRECISION)
+    elif INTERPRETED:
+        # The interpreter multiplies the bit patterns of bf16. Products of bf16 are exact in fp32.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+        return tl.dot(a, b)
 
 
 @triton.jit
-def rounded(a, PRECISION: tl.constexpr):
-    """a as `dot` will see it, in fp32."""
-    if PRECISION == "bf16":
-        return a.to(tl.bfloat16).to(tl.float32)
-    else:
-        return a
+def at(pointer, start, heads, head, width):
+    """Where row `start` of one head begins in a (tokens, heads, width) array.
+
+    This is the 64-bit part of an address: the offsets inside a chunk fit 32 bits, which halves
+    the registers that they take.
+    """
+    return pointer + (start.to(tl.int64) * heads + head) * width
 
 
 @triton.jit
-def row_offsets(start, heads, head, width):
-    """Offsets of a chunk's rows in a (tokens, heads, width) array, in 64 bits."""
-    rows = start.to(tl.int64) + tl.arange(0, CHUNK)
-    return (rows * heads + head) * width
+def within(indices, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """indices < WIDTH, known to the compiler where blocks of that size fill the width."""
+    if WIDTH % BLOCK == 0:
+        return indices >= 0
+    else:
+        return indices < WIDTH
 
 
 @triton.jit
@@ -63,10 +75,11 @@ def load_rows(
     pointer, start, length, heads, head, WIDTH: tl.constexpr, column, COLUMNS: tl.constexpr
 ):
     """(CHUNK, COLUMNS) of a (tokens, heads, WIDTH) array, zero outside."""
+    rows = tl.arange(0, CHUNK)
     columns = column + tl.arange(0, COLUMNS)
-    mask = (tl.arange(0, CHUNK) < length)[:, None] & (columns < WIDTH)[None, :]
-    offsets = row_offsets(start, heads, head, WIDTH)[:, None] + columns[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0)
+    mask = (rows < length)[:, None] & within(columns, WIDTH, COLUMNS)[None, :]
+    offsets = (rows * (heads * WIDTH))[:, None] + columns[None, :]
+    return tl.load(at(pointer, start, heads, head, WIDTH) + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -74,31 +87,54 @@ def store_rows(
     pointer, tile, start, length, heads, head, WIDTH: tl.constexpr, column, COLUMNS: tl.constexpr
 ):
     """The opposite of `load_rows`, in the dtype of the array."""
+    rows = tl.arange(0, CHUNK)
     columns = column + tl.arange(0, COLUMNS)
-    mask = (tl.arange(0, CHUNK) < length)[:, None] & (columns < WIDTH)[None, :]
-    offsets = row_offsets(start, heads, head, WIDTH)[:, None] + columns[None, :]
-    tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=mask)
+    mask = (rows < length)[:, None] & within(columns, WIDTH, COLUMNS)[None, :]
+    offsets = (rows * (heads * WIDTH))[:, None] + columns[None, :]
+    tile = tile.to(pointer.dtype.element_ty)
+    tl.store(at(pointer, start, heads, head, WIDTH) + offsets, tile, mask=mask)
 
 
 @triton.jit
 def load_scalars(pointer, start, length, heads, head):
     """(CHUNK,) of a (tokens, heads) array in fp32, zero outside."""
-    mask = tl.arange(0, CHUNK) < length
-    offsets = row_offsets(start, heads, head, 1)
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+    rows = tl.arange(0, CHUNK)
+    first = at(pointer, start, heads, head, 1)
+    return tl.load(first + rows * heads, mask=rows < length, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def state_block(
-    index, heads, head, DK: tl.constexpr, DV: tl.constexpr,
+def store_scalars(pointer, values, start, length, heads, head):
+    """The opposite of `load_scalars`."""
+    rows = tl.arange(0, CHUNK)
+    tl.store(at(pointer, start, heads, head, 1) + rows * heads, values, mask=rows < length)
+
+
+@triton.jit
+def load_state(
+    pointer, index, heads, head, DK: tl.constexpr, DV: tl.constexpr,
     row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask of a (ROWS, COLUMNS) block of entry `index` of (…, heads, DK, DV)."""
+    """(ROWS, COLUMNS) of entry `index` of (…, heads, DK, DV), zero outside."""
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
-    first = (index.to(tl.int64) * heads + head) * (DK * DV)
-    mask = (rows < DK)[:, None] & (columns < DV)[None, :]
-    return first + rows[:, None] * DV + columns[None, :], mask
+    mask = within(rows, DK, ROWS)[:, None] & within(columns, DV, COLUMNS)[None, :]
+    offsets = rows[:, None] * DV + columns[None, :]
+    return tl.load(at(pointer, index, heads, head, DK * DV) + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_state(
+    pointer, tile, index, heads, head, DK: tl.constexpr, DV: tl.constexpr,
+    row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The opposite of `load_state`, in the dtype of the array."""
+    rows = row + tl.arange(0, ROWS)
+    columns = column + tl.arange(0, COLUMNS)
+    mask = within(rows, DK, ROWS)[:, None] & within(columns, DV, COLUMNS)[None, :]
+    offsets = rows[:, None] * DV + columns[None, :]
+    tile = tile.to(pointer.dtype.element_ty)
+    tl.store(at(pointer, index, heads, head, DK * DV) + offsets, tile, mask=mask)
 
 
 @triton.jit
@@ -108,15 +144,13 @@ def load_gate(
 ):  # fmt: skip
     """Cumulative log decay g of a chunk's rows, and its value at the last row.
 
-    (CHUNK,) and a number, or (CHUNK, COLUMNS) and (COLUMNS,) for the vector kind, whose `decay`
-    has been accumulated by `accumulate_gate`; flat past the chunk's end except there, where it
-    is zero. g is what multiplied the state up to and including a row: e^{g_i} S_in.
+    g_i multiplied the state that row i reads, its own step included: e^{g_i} S_in. (CHUNK,) and
+    a number, flat past the chunk's end; for the vector kind, whose `decay` `accumulate_gate` has
+    summed, (CHUNK, COLUMNS) and (COLUMNS,), zero past the end.
     """
     if KIND == VECTOR:
         gate = load_rows(decay, start, length, heads, head, DK, column, COLUMNS)
-        columns = column + tl.arange(0, COLUMNS)
-        last_row = ((start.to(tl.int64) + length - 1) * heads + head) * DK
-        last = tl.load(decay + last_row + columns, mask=columns < DK, other=0.0)
+        last = load_last(decay, start, length, heads, head, DK, column, COLUMNS)
     elif KIND == NONE:
         gate = tl.zeros((CHUNK,), tl.float32)
         last = 0.0
@@ -131,6 +165,31 @@ def load_gate(
         # round-off, and `last − gate` of the last rows is much smaller than either.
         last = tl.sum(tl.where(tl.arange(0, CHUNK) == CHUNK - 1, gate, 0.0))
     return gate, last
+
+
+@triton.jit
+def load_last(decay, start, length, heads, head, DK: tl.constexpr, column, COLUMNS: tl.constexpr):
+    """The summed vector decay at the last row of a chunk."""
+    columns = column + tl.arange(0, COLUMNS)
+    last_row = at(decay, start + length - 1, heads, head, DK)
+    return tl.load(last_row + columns, mask=columns < DK, other=0.0)
+
+
+@triton.jit
+def load_row_gate(
+    decay, start, length, heads, head,
+    DK: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """The gate of each row, from each row to the last, and of the last, for `read_state` and
+    `write_state`. Rows come with a vector decay multiplied in, and only the last is left."""
+    if KIND == VECTOR:
+        gate = tl.zeros((CHUNK,), tl.float32)
+        rest = gate
+        last = load_last(decay, start, length, heads, head, DK, 0, COLUMNS)
+    else:
+        gate, last = load_gate(decay, start, length, heads, head, DK, 0, COLUMNS, KIND)
+        rest = last - gate
+    return gate, rest, last
 
 
 @triton.jit
@@ -157,21 +216,23 @@ def decayed_state(state, last, KIND: tl.constexpr):
 
 @triton.jit
 def read_state(rows, log, state, KIND: tl.constexpr, PRECISION: tl.constexpr):
-    """(e^log ⊙ rows) · state: (CHUNK, Dk) by (Dk, Dv)."""
-    if KIND == VECTOR:
-        return dot(decayed(rows, log, KIND), state, PRECISION)
-    else:
-        # A factor a row commutes with the product, and leaves the operand as it was loaded.
-        return decayed(dot(rows, state, PRECISION), log, KIND)
+    """(e^log ⊙ rows) · state: (CHUNK, Dk) by (Dk, Dv).
+
+    A factor a row commutes with the product. One for each number of a row does not: a vector
+    decay has been multiplied into the rows by `intra_chunk`, its exponentials taken once.
+    """
+    product = dot(rows, state, PRECISION)
+    if KIND == HEAD or KIND == SCALAR:
+        product *= tl.exp(log)[:, None]
+    return product
 
 
 @triton.jit
 def write_state(rows, log, values, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """(e^log ⊙ rows)ᵀ · values: (Dk, CHUNK) by (CHUNK, Dv)."""
-    if KIND == VECTOR:
-        return dot(tl.trans(decayed(rows, log, KIND)), values, PRECISION)
-    else:
-        return dot(tl.trans(rows), decayed(values, log, KIND), PRECISION)
+    if KIND == HEAD or KIND == SCALAR:
+        values = values * tl.exp(log)[:, None]
+    return dot(tl.trans(rows), values, PRECISION)
 
 
 @triton.jit
