@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
 import unicodedata
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from data.settings import ConfigError
 from data.sources import Document, Source
 from data.store import Piece
 from data.tokenizer import Tokenizer, load
@@ -35,21 +42,91 @@ def pieces(
         first: the document of each source to begin with.
         tokenizer: its file, which every worker loads.
     """
-    # Spawned, not forked: the caller may have threads, and a fork with threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (tokenizer, normalize)) as pool:
-        waiting: deque[Future[Piece]] = deque()
+    started = [_Worker(tokenizer, normalize, dtype) for _ in range(workers)]
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    for worker in started:
+        idle.put(worker)
+
+    def run(number: int, task: list[Document]) -> Piece:
+        worker = idle.get()
         try:
-            for number, source in enumerate(sources):
-                for task in _tasks(source, first[number]):
-                    waiting.append(pool.submit(_encode, number, task, dtype))
-                    if len(waiting) >= _WAITING * workers:
-                        yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            return worker.encode(number, task)
         finally:
-            for future in waiting:
-                future.cancel()
+            idle.put(worker)
+
+    waiting: deque[Future[Piece]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for number, source in enumerate(sources):
+            for task in _tasks(source, first[number]):
+                waiting.append(pool.submit(run, number, task))
+                if len(waiting) >= _WAITING * workers:
+                    yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for worker in started:
+            worker.close()
+
+
+class _Worker:
+    """A process that codes what it is given.
+
+    Not `multiprocessing`: that would run the caller's main script again in every worker,
+    and a fork of a process with threads can hang.
+    """
+
+    def __init__(self, tokenizer: Path, normalize: bool, dtype: np.dtype) -> None:
+        root = str(Path(__file__).resolve().parents[1])
+        known = os.environ.get("PYTHONPATH")
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from data.encode import serve; serve()",
+                str(tokenizer.resolve()),
+                str(int(normalize)),
+                dtype.name,
+            ],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([root, known] if known else [root])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def encode(self, source: int, task: list[Document]) -> Piece:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            pickle.dump((source, task), self._process.stdin)
+            self._process.stdin.flush()
+            return pickle.load(self._process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            raise ConfigError(
+                f"a tokenising process ended unasked (exit status {self._process.wait()}); if it "
+                "was killed for memory, lower data.workers; start again, it goes on from here"
+            ) from None
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def serve() -> None:
+    """The life of a worker: tasks from standard input, pieces to standard output."""
+    # Ctrl-C reaches the whole group; workers end when their input does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tokenizer, normalize, dtype = load(Path(sys.argv[1])), sys.argv[2] == "1", sys.argv[3]
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            source, task = pickle.load(sys.stdin.buffer)
+            piece = _encode(tokenizer, normalize, source, task, np.dtype(dtype))
+            pickle.dump(piece, sys.stdout.buffer, protocol=pickle.HIGHEST_PROTOCOL)
+            sys.stdout.buffer.flush()
 
 
 def _tasks(source: Source, first: int) -> Iterator[list[Document]]:
@@ -65,22 +142,14 @@ def _tasks(source: Source, first: int) -> Iterator[list[Document]]:
         yield task
 
 
-_tokenizer: Tokenizer | None = None
-_normalize = False
-
-
-def _start(tokenizer: Path, normalize: bool) -> None:
-    global _tokenizer, _normalize  # one tokenizer a worker process
-    _tokenizer, _normalize = load(tokenizer), normalize
-
-
-def _encode(source: int, task: list[Document], dtype: np.dtype) -> Piece:
-    assert _tokenizer is not None
+def _encode(
+    tokenizer: Tokenizer, normalize: bool, source: int, task: list[Document], dtype: np.dtype
+) -> Piece:
     texts = [document.text for document in task if document.text is not None]
-    if _normalize:
+    if normalize:
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     coded = [
-        np.array([_tokenizer.bos_id, *_tokenizer.encode(text), _tokenizer.eos_id], dtype=dtype)
+        np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype=dtype)
         for text in texts
     ]
     spelled = [text.encode() for text in texts]

@@ -27,6 +27,7 @@ from data.settings import ConfigError
 IGNORED = -100  # the label of a token that predicts nothing
 _WINDOW_TOKENS = 1 << 22
 _MIN_BATCHES, _MAX_BATCHES = 16, 256
+_FITTED = 128  # batches that the packer is fitted to
 _AHEAD = 4  # batches made before they are asked for
 
 
@@ -211,7 +212,9 @@ class Plan:
     def _packer(self, stage: Stage) -> Packer:
         """A stage's packer is fitted to what a window at the very start would hold."""
         nothing = (0,) * len(self.decks)
-        window = Cursor(window=self._full_length(), positions=nothing, offsets=nothing)
+        window = Cursor(
+            window=min(self._full_length(), _FITTED), positions=nothing, offsets=nothing
+        )
         documents = self._documents(stage, window)[0]
         return Packer.fitted(
             self.data.packing, self.stream.batch_tokens, stage.seq_len, documents.length
