@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.chunk_decay import CHUNK, Undecayed, decay_in_chunks
 from kernels.chunk_plan import Plan, Slab, make_plan
@@ -41,8 +42,9 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute `kernels.linear_attention` in chunks; time and memory are linear in T.
 
-    All products are fp64 when q is fp64, else fp32. Kept for the backward: the inputs, and
-    Dk·Dv numbers of that precision a head for every SLAB / Hv tokens.
+    All products are fp64 when q is fp64, else fp32. Kept for the backward: the inputs, and the
+    state that enters each slab, 4·Dk·Dv·Hv² / SLAB bytes a token of a long sequence in fp32
+    (64 bytes at Hv = 4, Dk = Dv = 64); of short sequences, at most the state of each chunk.
     """
     o, final_state = _run(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
     assert o is not None
@@ -116,6 +118,7 @@ class _Chunked(torch.autograd.Function):
         return o, torch.empty_like(state).index_copy_(0, plan.order, state)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, beta, initial_state, *entered = ctx.saved_tensors
         plan = ctx.plan

@@ -47,9 +47,11 @@ def segment_state(
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     # M is what becomes of columns that start as its own unit and are never written to: of the
     # identity under the delta rule, of a single column of ones where channels stay apart.
-    unit = torch.eye(Dk, device=k.device) if beta is not None else k.new_ones(Dk, 1)
+    unit = torch.ones(Dk, 1, dtype=accumulation_dtype(k.dtype), device=k.device)
+    if beta is not None:
+        unit = unit.squeeze(1).diag()
     columns = unit.shape[1]
-    state = torch.cat([unit.new_zeros(Dk, Dv), unit], dim=1).to(accumulation_dtype(k.dtype))
+    state = torch.cat([unit.new_zeros(Dk, Dv), unit], dim=1)
     values = torch.cat([v, v.new_zeros(B, T, Hv, columns)], dim=-1)
     final = _final_state(k, values, decay, beta, state.expand(N, Hv, -1, -1), cu_seqlens, backend)
     E, M = final.split([Dv, columns], dim=-1)
