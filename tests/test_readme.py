@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import cluster  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -31,7 +34,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_a_command_of_the_readme_works(command: str, place: list[str]) -> None:
+def test_a_command_of_the_readme_works(
+    command: str, place: list[str], request: pytest.FixtureRequest
+) -> None:
     if command.startswith("pip install"):
         # CI runs the installation itself; what follows it is a command like the others.
         extras = re.findall(r"\[(\w+)\]", command)
@@ -43,6 +48,11 @@ def test_a_command_of_the_readme_works(command: str, place: list[str]) -> None:
         return
     if words[0] == "tensorboard":
         check_tensorboard(words, place)
+        return
+    if words[0] == "sbatch":
+        # Slurm reads the script and its options and looks for the nodes, but starts nothing.
+        slurm: Cluster = request.getfixturevalue("cluster")
+        slurm.command("sbatch", "--test-only", *words[1:], folder=ROOT)
         return
     programs = {
         "python": [sys.executable],
@@ -77,7 +87,7 @@ def check_tensorboard(words: list[str], place: list[str]) -> None:
 
 
 def test_the_readme_names_only_files_that_exist() -> None:
-    for name in re.findall(
-        r"`((?:train|data|kernels|parallel|configs|slurm|tests)/[\w/.]*)`", README
-    ):
+    # A name with an ending or a last slash is a path; `train/loss` is a scalar.
+    rooms = "train|data|kernels|parallel|configs|slurm|tests"
+    for name in re.findall(rf"`((?:{rooms})/(?:[\w/]*(?:\.\w+|/))?)`", README):
         assert (ROOT / name).exists(), name

@@ -102,7 +102,10 @@ def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:
     # A job that was queued again goes on with what its first start began anew.
     fresh = options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
     with join() as world, claim(config, fresh, options.overwrite, world) as folder:
-        return Trainer(config, folder, command, world, watch).run()
+        code = Trainer(config, folder, command, world, watch).run()
+        # Who started the ranks ends them soon after the first has ended.
+        world.barrier()
+        return code
 
 
 def print_help(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,239 @@
+"""The shipped job scripts on a real Slurm, in a folder with a space in its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+STEPS = 30
+PYTHON = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+class Place:
+    """Where a test's jobs run: a configuration, runs and logs."""
+
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        self.folder, self.cluster = folder, cluster
+        self.config = folder / "tiny run.yaml"
+
+    def submit(self, *words: object, path: str = PYTHON) -> str:
+        """`sbatch` with a script's words; the job's number."""
+        return self.cluster.command(
+            "sbatch", "--parsable", f"--output={self.folder}/%j.log", *words, folder=ROOT,
+            PATH=path, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+        )  # fmt: skip
+
+    def train(self, *options: str, run: str, settings: tuple[str, ...] = ()) -> str:
+        return self.submit(
+            *options, "slurm/train.sbatch", self.config, f"run.name={run}", *settings
+        )
+
+    def log(self, job: str) -> str:
+        path = self.folder / f"{job}.log"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def finished(self, job: str) -> None:
+        facts = self.cluster.wait(job)
+        assert facts["JobState"] == "COMPLETED", self.log(job)
+
+    def losses(self, run: str) -> dict[int, float]:
+        """Loss by step; every step must be there once."""
+        path = self.folder / "runs" / run / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        steps = [(int(row["step"]), row["loss"]) for row in rows if "loss" in row]
+        assert len(dict(steps)) == len(steps)
+        return dict(steps)
+
+    def wait_for_step(self, run: str, step: int, job: str) -> None:
+        path = self.folder / "runs" / run / "metrics.jsonl"
+        until(lambda: path.exists() and f'"step": {step},' in path.read_text(), self, job)
+
+
+def until(fact: Callable[[], bool], place: Place, job: str) -> None:
+    for _ in range(1200):
+        if fact():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(place.log(job))
+
+
+@pytest.fixture(scope="module")
+def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A tiny model on some of the checkout's own sources, prepared by the shipped script."""
+    folder = tmp_path_factory.mktemp("slurm") / "a place"
+    folder.mkdir()
+    for number, path in enumerate(sorted((ROOT / "train").rglob("*.py"))):
+        text = path.read_text(encoding="utf-8")
+        (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
+    made = Place(folder, cluster)
+    made.config.write_text(
+        f"""
+run: {{root: "{folder}/runs"}}
+train: {{steps: {STEPS}, batch_tokens: 512, seq_len: 192}}
+optim: {{decay_fraction: 0}}
+data: {{source: "{folder}/*.txt", root: "{folder}/corpora", vocab_size: 600, validation: 0.2}}
+model:
+  layers: 2
+  dim: 32
+  pattern: [gated_deltanet, attention]
+  mixers:
+    gated_deltanet: {{heads: 2, head_dim: 8}}
+    attention: {{heads: 2, head_dim: 16}}
+eval: {{every: 10, tokens: 2048, sample_tokens: 0}}
+checkpoint: {{every: 5}}
+""",
+        encoding="utf-8",
+    )
+    job = made.submit("slurm/prepare.sbatch", made.config)
+    made.finished(job)
+    assert "is whole" in made.log(job)
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Place) -> dict[int, float]:
+    """The losses of one rank that nothing happened to, by the shipped smoke test."""
+    job = place.submit("--cpus-per-task=1", "slurm/smoke.sbatch", place.config, "run.name=smoke")
+    place.finished(job)
+    losses = place.losses("smoke")
+    assert list(losses) == list(range(1, STEPS + 1))
+    return losses
+
+
+def test_two_nodes_have_the_losses_of_one_rank(place: Place, undisturbed: dict[int, float]) -> None:
+    job = place.train("--nodes=2", run="two")
+    place.finished(job)
+    assert "on n[1-2], 2 ranks" in place.log(job)
+    assert place.losses("two") == pytest.approx(undisturbed, rel=1e-5)
+
+
+def test_a_time_limit_leads_to_a_save_a_new_start_and_the_same_losses(
+    place: Place, cluster: Cluster
+) -> None:
+    """And scancel, of the run to compare with, to a checkpoint and no new start."""
+    endless = ("train.steps=100000", "checkpoint.every=100000", "eval.every=100000")
+    whole = place.train(run="whole", settings=endless)
+    own = place.folder / "limited.yaml"
+    own.write_text('base: "tiny run.yaml"\ntrain: {steps: 100000}\n', encoding="utf-8")
+    limited = place.submit(
+        "--nodes=2", "--time=1", "slurm/train.sbatch", own, "run.name=limited", *endless[1:]
+    )
+    until(lambda: "queueing again" in place.log(limited), place, limited)
+    assert "stopped in time, saved" in place.log(limited)
+    assert re.search("stopped by (SIGUSR1|the clock|another rank) at step", place.log(limited))
+    stopped = max(place.losses("limited"))
+    assert (place.folder / f"runs/limited/checkpoints/step-{stopped:08d}").is_dir()
+    # It would go on like this for hours: let the rest be short.
+    own.write_text(f'base: "tiny run.yaml"\ntrain: {{steps: {stopped + 5}}}\n', encoding="utf-8")
+    place.finished(limited)
+    assert int(cluster.facts(limited)["Restarts"]) == 1
+    place.wait_for_step("whole", stopped + 5, whole)
+
+    cluster.command("scancel", whole)
+    facts = cluster.wait(whole)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), place.log(whole)
+    until(lambda: "cancelled" in place.log(whole), place, whole)
+    losses = place.losses("whole")
+    assert (place.folder / f"runs/whole/checkpoints/step-{max(losses):08d}").is_dir()
+    assert place.losses("limited") == pytest.approx(
+        {step: losses[step] for step in range(1, stopped + 6)}, rel=1e-4
+    )
+
+
+def test_a_killed_rank_ends_the_job_which_starts_again(
+    place: Place, cluster: Cluster, undisturbed: dict[int, float]
+) -> None:
+    job = place.train("--nodes=2", run="killed")
+    place.wait_for_step("killed", 7, job)
+    rank_of(job, 1).send_signal(signal.SIGKILL)
+    place.finished(job)
+    assert int(cluster.facts(job)["Restarts"]) == 1
+    assert "crashed with code 137" in place.log(job)
+    assert "going on from" in place.log(job)
+    assert place.losses("killed") == pytest.approx(undisturbed, rel=1e-5)
+
+
+def rank_of(job: str, rank: int) -> psutil.Process:
+    for process in psutil.process_iter():
+        try:
+            variables = process.environ()
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        same = variables.get("SLURM_JOB_ID") == job
+        if same and variables.get("SLURM_PROCID") == str(rank) and "train" in words:
+            return process
+    raise LookupError(f"rank {rank} of job {job}")
+
+
+def test_crashes_without_a_new_checkpoint_come_to_an_end(
+    place: Place, cluster: Cluster, tmp_path: Path
+) -> None:
+    """A Python that always dies is started three times, not more."""
+    (tmp_path / "python").write_text('#!/bin/sh\n[ "$3" = checkpoints ] || exit 9\n')
+    (tmp_path / "python").chmod(0o755)
+    job = place.submit("slurm/train.sbatch", place.config, path=f"{tmp_path}:{PYTHON}")
+    facts = cluster.wait(job)
+    (ROOT / f"train-{job}.crashes").unlink()
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "9:0")
+    assert facts["Restarts"] == "2"
+    assert "crashed with code 9, 3 times after nothing: giving up" in place.log(job)
+
+
+def test_a_sweep_trains_a_run_for_each_line(place: Place, cluster: Cluster) -> None:
+    sweep = place.folder / "sweep file.txt"
+    sweep.write_text(
+        f"'{place.config}' optim.lr=1e-3\n"
+        f"'{place.config}' optim.lr=2e-3 run.name='two e minus three'\n"
+        f"'{place.config}' optim.rate=3e-3\n",
+        encoding="utf-8",
+    )
+    job = place.submit("--array=1-3", "slurm/sweep.sbatch", sweep, "train.steps=3")
+    states = [cluster.wait(f"{job}_{task}")["JobState"] for task in (1, 2, 3)]
+    logs = "\n".join(path.read_text() for path in place.folder.glob("*.log"))
+    assert states == ["COMPLETED", "COMPLETED", "FAILED"], logs
+    assert "optim.rate: no such key; did you mean" in logs
+    first, second = place.losses("sweep-1"), place.losses("two e minus three")
+    assert list(first) == list(second) == [1, 2, 3]
+    assert first[3] > second[3]
+
+
+def test_a_bad_setting_ends_with_its_line_and_no_new_start(place: Place, cluster: Cluster) -> None:
+    job = place.train("--nodes=2", run="bad", settings=("zero.stage=7",))
+    facts = cluster.wait(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
+    assert "zero.stage is 7; it must be one of 0, 1, 2, 3" in place.log(job)
+    assert "Traceback" not in place.log(job)
+
+
+def test_tensorboard_listens_on_loopback_and_says_how_to_reach_it(
+    place: Place, cluster: Cluster, undisturbed: dict[int, float]
+) -> None:
+    job = place.submit("slurm/tensorboard.sbatch", place.folder / "runs")
+    until(lambda: "Press CTRL+C" in place.log(job), place, job)
+    port = re.search(r"ssh -N -L 6006:127\.0\.0\.1:(\d+) -J \S+ \S+\n", place.log(job))
+    assert port is not None
+    with urllib.request.urlopen(f"http://127.0.0.1:{port[1]}/data/runs") as answer:
+        assert "smoke" in answer.read().decode()
+    cluster.command("scancel", job)
+
+
+def test_the_scripts_are_clean() -> None:
+    scripts = sorted((ROOT / "slurm").glob("*.sbatch"))
+    assert len(scripts) == 5
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
