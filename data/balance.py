@@ -32,8 +32,8 @@ import numpy as np
 _STEADIER = 6.0
 _SWEEP = 1024  # pieces are dealt singly up to one for so many tokens of a window, then in a sweep
 _LOOK_AT = 64  # pieces of a batch that settling looks at
-_NEAR = np.arange(-4, 5)  # … each beside the partners of the nine lengths nearest to what is wanted
-_TRIES = 8  # swaps a batch may take to be exact
+_NEAR = np.arange(-8, 9)  # … each beside pieces of the lengths nearest to what is wanted
+_TRIES = 16  # swaps a batch may take to be exact
 _CUT_PRICE = 0.01  # what one more cut is worth, as a share of a batch's Σ len²
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from data.stream import Batches
 from data.tokenizer import parse
 
 _TEXT = 16 << 20  # characters that are prepared
-_SERVED = 1 << 25  # tokens that are served
+_SERVED = 1 << 25  # tokens that are served, unless time is up
+_SECONDS = 5.0
 
 
 def bench(corpus: Corpus, stream: StreamConfig, data: DataConfig) -> list[tuple[str, str, float]]:
@@ -97,8 +98,10 @@ def _prepared(corpus: Corpus, texts: list[str], workers: int, folder: Path) -> t
 def _served(corpus: Corpus, stream: StreamConfig, data: DataConfig) -> float:
     batches = Batches(corpus, stream, data)
     started = time.perf_counter()
-    served = sum(len(b.tokens) for b in islice(batches, _SERVED // stream.batch_tokens + 1))
-    seconds = time.perf_counter() - started
+    served, seconds = 0, 0.0
+    while served < _SERVED and seconds < _SECONDS:
+        served += len(next(batches).tokens)
+        seconds = time.perf_counter() - started
     batches.close()
     return served / seconds
 

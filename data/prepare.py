@@ -33,7 +33,7 @@ from data.settings import ConfigError
 from data.sources import Source, resolve
 from data.store import JOURNAL, Journal, Writer, digest, index, replace, shard_name
 
-FORMAT = 3
+FORMAT = 4
 _VERIFY_BYTES = 1 << 30  # a corpus up to this size is verified whenever it is opened
 _REPORT_SECONDS = 10.0
 

@@ -18,20 +18,21 @@ from data.packing import Packer, gaps, loads
 from data.stream import Cursor, Plan, Window
 
 _CHUNK = 1 << 20
-_TOKENS = 1 << 24  # of the stream, looked at for the packer
+_TOKENS = 1 << 24  # of the stream, looked at for the packer, in at most so many windows
+_WINDOWS = 8
 METHODS: tuple[Packing, ...] = ("balanced", "best_fit", "sequential")
 
 
 def report(corpus: Corpus, stream: StreamConfig, data: DataConfig) -> dict[str, Any]:
     """Lengths, mixture and packing of a corpus under the given settings.
 
-    The packer is judged on the first 16 Mi tokens of the stream, or its first two windows
-    if those are longer.
+    The packer is judged on the first windows of the stream: eight, or fewer if they reach
+    16 Mi tokens.
     """
     plan = Plan(corpus, stream, data)
     windows: list[Window] = []
     cursor = Cursor()
-    while len(windows) < 2 or cursor.batches * stream.batch_tokens < _TOKENS:
+    while len(windows) < _WINDOWS and cursor.batches * stream.batch_tokens < _TOKENS:
         windows.append(plan.window(cursor))
         cursor = windows[-1].after
     manifest = corpus.manifest

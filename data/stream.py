@@ -27,7 +27,6 @@ from data.settings import ConfigError
 IGNORED = -100  # the label of a token that predicts nothing
 _WINDOW_TOKENS = 1 << 22
 _MIN_BATCHES, _MAX_BATCHES = 16, 256
-_FITTED = 128  # batches that the packer is fitted to
 _AHEAD = 4  # batches made before they are asked for
 
 
@@ -181,8 +180,8 @@ class Plan:
         return self._full_length()
 
     def _full_length(self) -> int:
-        """Batches of a window that nothing cuts short: half an epoch at most."""
-        epoch = sum(deck.tokens for deck in self.decks) // 2
+        """Batches of a window that nothing cuts short: an epoch at most."""
+        epoch = sum(deck.tokens for deck in self.decks)
         size = self.stream.batch_tokens
         wanted = min(max(_WINDOW_TOKENS // size, _MIN_BATCHES), _MAX_BATCHES)
         return max(min(wanted, epoch // size), 1)
@@ -212,9 +211,7 @@ class Plan:
     def _packer(self, stage: Stage) -> Packer:
         """A stage's packer is fitted to what a window at the very start would hold."""
         nothing = (0,) * len(self.decks)
-        window = Cursor(
-            window=min(self._full_length(), _FITTED), positions=nothing, offsets=nothing
-        )
+        window = Cursor(window=self._full_length(), positions=nothing, offsets=nothing)
         documents = self._documents(stage, window)[0]
         return Packer.fitted(
             self.data.packing, self.stream.batch_tokens, stage.seq_len, documents.length

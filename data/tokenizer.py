@@ -129,6 +129,8 @@ class HuggingFace:
         self._loaded = Loaded.from_str(model.decode("utf-8"))
         self._loaded.no_truncation()
         self._loaded.no_padding()
+        # Text that spells a control piece is text.
+        self._loaded.encode_special_tokens = True
         self.vocab_size: int = self._loaded.get_vocab_size()
         self.bos_id = self._first_of("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "[CLS]")
         self.eos_id = self._first_of("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
@@ -240,6 +242,7 @@ def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> Sen
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             character_coverage=0.9999,
+            required_chars=NEWLINE + INDENT,  # in bytes, they would not be what they stand for
             max_sentence_length=1 << 20,
             hard_vocab_limit=False,
             num_threads=1,  # with more, sums and so the model depend on their number

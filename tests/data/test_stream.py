@@ -77,7 +77,7 @@ def test_every_token_is_used_once_an_epoch(
     for document in corpus.validation:
         held[corpus.offsets[document] : corpus.offsets[document + 1]] = True
     assert (used[held] == 0).all()
-    # Three epochs and less than a window more; a window is half an epoch at most.
+    # Three epochs and a batch more, in windows of an epoch at most.
     assert (used[~held] >= 2).all()
     assert (used[~held] <= 4).all()
     assert used.sum() == count * size
@@ -127,19 +127,19 @@ def test_every_cursor_goes_on_with_the_very_next_batch(corpus: Corpus, packing: 
 
 
 @settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_stopping_anywhere_any_number_of_times_changes_nothing(
     mixed: Corpus, data: st.DataObject
 ) -> None:
     stream = StreamConfig(
-        batch_tokens=data.draw(st.integers(150, 900)), seq_len=50, seed=data.draw(st.integers(0, 9))
+        batch_tokens=data.draw(st.integers(150, 900)), seq_len=20, seed=data.draw(st.integers(0, 9))
     )
     stages = [
         {"step": 3, "seq_len": 17},
         {"step": 11, "long_weight": 4.0, "weights": {"code": 1, "prose": 1, "web": 0.5}},
-        {"step": 20, "seq_len": 40, "long_weight": 0.5},
+        {"step": 20, "seq_len": 24, "long_weight": 0.5},
     ]
     config = DataConfig(stages=stages, long_tokens=200)
     whole = read(mixed, stream, config, 30)
