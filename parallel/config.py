@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Attention = Literal["allgather"]
+Attention = Literal["balanced", "ring", "ulysses", "allgather"]
 
 
 @dataclass
 class ParallelConfig:
     attention: Attention = field(
-        default="allgather",
+        default="balanced",
         metadata={
-            "help": "how full attention crosses ranks: allgather fetches all earlier keys and "
-            "values of a sequence"
+            "help": "how full attention crosses ranks: balanced plans whole sequences and rings "
+            "by length; ring shares a sequence among the ranks that hold it; ulysses splits "
+            "heads; allgather fetches all earlier keys and values of a sequence"
         },
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,8 +30,8 @@ def post(
 ) -> Callable[[], None]:
     """Start sending to and receiving from ranks; the function returned waits for the end.
 
-    The tensors are contiguous, and both ends list those of one message in the same order.
-    None may be touched before the wait.
+    The tensors are contiguous, and both ends list those of one pair in the same order. None
+    may be touched before the wait.
     """
     operations = [
         dist.P2POp(dist.irecv, tensor, peer, group)
@@ -53,12 +54,38 @@ def post(
     return wait
 
 
-class Block(NamedTuple):
-    """Rows, and heads of them, of a tensor (rows, heads, …) that go to or come from a rank."""
+@dataclass(frozen=True, eq=False)
+class Parcels:
+    """Rows of a tensor, by the rank that they go to or come from.
 
-    peer: int
-    rows: slice
-    heads: slice = slice(None)
+    Attributes:
+        counts: how many there are for each rank.
+        rows: (Σ counts,) int64 on the device, rank after rank; those of one rank are distinct.
+    """
+
+    counts: dict[int, int]
+    rows: Tensor
+
+    def split(self, x: Tensor) -> dict[int, Tensor]:
+        """(Σ counts, …) by rank."""
+        return dict(zip(self.counts, x.split(list(self.counts.values())), strict=True))
+
+
+def parcels(
+    peer: np.ndarray, start: np.ndarray, count: np.ndarray, device: torch.device
+) -> Parcels:
+    """Parcels of runs: `count` rows from `start` for `peer`, in this order for each peer.
+
+    Args:
+        peer, start, count: (runs,) int.
+    """
+    by_peer = np.argsort(peer, kind="stable")
+    peer, start, count = peer[by_peer], start[by_peer], count[by_peer]
+    before = np.cumsum(count) - count
+    rows = np.repeat(start - before, count) + np.arange(count.sum())
+    totals = np.bincount(peer, count).astype(np.int64)
+    counts = {int(r): int(totals[r]) for r in np.flatnonzero(totals)}
+    return Parcels(counts, to_device(rows.astype(np.int64), device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +93,18 @@ class Table:
     """What one rank gives and takes when rows change places.
 
     Attributes:
-        gives: blocks of the tensor here; those to one rank in the order in which it takes them.
-        takes: disjoint blocks of the result, likewise.
-        rows, heads: of the result; a row that nobody gives is zero. No `heads`: as in the input.
+        gives: rows of the tensor here.
+        takes: rows of the result; what nobody gives is zero.
+        rows: of the result.
     """
 
-    gives: tuple[Block, ...]
-    takes: tuple[Block, ...]
+    gives: Parcels
+    takes: Parcels
     rows: int
-    heads: int | None = None
+
+    def reversed(self, rows: int) -> Table:
+        """The way back to a tensor of so many rows, if each row went to one place."""
+        return Table(self.takes, self.gives, rows)
 
 
 def move(
@@ -83,7 +113,7 @@ def move(
     rank: int,
     group: dist.ProcessGroup | None,
 ) -> list[Tensor]:
-    """Move rows between ranks, each tensor (rows, heads, …) by its table, all in one exchange.
+    """Move rows between ranks, each tensor (rows, …) by its table, all in one exchange.
 
     Differentiable: gradients travel back, and add up where a row was given more than once.
     """
@@ -100,53 +130,61 @@ class _Move(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.tables, ctx.rank, ctx.group = tables, rank, group
-        ctx.shapes = [tensor.shape for tensor in tensors]
-        results = []
-        for tensor, table in zip(tensors, tables, strict=True):
-            heads = tensor.shape[1] if table.heads is None else table.heads
-            results.append(tensor.new_zeros(table.rows, heads, *tensor.shape[2:]))
+        ctx.rows = [len(tensor) for tensor in tensors]
+        results = [
+            tensor.new_zeros(table.rows, *tensor.shape[1:])
+            for tensor, table in zip(tensors, tables, strict=True)
+        ]
         gives, takes = [table.gives for table in tables], [table.takes for table in tables]
-        _carry_over(tensors, gives, results, takes, rank, group)
+        _deliver(tensors, gives, results, takes, rank, group)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         sums = [
-            gradient.new_zeros(shape, dtype=accumulation_dtype(gradient.dtype))
-            for gradient, shape in zip(gradients, ctx.shapes, strict=True)
+            gradient.new_zeros(rows, *gradient.shape[1:], dtype=accumulation_dtype(gradient.dtype))
+            for gradient, rows in zip(gradients, ctx.rows, strict=True)
         ]
         gives, takes = [t.takes for t in ctx.tables], [t.gives for t in ctx.tables]
-        _carry_over(gradients, gives, sums, takes, ctx.rank, ctx.group)
+        _deliver(gradients, gives, sums, takes, ctx.rank, ctx.group)
         typed = (s.to(gradient.dtype) for s, gradient in zip(sums, gradients, strict=True))
         return None, None, None, *typed
 
 
-def _carry_over(
+def _deliver(
     sources: Sequence[Tensor],
-    gives: Sequence[tuple[Block, ...]],
+    gives: Sequence[Parcels],
     targets: Sequence[Tensor],
-    takes: Sequence[tuple[Block, ...]],
+    takes: Sequence[Parcels],
     rank: int,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Add the given blocks of `sources` to the taken blocks of `targets`, on all ranks."""
+    """Add the given rows of `sources` to the taken rows of `targets`, on all ranks."""
     sends: dict[int, list[Tensor]] = {}
     receives: dict[int, list[Tensor]] = {}
-    arriving: list[tuple[Tensor, Tensor]] = []  # where to, what
-    for source, given, target, taken in zip(sources, gives, targets, takes, strict=True):
-        kept = [source[block.rows, block.heads] for block in given if block.peer == rank]
-        for block in given:
-            if block.peer != rank:
-                piece = source[block.rows, block.heads].contiguous()
-                sends.setdefault(block.peer, []).append(piece)
-        for block in taken:
-            place = target[block.rows, block.heads]
-            if block.peer == rank:
-                place.add_(kept.pop(0))
-            else:
-                piece = torch.empty(place.shape, dtype=source.dtype, device=source.device)
-                receives.setdefault(block.peer, []).append(piece)
-                arriving.append((place, piece))
+    arrivals = []
+    for source, given, taken in zip(sources, gives, takes, strict=True):
+        leaving = given.split(source.index_select(0, given.rows))
+        arriving = taken.split(source.new_empty(len(taken.rows), *source.shape[1:]))
+        if rank in leaving:
+            arriving[rank] = leaving.pop(rank)
+        for peer, rows in leaving.items():
+            sends.setdefault(peer, []).append(rows)
+        for peer, rows in arriving.items():
+            if peer != rank:
+                receives.setdefault(peer, []).append(rows)
+        arrivals.append(arriving)
     post(sends, receives, group)()
-    for place, piece in arriving:
-        place.add_(piece)
+    for target, taken, arriving in zip(targets, takes, arrivals, strict=True):
+        places = taken.split(taken.rows)
+        # Rank after rank: the rows of one are distinct, so that sums have one order.
+        for peer, rows in arriving.items():
+            target.index_add_(0, places[peer], rows.to(target.dtype))
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device; from pinned memory, so that a GPU need not be waited for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.clone()

@@ -124,9 +124,9 @@ def softmax_attention(
     `cu_seqlens_k` is given where k and v hold more than this shard's tokens: those of the
     same sequences that came before. Such a shard is one that no other rank shares.
     """
-    view = _view(shard, cu_seqlens_k)
-    if view is not None:
-        return attention.across_ranks(q, k, v, shard, view, window)
+    if shard.view is not None:
+        _refuse_generation(cu_seqlens_k)
+        return attention.across_ranks(q, k, v, shard, shard.view, window)
     o = kernels.softmax_attention(
         q, k, v, cu_seqlens=shard.cu_seqlens, cu_seqlens_k=cu_seqlens_k, window=window
     )
@@ -134,13 +134,17 @@ def softmax_attention(
     return o
 
 
-def _view(shard: Shard, *of_generation: object) -> View | None:
+def _view(shard: Shard, initial_state: Tensor | None, output_final_state: bool) -> View | None:
     """The shard among those of other ranks, if any sequence lies on more than one."""
     if shard.view is None:
         return None
-    if any(argument is not None and argument is not False for argument in of_generation):
-        raise ValueError("states and caches go with a shard made by parallel.shard alone")
+    _refuse_generation(initial_state, output_final_state or None)
     return shard.view if shard.view.crossing else None
+
+
+def _refuse_generation(*arguments: object) -> None:
+    if any(argument is not None for argument in arguments):
+        raise ValueError("states and caches go with a shard made by parallel.shard alone")
 
 
 def _entering_state(

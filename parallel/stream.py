@@ -6,9 +6,10 @@ plan, which every rank has made for itself from the lengths alone (`parallel.pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from parallel.chain import Links
 from parallel.config import Attention, ParallelConfig
-from parallel.exchange import Block, Table
+from parallel.exchange import Table, parcels, to_device
 from parallel.layout import Plan, Topology
 from parallel.plan import plan
 from parallel.world import World
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +34,21 @@ class View:
         plan: alike on all ranks.
         group: all ranks, for the messages of layers.
         attention: the strategy of full attention.
+        device: of the rank.
     """
 
     plan: Plan
     rank: int
     group: dist.ProcessGroup | None
     attention: Attention
-    _halos: dict[int, Table] = field(default_factory=dict)
+    device: torch.device
+    _made: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` makes: a table that the layers of a batch share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @cached_property
     def bounds(self) -> np.ndarray:
@@ -67,19 +78,19 @@ class View:
 
         Shards shorter than the reach make it span several ranks before.
         """
-        if reach not in self._halos:
-            first = self._halo_start(self.rank, reach)
-            begin, end = self.bounds[self.rank : self.rank + 2]
-            takes, gives = [], []
-            for peer in range(self._holder(first), self.rank):
-                a, b = max(first, self.bounds[peer]), self.bounds[peer + 1]
-                takes.append(Block(peer, slice(int(a - first), int(b - first))))
-            for peer in range(self.rank + 1, self.rank + self.links.after + 1):
-                a = max(self._halo_start(peer, reach), begin)
-                if a < end:
-                    gives.append(Block(peer, slice(int(a - begin), int(end - begin))))
-            self._halos[reach] = Table(tuple(gives), tuple(takes), int(begin - first))
-        return self._halos[reach]
+        return self.once(("halo", reach), lambda: self._halo(reach))
+
+    def _halo(self, reach: int) -> Table:
+        bounds, rank = self.bounds, self.rank
+        first = self._halo_start(rank, reach)
+        sources = np.arange(self._holder(first), rank)
+        begins = np.maximum(bounds[sources], first)
+        takes = parcels(sources, begins - first, bounds[sources + 1] - begins, self.device)
+        takers = np.arange(rank + 1, rank + self.links.after + 1)
+        wanted = np.array([self._halo_start(int(taker), reach) for taker in takers], dtype=np.int64)
+        begins = np.clip(wanted, bounds[rank], bounds[rank + 1])
+        gives = parcels(takers, begins - bounds[rank], bounds[rank + 1] - begins, self.device)
+        return Table(gives, takes, int(bounds[rank] - first))
 
     def _halo_start(self, rank: int, reach: int) -> int:
         begin = self.bounds[rank]
@@ -160,9 +171,16 @@ def distribute(
     tokens = np.concatenate([tokens, np.zeros(missing, tokens.dtype)])
     labels = np.concatenate([labels, np.full(missing, -100, labels.dtype)])
     lengths = np.concatenate([np.diff(cu_seqlens), np.ones(missing, np.int64)])
-
-    made = plan(lengths, Topology(world.size, world.ranks_per_node), "allgather")
-    view = View(made, world.rank, world.group, config.attention)
+    if world.size == 1:
+        return (
+            to_device(tokens, world.device),
+            to_device(labels, world.device),
+            shard(lengths[lengths > 0], world.device),
+        )
+    # Ulysses splits heads and leaves tokens in the stream's layout too.
+    strategy = "allgather" if config.attention == "ulysses" else config.attention
+    made = plan(lengths, Topology(world.size, world.ranks_per_node), strategy)
+    view = View(made, world.rank, world.group, config.attention, world.device)
     here = np.arange(*view.bounds[world.rank : world.rank + 2])
     # From places in the stream to places in the batch, whose sequences lie in another order.
     sequence = np.searchsorted(made.cu_seqlens, here, side="right") - 1
@@ -174,13 +192,5 @@ def distribute(
     return (
         to_device(tokens[here], world.device),
         to_device(labels[here], world.device),
-        _shard(ends - starts, starts, world.device, view if world.size > 1 else None),
+        _shard(ends - starts, starts, world.device, view),
     )
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device; from pinned memory, so that a GPU need not be waited for."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.clone()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import typing
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 import parallel
 from parallel import ParallelConfig, Shard, World
 from parallel.config import Attention
+from parallel.plan import Strategy, plan
 from tests.parallel.across import STREAMS, difference
 
 STRATEGIES = typing.get_args(Attention)
@@ -18,7 +22,12 @@ DIM = 8
 
 
 def attention(
-    world: World, lengths: list[int], heads: int, kv_heads: int, strategy: str, window: int | None
+    world: World,
+    lengths: list[int],
+    strategy: str,
+    window: int | None = None,
+    heads: int = 4,
+    kv_heads: int = 2,
 ) -> float:
     generator = torch.Generator().manual_seed(0)
     rows = {
@@ -51,7 +60,7 @@ def test_every_strategy_equals_one_softmax(
     ranks, size: int, lengths: list[int], strategy: str
 ) -> None:
     """fp64: to 1e-10."""
-    assert max(ranks(size).run(attention, lengths, 4, 2, strategy, None)) < 1e-10
+    assert max(ranks(size).run(attention, lengths, strategy)) < 1e-10
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -62,4 +71,33 @@ def test_a_sliding_window_reaches_over_the_cuts(
 ) -> None:
     """fp64: to 1e-10."""
     for lengths in STREAMS:
-        assert max(ranks(size).run(attention, lengths, 4, 2, strategy, window)) < 1e-10
+        assert max(ranks(size).run(attention, lengths, strategy, window)) < 1e-10
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 3), (6, 2), (5, 1), (8, 4)])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ulysses_splits_any_heads_over_any_ranks(
+    ranks, size: int, heads: int, kv_heads: int
+) -> None:
+    """fp64: to 1e-10; fewer heads than ranks, and numbers that do not divide each other."""
+    for lengths in ([67], [1, 40, 2, 0, 17, 5, 1, 23]):
+        got = ranks(size).run(attention, lengths, "ulysses", None, heads, kv_heads)
+        assert max(got) < 1e-10
+
+
+def on_nodes(world: World, ranks_per_node: int, lengths: list[int], strategy: Strategy) -> float:
+    """`attention` by the plan of a strategy, on a cluster of small nodes."""
+    world = dataclasses.replace(world, ranks_per_node=ranks_per_node)
+    planned = functools.partial(plan, strategy=strategy)
+    with mock.patch(
+        "parallel.stream.plan", lambda lengths, topology, _: planned(lengths, topology)
+    ):
+        return attention(world, lengths, "balanced")
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "even", "ring"])
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_rings_run_over_nodes(ranks, ranks_per_node: int, strategy: Strategy) -> None:
+    """fp64: to 1e-10; "even" puts several sequences on one ring, chunks of no token among them."""
+    for lengths in STREAMS:
+        assert max(ranks(4).run(on_nodes, ranks_per_node, lengths, strategy)) < 1e-10

@@ -1,0 +1,287 @@
+"""Softmax attention of sequences that several ranks share: keys and values go round.
+
+The layout is the plan's (`parallel.layout.Ring`): each member of a ring of G holds an early and
+a late chunk of every sequence, and in every round meets one member's block of keys and values,
+its own first, while the next round's is on its way. The parts of a softmax are merged by
+their log-sum-exp:
+
+    lse = log Σ_p exp lse_p        o = Σ_p exp(lse_p − lse) · o_p
+
+The backward pass sends keys and values round once more. The gradients of a block add up behind
+it, from member to member of a node; the last one there sends the node's sum to the owner.
+
+Sources: Ring Attention, Liu et al. 2023 (arXiv 2310.01889); Zeppelin (arXiv 2509.21841).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import kernels
+from kernels.packing import accumulation_dtype
+from parallel.exchange import post, to_device
+from parallel.layout import Ring
+
+
+class Call(NamedTuple):
+    """One call of the kernel: rows of a member's queries against rows of a block of keys.
+
+    The `causal` ones, of a chunk against itself, are the first that their queries meet.
+    """
+
+    q: slice
+    k: slice
+    cu_seqlens: Tensor
+    cu_seqlens_k: Tensor
+    causal: bool
+
+
+Region = tuple[slice, np.ndarray]  # rows, and the lengths of the chunks in them
+
+
+class Step(NamedTuple):
+    """A round, for one member. Peers are ranks.
+
+    Attributes:
+        calls: what to compute on this round's block.
+        tokens: of that block.
+        source: who hands it over; None for the own one.
+        sends: (peer, earlier step) of the blocks that this member hands on for this round.
+        passes_to, passes_from: where the sum of this block's gradients goes, and whence one
+            comes: inside a node that of the next round's block; in the last round of a node,
+            that of the own block.
+        last: of the rounds with blocks from one node.
+    """
+
+    calls: list[Call]
+    tokens: int
+    source: int | None
+    sends: list[tuple[int, int]]
+    passes_to: int
+    passes_from: int
+    last: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A member's part in a ring: `rows` of its buffer, and the rounds."""
+
+    rank: int
+    rows: slice
+    steps: list[Step]
+
+
+def share(ring: Ring, member: int, device: torch.device) -> Share:
+    """What `member` does in its ring's rounds."""
+    members, rounds = ring.members, ring.rounds()
+    nodes, each = ring.ranks.shape
+    node, local = divmod(member, each)
+    met = {int(r.block[member]): i for i, r in enumerate(rounds)}
+    begin = int(ring.offset[member])
+    steps = []
+    for i, r in enumerate(rounds):
+        block, outer, last = int(r.block[member]), i // each, i % each == each - 1
+        away = outer if last else 0
+        takers = np.flatnonzero(r.source == member)
+        steps.append(
+            Step(
+                calls=_calls(ring, member, block, begin, device),
+                tokens=int(ring.tokens[block]),
+                source=int(members[r.source[member]]) if i else None,
+                sends=[(int(members[m]), met[int(r.block[m])]) for m in takers] if i else [],
+                passes_to=int(ring.ranks[(node - away) % nodes, (local + 1) % each]),
+                passes_from=int(ring.ranks[(node + away) % nodes, (local - 1) % each]),
+                last=last,
+            )
+        )
+    return Share(int(members[member]), slice(begin, begin + int(ring.tokens[member])), steps)
+
+
+def _calls(ring: Ring, member: int, block: int, begin: int, device: torch.device) -> list[Call]:
+    """Which queries of `member` meet which keys of `block`: see `Ring`.
+
+    Early and late chunks are two regions of a buffer; those of a single sequence are one.
+    """
+
+    def regions(of: int, begin: int) -> tuple[list[Region], Region, Region]:
+        early, late = ring.early[of], ring.late[of]
+        middle = begin + int(early.sum())
+        end = middle + int(late.sum())
+        first, second = (slice(begin, middle), early), (slice(middle, end), late)
+        both = [(slice(begin, end), early + late)] if len(early) == 1 else [first, second]
+        return both, first, second
+
+    queries, _, late_queries = regions(member, begin)
+    keys, early_keys, _ = regions(block, 0)
+    if block == member:
+        pairs = [(q, k, True) for q, k in zip(queries, keys, strict=True)]
+        if len(queries) > 1:
+            pairs.append((late_queries, early_keys, False))
+    elif block < member:
+        pairs = [(q, early_keys, False) for q in queries]
+    else:
+        pairs = [(late_queries, k, False) for k in keys]
+    return [
+        Call(q, k, _cumulative(q_lengths, device), _cumulative(k_lengths, device), causal)
+        for (q, q_lengths), (k, k_lengths), causal in pairs
+        if q.stop > q.start and k.stop > k.start
+    ]
+
+
+def _cumulative(lengths: np.ndarray, device: torch.device) -> Tensor:
+    return to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
+
+
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, shares: list[Share], group: dist.ProcessGroup | None
+) -> Tensor:
+    """Causal attention of the rings' sequences.
+
+    Args:
+        q, k, v: (T, Hq, D), (T, Hk, D), (T, Hk, Dv), the buffer of all this rank's rings.
+        shares: of this rank, in the plan's order of rings.
+
+    Returns:
+        o (T, Hq, Dv) in the dtype of v.
+    """
+    return _Rings.apply(shares, group, q, k, v)
+
+
+class _Rings(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        shares: list[Share],
+        group: dist.ProcessGroup | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        dtype = accumulation_dtype(q.dtype)
+        o = q.new_empty(*q.shape[:2], v.shape[2], dtype=dtype)
+        lse = q.new_empty(q.shape[:2], dtype=dtype)
+        for mine in shares:
+            for step, *block in _round_trip(mine, k[mine.rows], v[mine.rows], group):
+                for call in step.calls:
+                    part, part_lse = _attend(call, q[call.q], *(x[call.k] for x in block))
+                    if call.causal:
+                        o[call.q], lse[call.q] = part, part_lse
+                        continue
+                    merged = torch.logaddexp(lse[call.q], part_lse)
+                    o[call.q] *= (lse[call.q] - merged).exp_().unsqueeze(-1)
+                    o[call.q] += part * (part_lse - merged).exp_().unsqueeze(-1)
+                    lse[call.q] = merged
+        o = o.to(v.dtype)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.shares, ctx.group = shares, group
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
+        for mine in ctx.shares:
+            own = [dk[mine.rows], dv[mine.rows]]
+            arrive: Callable[[list[Tensor]], None] | None = None
+            for i, (step, *block) in enumerate(
+                _round_trip(mine, k[mine.rows], v[mine.rows], ctx.group)
+            ):
+                sums = [torch.zeros_like(x, dtype=lse.dtype) for x in block]
+                for call in step.calls:
+                    rows = [q[call.q], *(x[call.k] for x in block)]
+                    part = _gradients(call, rows, do[call.q], o[call.q], lse[call.q])
+                    _add([dq[call.q], *(total[call.k] for total in sums)], part)
+                if arrive is not None:
+                    arrive(own if mine.steps[i - 1].last else sums)
+                    arrive = None
+                if step.passes_to == mine.rank:
+                    _add(own, sums)
+                else:
+                    tokens = len(own[0]) if step.last else mine.steps[i + 1].tokens
+                    arrive = _pass_on(step, sums, tokens, ctx.group)
+            if arrive is not None:
+                arrive(own)
+        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _round_trip(
+    mine: Share, k: Tensor, v: Tensor, group: dist.ProcessGroup | None
+) -> Iterator[tuple[Step, Tensor, Tensor]]:
+    """Each round with its block of keys and values; the next one travels meanwhile."""
+    uses = {step: i for i, later in enumerate(mine.steps) for _, step in later.sends}
+    held = {0: (k, v)}
+    arriving, wait = (k, v), None
+    for i, step in enumerate(mine.steps):
+        if wait is not None:
+            wait()
+            held[i] = arriving
+        block = held[i]
+        if i + 1 < len(mine.steps):
+            following = mine.steps[i + 1]
+            assert following.source is not None
+            arriving = (
+                k.new_empty(following.tokens, *k.shape[1:]),
+                v.new_empty(following.tokens, *v.shape[1:]),
+            )
+            sends: dict[int, list[Tensor]] = {}
+            for peer, met in following.sends:
+                sends.setdefault(peer, []).extend(x.contiguous() for x in held[met])
+            wait = post(sends, {following.source: list(arriving)}, group)
+        held = {met: x for met, x in held.items() if uses.get(met, 0) > i + 1}
+        yield step, *block
+
+
+def _pass_on(
+    step: Step, sums: list[Tensor], tokens: int, group: dist.ProcessGroup | None
+) -> Callable[[list[Tensor]], None]:
+    """Start sending `sums` on; the function returned adds what came instead to its argument."""
+    arriving = [x.new_empty(tokens, *x.shape[1:]) for x in sums]
+    wait = post({step.passes_to: sums}, {step.passes_from: arriving}, group)
+
+    def arrive(targets: list[Tensor]) -> None:
+        wait()
+        _add(targets, arriving)
+
+    return arrive
+
+
+def _add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        total.add_(part)
+
+
+def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The call's own o (T, Hq, Dv) and lse (T, Hq)."""
+    o, lse = kernels.softmax_attention(
+        q.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        cu_seqlens=call.cu_seqlens,
+        cu_seqlens_k=call.cu_seqlens_k,
+        causal=call.causal,
+        return_lse=True,
+    )
+    return o[0], lse[0]
+
+
+def _gradients(
+    call: Call, rows: list[Tensor], do: Tensor, o: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of the call's q, k, v, where o and lse are those of the whole softmax.
+
+    With the call's weight w = exp(lse_p − lse): do_p = w · do, dlse_p = w · ⟨do, o_p − o⟩.
+    """
+    leaves = [x.detach().requires_grad_() for x in rows]
+    with torch.enable_grad():
+        part, part_lse = _attend(call, *leaves)
+    weight = (part_lse.detach() - lse).exp_()
+    do = do.to(weight.dtype) * weight.unsqueeze(-1)
+    dlse = (do * (part.detach() - o)).sum(-1)
+    return torch.autograd.grad((part, part_lse), leaves, (do.to(part.dtype), dlse))
