@@ -10,37 +10,34 @@ CPU. numpy only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from parallel import placing
+from parallel.cost import Costs, price
 from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
+from parallel.ordering import arrange, resident, seat
+from parallel.placing import Owners
 
-__all__ = ["Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Topology", "plan"]
+__all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Topology", "plan"]
 
 Strategy = Literal["balanced", "ring", "even", "allgather"]
 
-
-@dataclass(frozen=True)
-class Owners:
-    """Who holds what in full attention.
-
-    Attributes:
-        owner: int64 (N,), by place in the batch: a rank that holds the sequence whole, or
-            −1 − i for ring i.
-        grids: the ranks of each ring, int64 (nodes, members a node).
-    """
-
-    owner: Array
-    grids: list[Array]
+# How far a rank's time may exceed the mean before a sequence is spread over more nodes, over
+# more ranks of a node. The mildest that comes within `_ENOUGH` of perfectly even is taken.
+_REACHES = ((1.0, 1.0), (1.15, 1.0), (1.0, 1.3), (1.5, 1.1), (4.0, 1.0))
+_ENOUGH = 1.03
+_MANY = 256  # sequences above which placings are compared by their own estimate
 
 
 def plan(
     lengths: Sequence[int] | Array,
     topology: Topology,
     strategy: Strategy = "balanced",
+    costs: Costs | None = None,
     slack: float = 0.15,
+    contiguous: bool = True,
 ) -> Plan:
     """Plan one batch.
 
@@ -51,9 +48,13 @@ def plan(
             order and puts each sequence on the ranks whose shards hold it; "even" puts each
             sequence on all ranks; "allgather" leaves tokens in the stream's layout (a rank
             fetches the keys that come before its own).
+        costs: what `balanced` weighs; those of a usual layer and cluster unless given.
         slack: how far a rank's tokens in the attention layout may exceed the even share, as
-            a fraction. A sequence is never refused: where whole sequences do not fit, they
-            go on rings.
+            a fraction. Holds for "balanced" but for a rounding of two tokens a sequence on
+            a ring.
+        contiguous: shards are contiguous runs of the stream, as linear attention,
+            convolutions and windows need. A model of full attention alone does not: then
+            tokens stay where attention wants them, but for what makes ranks even.
 
     Raises:
         ValueError: a negative length, or a strategy that is not known.
@@ -61,28 +62,84 @@ def plan(
     each = np.asarray(lengths, dtype=np.int64).reshape(-1)
     if len(each) and each.min() < 0:
         raise ValueError(f"lengths has {each.min()} at {each.argmin()}; a length is 0 or more")
+    unchanged = np.arange(len(each))
     match strategy:
         case "balanced":
-            owners = _balanced(each, topology, slack)
-            order = _order(owners)
+            return _cheapest(each, topology, costs or Costs(), slack, contiguous)
         case "even":
-            owners = Owners(np.full(len(each), -1), [_grid(np.arange(topology.ranks), topology)])
-            order = np.arange(len(each))
+            owners = placing.even(len(each), topology)
+            return _build(strategy, each, owners, unchanged, topology, contiguous)
         case "ring":
-            owners = _where_they_lie(each, topology)
-            order = np.arange(len(each))
+            bounds = shard_bounds(int(each.sum()), topology.ranks)
+            owners = placing.where_they_lie(each, bounds, topology)
+            return _build(strategy, each, owners, unchanged, topology, contiguous)
         case "allgather":
-            owners = Owners(np.zeros(len(each), np.int64), [])
-            order = np.arange(len(each))
-        case _:
-            raise ValueError(f"strategy {strategy!r}; it must be balanced, ring, even or allgather")
-    cu_seqlens = np.concatenate([[0], np.cumsum(each[order])])
-    stream = cut(cu_seqlens, topology.ranks)
+            return _build(strategy, each, None, unchanged, topology, True)
+    raise ValueError(f"strategy {strategy!r}; it must be one of {', '.join(get_args(Strategy))}")
+
+
+def _cheapest(
+    lengths: Array, topology: Topology, costs: Costs, slack: float, contiguous: bool
+) -> Plan:
+    """The cheapest of a few placings, by the cost model."""
+    room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
+    enough = _ENOUGH * 3.5 * costs.attention(lengths * 0, lengths).sum() / topology.ranks
+    many = len(lengths) > _MANY
+    placed = [
+        placing.balanced(lengths, topology, costs, room, reach, reach_nodes)
+        for reach_nodes, reach in (_REACHES[:3] if many else _REACHES)
+    ]
+    placed.sort(key=lambda owners: owners.seconds)
+    if not many:
+        placed.append(placing.even(len(lengths), topology))
+    best, least = None, np.inf
+    for owners in placed:
+        order = arrange(lengths, owners, topology)
+        found = _build("balanced", lengths, owners, order, topology, contiguous)
+        if not _fits(found, room):
+            continue
+        if many:
+            return found
+        seconds = price(found, costs).seconds
+        if seconds < least:
+            best, least = found, seconds
+        if least <= enough:
+            break
+    if best is None:  # only an even split fits
+        owners, order = placing.even(len(lengths), topology), np.arange(len(lengths))
+        best = _build("balanced", lengths, owners, order, topology, contiguous)
+    return best
+
+
+def _fits(found: Plan, room: float) -> bool:
+    """Whether no rank holds more than `room` tokens, up to the rounding of chunks."""
+    rounding = np.zeros(found.topology.ranks)
+    for ring in found.rings:
+        rounding[ring.members] += 2 * len(ring.sequences)
+    return bool((found.attention.tokens <= room + rounding).all())
+
+
+def _build(
+    strategy: Strategy,
+    lengths: Array,
+    owners: Owners | None,
+    order: Array,
+    topology: Topology,
+    contiguous: bool,
+) -> Plan:
+    """The plan of given owners (none: full attention stays in the stream) and a given order."""
+    ranks = topology.ranks
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths[order])])
+    stream = cut(cu_seqlens, ranks)
+    attention = stream
     rings: tuple[Ring, ...] = ()
-    if strategy == "allgather":
-        attention = stream
-    else:
-        attention, rings = _attend(each[order], owners, order, topology.ranks)
+    if owners is not None:
+        placed = Owners(owners.owner[order], owners.grids)
+        if contiguous:
+            placed = seat(placed, cu_seqlens, stream)
+        attention, rings = _attend(lengths[order], placed, ranks)
+        if not contiguous:
+            stream = resident(attention, topology)
     return Plan(
         topology=topology,
         strategy=strategy,
@@ -113,112 +170,36 @@ def cut(cu_seqlens: Array, ranks: int) -> Layout:
     )
 
 
-def _attend(
-    lengths: Array, owners: Owners, order: Array, ranks: int
-) -> tuple[Layout, tuple[Ring, ...]]:
+def _attend(lengths: Array, owners: Owners, ranks: int) -> tuple[Layout, tuple[Ring, ...]]:
     """The attention layout of sequences in stream order, and its rings."""
-    owner = owners.owner[order]
-    used = [g for g in range(len(owners.grids)) if (lengths[owner == -1 - g] > 0).any()]
-    used.sort(key=lambda g: (-len(owners.grids[g]), -owners.grids[g].size))
+    owner = owners.owner
+    on_ring = np.flatnonzero((owner < 0) & (lengths > 0))
+    on_ring = on_ring[np.argsort(-owner[on_ring], kind="stable")]
+    used, first = np.unique(-1 - owner[on_ring], return_index=True)
+    parts = dict(zip(used.tolist(), np.split(on_ring, first[1:]), strict=bool(len(used))))
     held = np.zeros(ranks, np.int64)
-    pieces = []
     rings = []
-    for g in used:
-        grid = owners.grids[g]
+    whole = np.flatnonzero(owner >= 0)
+    columns: list[list[Array]] = [[], [], [], []]
+    for g in sorted(parts, key=lambda g: (-len(owners.grids[g]), -owners.grids[g].size, g)):
+        sequences, grid = parts[g], owners.grids[g]
         members = grid.reshape(-1)
-        size = 2 * len(members)
-        sequences = np.flatnonzero((owner == -1 - g) & (lengths > 0))
-        chunks = np.arange(size + 1) * lengths[sequences, None] // size
+        size = len(members)
+        # Where a sequence's odd tokens go depends on what comes before it, so that those of
+        # many short ones do not all fall on one rank.
+        lean = np.cumsum(lengths[sequences]) % (2 * size)
+        chunks = (np.arange(2 * size + 1) * lengths[sequences, None] + lean[:, None]) // (2 * size)
         ring = Ring(grid, sequences, chunks, held[members])
         held[members] += ring.tokens
         rings.append(ring)
-        for half in (np.arange(len(members)), np.arange(size - 1, len(members) - 1, -1)):
-            pieces.append(
-                [
-                    np.tile(sequences, len(members)),
-                    chunks[:, half].T.reshape(-1),
-                    chunks[:, half + 1].T.reshape(-1),
-                    np.repeat(members, len(sequences)),
-                ]
-            )
-    whole = np.flatnonzero(owner >= 0)
-    pieces.append([whole, np.zeros_like(whole), lengths[whole], owner[whole]])
-    sequence, start, end, rank = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        for half in (np.arange(size), np.arange(2 * size - 1, size - 1, -1)):
+            columns[0].append(np.tile(sequences, size))
+            columns[1].append(chunks[:, half].T.reshape(-1))
+            columns[2].append(chunks[:, half + 1].T.reshape(-1))
+            columns[3].append(np.repeat(members, len(sequences)))
+    for column, values in zip(
+        columns, (whole, np.zeros_like(whole), lengths[whole], owner[whole]), strict=True
+    ):
+        column.append(values)
+    sequence, start, end, rank = (np.concatenate(column) for column in columns)
     return Layout.stack(sequence, start, end, rank, ranks), tuple(rings)
-
-
-def _grid(ranks: Array, topology: Topology) -> Array:
-    """Ranks of a ring as (nodes, members a node); one row where nodes give unequal numbers."""
-    _, counts = np.unique(topology.node(ranks), return_counts=True)
-    return ranks.reshape(len(counts), -1) if (counts == counts[0]).all() else ranks[None]
-
-
-def _where_they_lie(lengths: Array, topology: Topology) -> Owners:
-    """Each sequence on the ranks whose shards hold it, the batch in its own order."""
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    bounds = shard_bounds(int(cu_seqlens[-1]), topology.ranks)
-    first = np.searchsorted(bounds, cu_seqlens[:-1], side="right") - 1
-    last = np.searchsorted(bounds, cu_seqlens[1:], side="left") - 1
-    first = first.clip(0, topology.ranks - 1)
-    last = np.maximum(first, last)
-    grids: dict[tuple[int, int], int] = {}
-    owner = first.copy()
-    for i in np.flatnonzero(last > first):
-        ends = int(first[i]), int(last[i])
-        owner[i] = -1 - grids.setdefault(ends, len(grids))
-    return Owners(owner, [_grid(np.arange(a, b + 1), topology) for a, b in grids])
-
-
-def _groups(topology: Topology) -> list[Array]:
-    """Ranks of every group that may share a sequence: whole nodes, and their halves' halves."""
-    found = []
-    for node in range(topology.nodes):
-        first = node * topology.ranks_per_node
-        parts = [np.arange(first, min(first + topology.ranks_per_node, topology.ranks))]
-        while parts:
-            part = parts.pop()
-            if len(part) > 1:
-                found.append(part)
-                parts += np.array_split(part, 2)
-    return found
-
-
-def _balanced(lengths: Array, topology: Topology, slack: float) -> Owners:
-    """Longest first, each on the smallest group where it keeps within the even shares."""
-    ranks = topology.ranks
-    work = lengths.astype(np.float64) ** 2
-    room = np.ceil((1 + slack) * lengths.sum() / ranks)
-    level = work.sum() / ranks
-    tokens, load = np.zeros(ranks), np.zeros(ranks)
-    groups = [*sorted(_groups(topology), key=len), np.arange(ranks)]
-    owner = np.zeros(len(lengths), np.int64)
-    used: dict[int, int] = {}
-    for i in np.argsort(-lengths, kind="stable"):
-        n, w = float(lengths[i]), work[i]
-        free = np.where(tokens + n <= room, load, np.inf)
-        best = int(free.argmin())
-        if free[best] + w <= 1.05 * level or (n < room / 8 and np.isfinite(free[best])):
-            owner[i] = best
-            tokens[best] += n
-            load[best] += w
-            continue
-        chosen = 0
-        for chosen, group in enumerate(groups):
-            size = len(group)
-            fits = (tokens[group] + n / size).max() <= room
-            if fits and (load[group] + w / size).max() <= 1.05 * level:
-                break
-        owner[i] = -1 - used.setdefault(chosen, len(used))
-        group = groups[chosen]
-        size = len(group)
-        tokens[group] += n / size
-        load[group] += w / size
-    return Owners(owner, [_grid(groups[g], topology) for g in used])
-
-
-def _order(owners: Owners) -> Array:
-    """The stream's order: sequences lie near the ranks that attend to them."""
-    place = np.array([grid.mean() for grid in owners.grids] or [0.0])
-    ring = np.maximum(-1 - owners.owner, 0)
-    at = np.where(owners.owner >= 0, owners.owner, place[ring])
-    return np.lexsort((owners.owner, at))

@@ -1,0 +1,165 @@
+"""The stream's order, and the seats in a ring: both chosen so that few tokens must move."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from parallel.layout import Array, Layout, Topology
+from parallel.placing import Owners
+
+_AHEAD = 12  # sequences among which one that ends at a shard's boundary is sought
+
+
+def arrange(lengths: Array, owners: Owners, topology: Topology) -> Array:
+    """The order in which a batch's sequences make up the stream: int64 (N,).
+
+    They lie near the ranks that attend to them: by the middle of their owner set, node by
+    node. Then a walk along the stream looks, at each boundary of shards, for a sequence (or
+    two) that ends right there among those due next, and takes it first: no sequence is cut
+    where another order of its neighbours would have spared it.
+    """
+    middle = np.array([grid.mean() for grid in owners.grids] or [0.0]) + 0.5
+    own = owners.owner
+    at = np.where(own >= 0, own + 0.5, middle[np.maximum(-1 - own, 0)])
+    order = np.lexsort((lengths, own, at))
+    return order[_spare(lengths[order], topology.ranks)]
+
+
+def _spare(lengths: Array, ranks: int) -> Array:
+    """Places in a new order in which sequences end at the shards' boundaries where they can."""
+    total = int(lengths.sum())
+    due = list(range(len(lengths)))
+    size = lengths.tolist()
+    order: list[int] = []
+    at, begin = 0, 0
+    boundary = iter((np.arange(1, ranks) * total // ranks).tolist())
+    gap = next(boundary, total)
+    while begin < len(due):
+        while at >= gap and gap < total:
+            gap = next(boundary, total)
+        ahead = due[begin : begin + _AHEAD]
+        room = gap - at
+        first: dict[int, int] = {}
+        chosen: tuple[int, ...] = (0,)
+        if size[ahead[0]] > 0:
+            for place, i in enumerate(ahead):
+                if size[i] == room:
+                    chosen = (place,)
+                    break
+                if (mate := first.get(room - size[i])) is not None:
+                    chosen = (mate, place)
+                    break
+                first.setdefault(size[i], place)
+            else:
+                # Nothing ends here; a sequence that stays within the shard goes before one
+                # that would be cut.
+                fitting = [place for place, i in enumerate(ahead) if size[i] < room]
+                chosen = (fitting[0],) if fitting else (0,)
+        for place in chosen:
+            order.append(ahead[place])
+            at += size[ahead[place]]
+        kept = [i for place, i in enumerate(ahead) if place not in chosen]
+        begin += len(chosen)
+        due[begin : begin + len(kept)] = kept
+    return np.array(order, dtype=np.int64)
+
+
+def seat(owners: Owners, cu_seqlens: Array, stream: Layout) -> Owners:
+    """The same rings with members in the seats that keep the most tokens where they lie.
+
+    Which rank is which member of a ring is free. Seat c gets chunks c and 2G − 1 − c of
+    every sequence; ranks choose seats greedily by the tokens of those that they hold
+    already, nodes before ranks so that few tokens cross between nodes.
+    """
+    grids = list(owners.grids)
+    bounds = np.concatenate([[0], np.cumsum(stream.tokens)])
+    for g in np.unique(-1 - owners.owner[owners.owner < 0]):
+        sequences = np.flatnonzero(owners.owner == -1 - g)
+        grids[g] = _choose(cu_seqlens, sequences, bounds, np.sort(grids[g], axis=None)).reshape(
+            grids[g].shape
+        )
+    return Owners(owners.owner, grids)
+
+
+def _choose(cu_seqlens: Array, sequences: Array, bounds: Array, members: Array) -> Array:
+    """The rank of each seat: the largest overlap first, the rest in order."""
+    size = len(members)
+    begin, end = cu_seqlens[sequences, None], cu_seqlens[sequences + 1, None]
+    chunks = (begin + np.arange(2 * size) * (end - begin) // (2 * size)).reshape(-1)
+    # Runs of tokens that lie in one chunk and on one rank.
+    first, last = bounds[members[0]], bounds[members[-1] + 1]
+    cuts = bounds[members]
+    runs = np.unique(np.concatenate([chunks, cuts, [first, last], end.reshape(-1)]))
+    tokens = np.diff(runs)
+    runs = runs[:-1]
+    chunk = np.searchsorted(chunks, runs, side="right") - 1
+    rank = np.searchsorted(cuts, runs, side="right") - 1
+    here = (chunk >= 0) & (rank >= 0) & (runs < last)
+    here &= runs < end.reshape(-1)[np.maximum(chunk, 0) // (2 * size)]
+    at = chunk[here] % (2 * size)
+    pair = rank[here] * size + np.minimum(at, 2 * size - 1 - at)
+    pairs, which = np.unique(pair, return_inverse=True)
+    overlap = np.bincount(which, tokens[here])
+    seats = np.full(size, -1)
+    free = np.ones(size, bool)
+    for flat in pairs[np.argsort(-overlap, kind="stable")].tolist():
+        rank_at, seat_at = divmod(flat, size)
+        if seats[seat_at] < 0 and free[rank_at]:
+            seats[seat_at], free[rank_at] = members[rank_at], False
+    seats[seats < 0] = members[free]
+    return seats
+
+
+def resident(attention: Layout, topology: Topology) -> Layout:
+    """Even shards that leave tokens where attention has them, but for each rank's surplus.
+
+    The last tokens of a rank's buffer go where tokens are missing: first on its own node,
+    then on others.
+    """
+    ranks = topology.ranks
+    total = int(attention.tokens.sum())
+    share = np.diff(np.arange(ranks + 1) * total // ranks)
+    # The larger shares go to the ranks that hold the most, so that fewer tokens move.
+    even = np.empty_like(share)
+    even[np.argsort(-attention.tokens, kind="stable")] = -np.sort(-share)
+    surplus = np.maximum(attention.tokens - even, 0)
+    missing = np.maximum(even - attention.tokens, 0)
+    if not surplus.any():
+        return attention
+    node = np.arange(ranks) // topology.ranks_per_node
+    inside = np.minimum(np.bincount(node, surplus), np.bincount(node, missing)).astype(np.int64)
+    giver, given = _queue(surplus, node, inside)
+    taker, taken = _queue(missing, node, inside)
+    edges = np.unique(np.concatenate([[0], np.cumsum(given), np.cumsum(taken)]))
+    amount = np.diff(edges)
+    source = giver[np.searchsorted(np.cumsum(given), edges[:-1], side="right")]
+    target = taker[np.searchsorted(np.cumsum(taken), edges[:-1], side="right")]
+    # In the buffer of each giver: where what stays ends, and where each gift begins.
+    by_source = np.argsort(source, kind="stable")
+    source, target, amount = source[by_source], target[by_source], amount[by_source]
+    before = np.cumsum(amount) - amount
+    first_of = np.searchsorted(source, source)
+    gift = np.minimum(attention.tokens, even)[source] + before - before[first_of]
+    begin = np.concatenate([np.cumsum(attention.tokens) - attention.tokens, [total]])
+    cuts = begin[source] + gift
+    spans = begin[attention.rank] + attention.offset
+    edges = np.unique(np.concatenate([spans, cuts, [total]]))
+    row = np.searchsorted(spans, edges[:-1], side="right") - 1
+    start = attention.start[row] + edges[:-1] - spans[row]
+    holder = attention.rank[row].copy()
+    given_to = np.searchsorted(cuts, edges[:-1], side="right") - 1
+    gone = (given_to >= 0) & (edges[:-1] < (cuts + amount)[np.maximum(given_to, 0)])
+    holder[gone] = target[given_to[gone]]
+    return Layout.stack(attention.sequence[row], start, start + np.diff(edges), holder, ranks)
+
+
+def _queue(amount: Array, node: Array, inside: Array) -> tuple[Array, Array]:
+    """Amounts by rank as a queue: node by node what stays inside, then all the rest."""
+    total = np.bincount(node, amount).astype(np.int64)
+    before = np.cumsum(amount) - amount
+    before -= (np.cumsum(total) - total)[node]  # … on the same node
+    near = np.clip(inside[node] - before, 0, amount)
+    rank = np.arange(len(amount))
+    ranks, amounts = np.concatenate([rank, rank]), np.concatenate([near, amount - near])
+    kept = amounts > 0
+    return ranks[kept], amounts[kept]

@@ -1,0 +1,306 @@
+"""The balanced placing: which ranks attend to which sequence.
+
+Sequences are placed longest first, in two stages: over the nodes, then over the ranks of
+each node. At both, three rules decide:
+
+- A sequence takes as few ranks as keep it within the even share of time (`reach` times the
+  mean) and of tokens (`room`); time is that of attention or of the keys' way round the
+  ring, whichever is longer. So short ones stay whole, middle ones go on a ring inside a
+  node, long ones on a ring over adjacent nodes.
+- Rings inside a node are the node's ranks, their halves, the halves' halves: nested, so
+  that rings seldom wait for each other and sequences of one group share one exchange.
+- Among equals it goes where time is missing most, counted after the share that the free
+  room will bring by itself (R tokens of room will hold sequences of the kind still in
+  hand). That is longest-processing-time scheduling (Graham, 1969) with two resources.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parallel.cost import Costs
+from parallel.layout import Array, Topology
+
+_SINGLY = 24  # sequences a node that are placed one by one; the shorter rest is dealt in sweeps
+
+
+@dataclass
+class Owners:
+    """Who holds what in full attention.
+
+    Attributes:
+        owner: int64 (N,), by place in the batch: a rank that holds the sequence whole, or
+            −1 − i for ring i.
+        grids: the ranks of each ring, int64 (nodes, members a node).
+        seconds: of the busiest rank in one layer, forward and backward, by estimate.
+    """
+
+    owner: Array
+    grids: list[Array] = field(default_factory=list)
+    seconds: float = np.inf
+
+
+def even(count: int, topology: Topology) -> Owners:
+    """Every sequence on all ranks."""
+    return Owners(np.full(count, -1), [grid(np.arange(topology.ranks), topology)])
+
+
+def where_they_lie(lengths: Array, bounds: Array, topology: Topology) -> Owners:
+    """Each sequence on the ranks whose shards, ending at `bounds`, hold it in the batch's order."""
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    first = np.searchsorted(bounds, cu_seqlens[:-1], side="right") - 1
+    first = first.clip(0, topology.ranks - 1)
+    last = np.maximum(first, np.searchsorted(bounds, cu_seqlens[1:], side="left") - 1)
+    rings: dict[tuple[int, int], int] = {}
+    owner = first.copy()
+    for i in np.flatnonzero(last > first):
+        owner[i] = -1 - rings.setdefault((int(first[i]), int(last[i])), len(rings))
+    return Owners(owner, [grid(np.arange(a, b + 1), topology) for a, b in rings])
+
+
+def grid(ranks: Array, topology: Topology) -> Array:
+    """Ranks of a ring as (nodes, members a node); one row where nodes give unequal numbers."""
+    _, counts = np.unique(topology.node(ranks), return_counts=True)
+    return ranks.reshape(len(counts), -1) if (counts == counts[0]).all() else ranks[None]
+
+
+def balanced(
+    lengths: Array, topology: Topology, costs: Costs, room: float, reach: float, reach_nodes: float
+) -> Owners:
+    """Place every sequence; see the head of this file.
+
+    Args:
+        lengths: int64 (N,).
+        room: tokens that a rank should not exceed. Not a promise: the caller checks.
+        reach: how far a rank may exceed the mean time before a sequence is spread over
+            more ranks of its node; `reach_nodes` the same over more nodes.
+    """
+    placing = _Placing(lengths, topology, costs, room)
+    by_length = np.argsort(-lengths, kind="stable")
+    by_length = by_length[lengths[by_length] > 0]
+    inside = placing.over_nodes(by_length, reach_nodes)
+    last = topology.nodes - 1
+    small = topology.ranks % topology.ranks_per_node
+    if topology.nodes - bool(small):
+        full = np.arange(topology.nodes - bool(small))
+        placing.inside_nodes(inside, full, topology.ranks_per_node, reach)
+    if small:
+        placing.inside_nodes(inside, np.array([last]), small, reach)
+    return Owners(placing.owner, placing.grids, float(placing.seconds.max()))
+
+
+class _Placing:
+    """Loads while sequences are placed: seconds and tokens of every rank."""
+
+    def __init__(self, lengths: Array, topology: Topology, costs: Costs, room: float) -> None:
+        self.lengths, self.topology, self.costs, self.room = lengths, topology, costs, room
+        self.alone = costs.inside_node(lengths, 1)
+        self.seconds = np.zeros(topology.ranks)
+        self.tokens = np.zeros(topology.ranks)
+        self.owner = np.zeros(len(lengths), np.int64)
+        self.grids: list[Array] = []
+        self.rings: dict[tuple[int, int], int] = {}
+        self.level = float(self.alone.sum()) / topology.ranks
+        self.sizes = np.diff(
+            np.minimum(np.arange(topology.nodes + 1) * topology.ranks_per_node, topology.ranks)
+        )
+
+    def ring(self, first: int, end: int) -> int:
+        """The number of the ring over ranks [first, end), as `owner` has it."""
+        if (first, end) not in self.rings:
+            self.rings[first, end] = len(self.grids)
+            self.grids.append(grid(np.arange(first, end), self.topology))
+        return -1 - self.rings[first, end]
+
+    def over_nodes(self, by_length: Array, reach: float) -> Array:
+        """Put the longest on rings over nodes; the node of each other one, −1 for those."""
+        each = self.topology.ranks_per_node
+        node = np.full(len(self.lengths), -1)
+        worth = self._worth(by_length)
+        load, held = np.zeros(self.topology.nodes), np.zeros(self.topology.nodes)
+        wanted = self.level * self.sizes
+        room = self.room * self.sizes
+        singly = min(len(by_length), max(256, _SINGLY * self.topology.nodes))
+        wide = True
+        for at in range(singly):
+            i = int(by_length[at])
+            n, alone = float(self.lengths[i]), float(self.alone[i])
+            if wide:
+                spread = self._nodes_for(n, alone, reach)
+                wide = spread > 1
+            need = wanted - load - (room - held) * worth[at]
+            need[held + n > room] = -np.inf
+            chosen = int(need.argmax())
+            if spread == 1 and need[chosen] > -np.inf:
+                node[i] = chosen
+                load[chosen] += alone
+                held[chosen] += n
+                continue
+            spread = min(max(spread, 2), self.topology.nodes)
+            a = self._window(load / wanted, (held + n / spread) / room, spread)
+            if spread == 1:  # one node is all there is
+                node[i] = a
+                load[a] += alone
+                held[a] += n
+                continue
+            b = a + spread
+            first, end = a * each, min(b * each, self.topology.ranks)
+            seconds = float(self.costs.between_nodes(n, spread, each))
+            self.owner[i] = self.ring(first, end)
+            self.seconds[first:end] += seconds
+            self.tokens[first:end] += n / (end - first)
+            load[a:b] += seconds * self.sizes[a:b]
+            held[a:b] += n * self.sizes[a:b] / (end - first)
+        rest = by_length[singly:]
+        node[rest] = _sweep(np.maximum(room - held, 0.0), len(rest))
+        return node
+
+    def _nodes_for(self, n: float, alone: float, reach: float) -> int:
+        """On how many nodes a sequence of n tokens keeps within the even share."""
+        each, nodes = self.topology.ranks_per_node, self.topology.nodes
+        least = min(nodes, max(1, int(np.ceil(n / (each * self.room)))))
+        if least == 1 and alone <= reach * self.level * each:
+            return 1
+        spread = np.arange(least, nodes + 1)
+        seconds = self.costs.between_nodes(n, spread, each)
+        within = np.flatnonzero(seconds <= reach * self.level)
+        return int(spread[within[0] if len(within) else seconds.argmin()])
+
+    @staticmethod
+    def _window(load: Array, filled: Array, spread: int) -> int:
+        """The first of `spread` adjacent nodes with the least load, among those with room."""
+        view = np.lib.stride_tricks.sliding_window_view
+        load, filled = view(load, spread).max(axis=1), view(filled, spread).max(axis=1)
+        fits = filled <= 1
+        return int(np.where(fits, load, np.inf).argmin() if fits.any() else filled.argmin())
+
+    def _worth(self, by_length: Array) -> Array:
+        """Seconds a token of the sequences from each one on, longest first."""
+        seconds = np.cumsum(self.alone[by_length][::-1])[::-1]
+        return seconds / np.cumsum(self.lengths[by_length][::-1])[::-1]
+
+    def inside_nodes(
+        self, node: Array, nodes: Array, each: int, reach: float, least: int = 1
+    ) -> None:
+        """Place the sequences of `nodes`, which have `each` ranks, all nodes in step.
+
+        Where ranks overflow, whole sequences do not fill them well: such nodes begin anew
+        with groups of at least twice `least` ranks. The whole node always fits.
+        """
+        first = nodes * self.topology.ranks_per_node
+        ranks = first[:, None] + np.arange(each)
+        mine = np.flatnonzero(np.isin(node, nodes))
+        mine = mine[np.lexsort((-self.lengths[mine], node[mine]))]
+        row = np.searchsorted(nodes, node[mine])
+        counts = np.bincount(row, minlength=len(nodes))
+        nth = np.arange(len(mine)) - (np.cumsum(counts) - counts)[row]
+        steps = int(counts.max(initial=0))
+        table = np.full((len(nodes), steps), -1)
+        table[row, nth] = mine
+        n = np.where(table >= 0, self.lengths[table], 0).astype(np.float64)
+        alone = np.where(table >= 0, self.alone[table], 0.0)
+        seconds, tokens = self.seconds[ranks], self.tokens[ranks]  # copies
+        level = np.maximum(self.level, seconds.mean(axis=1) + alone.sum(axis=1) / each)[:, None]
+        after_seconds = np.cumsum(alone[:, ::-1], axis=1)[:, ::-1]
+        after_tokens = np.cumsum(n[:, ::-1], axis=1)[:, ::-1]
+        worth = after_seconds / np.maximum(after_tokens, 1)
+        groups = _halves(each, least)
+        size = groups.sum(axis=1)
+        singly = min(steps, max(_SINGLY * each, 64))
+        every = np.arange(len(nodes))
+        for step in range(singly):
+            length, present = n[:, step, None], table[:, step] >= 0
+            need = (level - seconds) - (self.room - tokens) * worth[:, step, None]
+            good = (tokens + length <= self.room) & (
+                seconds + alone[:, step, None] <= reach * level
+            )
+            alone_fits = good.any(axis=1) & (least == 1)
+            chosen = np.where(alone_fits, np.where(good, need, -np.inf).argmax(axis=1), 0)
+            shared = np.flatnonzero(present & ~alone_fits)
+            if len(shared):
+                chosen[shared] = self._share(
+                    length[shared],
+                    seconds[shared],
+                    tokens[shared],
+                    need[shared],
+                    reach * level[shared],
+                    groups,
+                )
+            taken = groups[chosen] & present[:, None]
+            share = self.costs.inside_node(length, size[chosen, None])
+            seconds += np.where(taken, share, 0.0)
+            tokens += np.where(taken, length / size[chosen, None], 0.0)
+            self._own(table[:, step], chosen, groups, first)
+        tail = table[:, singly:]
+        for at in every[(tail >= 0).any(axis=1)]:
+            rest = tail[at][tail[at] >= 0]
+            bins = _sweep(np.maximum(self.room - tokens[at], 0.0), len(rest))
+            self.owner[rest] = first[at] + bins
+            seconds[at] += np.bincount(bins, self.alone[rest], each)
+            tokens[at] += np.bincount(bins, self.lengths[rest], each)
+        over = (tokens > self.room).any(axis=1) & (least < each)
+        self.seconds[ranks[~over]] = seconds[~over]
+        self.tokens[ranks[~over]] = tokens[~over]
+        if over.any():
+            self.inside_nodes(node, nodes[over], each, reach, min(2 * least, each))
+
+    def _share(
+        self, length: Array, seconds: Array, tokens: Array, need: Array, limit: Array, groups: Array
+    ) -> Array:
+        """The group of ranks for one sequence of each node: fitting first, then few, then needy.
+
+        `length` and `limit` are (nodes, 1); seconds, tokens and need (nodes, ranks).
+        """
+        size = groups.sum(axis=1)
+        # (nodes, groups): what the fullest member of each group would come to.
+        late = np.where(groups, seconds[:, None, :], 0).max(axis=2)
+        late = late + self.costs.inside_node(length, size)
+        full = np.where(groups, tokens[:, None, :], 0).max(axis=2) + length / size
+        fits = full <= self.room
+        good = fits & (late <= limit)
+        fewest = np.where(good, size, size.max() + 1).min(axis=1, keepdims=True)
+        score = np.where(good & (size == fewest), (need @ groups.T) / size, -np.inf)
+        # Where nothing is within the limit, the least late; where nothing fits, the least full.
+        poor = np.where(fits, -late, -1e9 * (1 + full))
+        return np.where(good.any(axis=1, keepdims=True), score, poor).argmax(axis=1)
+
+    def _own(self, sequence: Array, chosen: Array, groups: Array, first: Array) -> None:
+        """Write down that each node's `sequence` went to its group `chosen`."""
+        begin = groups.argmax(axis=1)
+        size = groups.sum(axis=1)
+        whole = (size[chosen] == 1) & (sequence >= 0)
+        self.owner[sequence[whole]] = (first + begin[chosen])[whole]
+        for at in np.flatnonzero((size[chosen] > 1) & (sequence >= 0)):
+            a = int(first[at] + begin[chosen[at]])
+            self.owner[sequence[at]] = self.ring(a, a + int(size[chosen[at]]))
+
+
+def _halves(each: int, least: int) -> Array:
+    """bool (groups, each): single ranks, then all of them, their halves, the halves' halves.
+
+    Groups of fewer than `least` ranks are left out.
+    """
+    parts, found = [(0, each)], []
+    while parts:
+        a, b = parts.pop()
+        if b - a > 1:
+            found.append([a <= rank < b for rank in range(each)])
+            middle = (a + b + 1) // 2
+            parts += [(a, middle), (middle, b)]
+    every = np.concatenate([np.eye(each, dtype=bool), np.array(found, bool).reshape(-1, each)])
+    return every[every.sum(axis=1) >= least]
+
+
+def _sweep(room: Array, pieces: int) -> Array:
+    """Bins for `pieces` of falling length: each takes evenly spaced ones, as its room allows."""
+    if not room.sum():
+        room = np.ones(len(room))
+    shares = np.cumsum(room) / room.sum() * pieces
+    counts = np.diff(np.floor(shares + 0.5).astype(np.int64), prepend=0)
+    bins = np.repeat(np.arange(len(room)), counts)
+    nth = np.arange(pieces) - np.repeat(np.cumsum(counts) - counts, counts)
+    # The golden ratio spreads the bins' first pieces over one spacing.
+    phase = (bins * 0.6180339887498949) % 1.0
+    return bins[np.argsort((nth + phase) / counts[bins], kind="stable")]
