@@ -34,9 +34,7 @@ class Packer:
         if method != "balanced":
             return cls(method, batch_tokens, seq_len)
         batches = int(lengths.sum()) // batch_tokens
-        plain = sequential(lengths, batches, batch_tokens, seq_len)
-        spread = float(loads(plain, batches).std())
-        cut = choose_cut(lengths, batches, batch_tokens, seq_len, spread)
+        cut = choose_cut(lengths, batches, batch_tokens, seq_len)
         return cls(method, batch_tokens, seq_len, cut)
 
     def pack(self, lengths: np.ndarray, key: int) -> np.ndarray:
