@@ -64,14 +64,16 @@ def linear_attention(
     """
     _check(q, k, v, decay, beta, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    compute = _resolve(backend, q)
+    compute = _resolve(backend, q, v)
     o, final_state = compute(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
     return o, final_state if output_final_state else None
 
 
-def _resolve(backend: Backend, q: Tensor):  # type: ignore[no-untyped-def]
+def _resolve(backend: Backend, q: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
+    widest = max(q.shape[-1], v.shape[-1])
     if backend == "auto":
-        backend = "triton" if q.is_cuda and q.dtype != torch.float64 else "torch"
+        fits = q.is_cuda and q.dtype != torch.float64 and widest <= 256
+        backend = "triton" if fits else "torch"
     if backend == "torch":
         return chunked.linear_attention
     if backend == "reference":
@@ -79,6 +81,10 @@ def _resolve(backend: Backend, q: Tensor):  # type: ignore[no-untyped-def]
     if backend == "triton":
         if q.dtype == torch.float64:
             raise ValueError("backend 'triton' takes bf16, fp16 or fp32; for float64 use 'torch'")
+        if widest > 256:
+            raise ValueError(
+                f"backend 'triton' takes heads up to 256 wide, not {widest}: use 'torch'"
+            )
         if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"backend 'triton' needs tensors on a GPU, not on {q.device}: use 'torch', or set "

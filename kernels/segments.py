@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import chunked
-from kernels.linear_attention import Backend, _check, linear_attention
+from kernels import chunked, reference
+from kernels.linear_attention import Backend, _check, _resolve, linear_attention
 from kernels.packing import accumulation_dtype
 
 
@@ -70,8 +70,13 @@ def _final_state(
     cu_seqlens: Tensor | None,
     backend: Backend,
 ) -> Tensor:
-    if backend == "torch" or (backend == "auto" and not k.is_cuda):
+    compute = _resolve(backend, k, v)
+    if compute is chunked.linear_attention:
         return chunked.final_state(k, v, decay, beta, initial_state, cu_seqlens)
+    if compute is not reference.linear_attention:
+        from kernels.triton import linear_attention as triton_backend
+
+        return triton_backend.final_state(k, v, decay, beta, initial_state, cu_seqlens)
     _, final = linear_attention(
         k,
         k,

@@ -168,12 +168,9 @@ def gradients(
         dq = decayed(dq * scale, gate, KIND)
     dk_reader = decayed(dk_reader, gate, KIND)
     dk_written = decayed(dk_written, to_last(gate, last, KIND), KIND)
-    if KIND == VECTOR:
-        d_last = tl.sum(k_tile * dk_written, axis=0) + tl.exp(last) * kept
-    else:
-        d_last = tl.sum(k_tile * dk_written) + tl.exp(last) * tl.sum(kept)
 
     if KIND == VECTOR:
+        d_last = tl.sum(k_tile * dk_written, axis=0) + tl.exp(last) * kept
         dA, dK = operand(dA, PRECISION), operand(dK, PRECISION)
         d_gate = k_tile * (dk_reader - dk_written)
         dk = dk_reader + dk_written
@@ -209,20 +206,32 @@ def gradients(
     else:
         pair = pair_decay(gate)
         earlier = rows[:, None] > rows[None, :]
+        if KIND != NONE:
+            # A step decays what later rows read of the entering state, what earlier rows wrote,
+            # what crosses it between two rows, and the state itself: sums of those alone, since
+            # a difference of larger sums would leave their round-off where the rest is small.
+            d_read = tl.sum(k_tile * dk_reader, axis=1)
+            if OUTPUT:
+                d_read += tl.sum(q_tile * dq, axis=1)
+            d_written = tl.sum(k_tile * dk_written, axis=1)
+            crossing = tl.zeros((CHUNK, CHUNK), tl.float32)
         if OUTPUT:
             d_reads = tl.where(earlier, dA * pair, 0.0)
             dq += dot(d_reads, k_tile, PRECISION)
             dk_written += dot(tl.trans(d_reads), q_tile, PRECISION)
+            if KIND != NONE:
+                crossing += d_reads * dot(q_tile, tl.trans(k_tile), PRECISION)
         if DELTA:
             d_sees = tl.where(earlier, dK * pair, 0.0)
             dk_reader += dot(d_sees, k_tile, PRECISION)
             dk_written += dot(tl.trans(d_sees), k_tile, PRECISION)
+            if KIND != NONE:
+                crossing += d_sees * dot(k_tile, tl.trans(k_tile), PRECISION)
         dk = dk_reader + dk_written
         if KIND != NONE:
-            d_gate = tl.sum(k_tile * (dk_reader - dk_written), axis=1)
-            if OUTPUT:
-                d_gate += tl.sum(q_tile * dq, axis=1)
-            d_steps = tl.cumsum(d_gate, axis=0, reverse=True) + d_last
+            crossing = tl.cumsum(crossing, axis=0, reverse=True) + d_written[None, :]
+            d_steps = tl.sum(tl.where(earlier, crossing, 0.0), axis=1)
+            d_steps += tl.cumsum(d_read, axis=0, reverse=True) + tl.exp(last) * tl.sum(kept)
             share = tl.program_id(2).to(tl.int64) * tokens * value_heads
             store_scalars(d_decay + share, d_steps, start, length, value_heads, head)
     if OUTPUT:
