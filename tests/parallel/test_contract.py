@@ -1,0 +1,173 @@
+"""The contract: however a batch is shared out, a model's loss and gradients are the same.
+
+A hybrid trains under DeepSpeed on 2 to 4 ranks; losses, gradient norms and the first step's
+gradient of every parameter are compared with a plain loop on one process, which cuts nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from parallel import ParallelConfig, World, distribute
+from parallel.config import Attention
+from train.config import ZeroConfig
+from train.engine import Engine
+from train.model.config import ModelConfig
+from train.model.transformer import Model
+from train.optim import OptimConfig
+
+VOCABULARY, RATE, STEPS = 61, 1e-2, 2
+OPTIM = OptimConfig(lr=RATE, warmup_steps=0, weight_decay=0.1, clip=0.5)
+MODEL = ModelConfig(
+    pattern=["gated_deltanet", "sliding", "attention"],
+    layers=3,
+    dim=24,
+    mixers={
+        "gated_deltanet": {"heads": 1, "value_heads": 2, "head_dim": 8},
+        "attention": {"heads": 4, "kv_heads": 2, "head_dim": 8},
+        "sliding": {"kind": "attention", "heads": 2, "head_dim": 8, "window": 7},
+    },
+)
+# Lengths of batches of one stream after the other, two a step at most.
+STREAMS = [
+    [101],  # one sequence over all ranks
+    [3, 1, 2, 40, 1, 7, 5, 2, 1, 1, 38],
+    [2] * 50 + [1],  # a target in every other token, in every second rank's favour
+    [5],  # some ranks hold one token, some none of it
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How the same training is shared out."""
+
+    attention: Attention
+    stage: int = 1
+    accumulate: int = 1
+    recompute: bool = False
+
+
+def batches() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Tokens, labels and cu_seqlens; the first half of the second stream has no targets."""
+    random = np.random.default_rng(0)
+    made = []
+    for lengths in STREAMS:
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = random.integers(0, VOCABULARY, cu_seqlens[-1])
+        labels = np.roll(tokens, -1)
+        labels[cu_seqlens[1:] - 1] = -100
+        made.append((tokens, labels, cu_seqlens))
+    made[1][1][:54] = -100
+    return made
+
+
+def steps(accumulate: int) -> list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    every = batches()
+    return [every[s * accumulate : (s + 1) * accumulate] for s in range(STEPS)]
+
+
+def model(recompute: bool = False) -> Model:
+    torch.manual_seed(0)
+    return Model(dataclasses.replace(MODEL, checkpoint_activations=recompute), VOCABULARY)
+
+
+def targets(group: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> int:
+    return sum(int((labels >= 0).sum()) for _, labels, _ in group)
+
+
+# Losses and norms by step, and every parameter's gradient in the first step.
+Course = tuple[list[float], list[float], dict[str, Tensor]]
+
+
+def plain(accumulate: int) -> Course:
+    """The definition: the gradient of the mean over a step's targets, clipped, and AdamW."""
+    net, alone = model(), World(0, 1, 0, torch.device("cpu"))
+    matrices = [p for n, p in net.named_parameters() if p.dim() == 2 and n.endswith(".weight")]
+    rest = [p for n, p in net.named_parameters() if not (p.dim() == 2 and n.endswith(".weight"))]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=RATE,
+        betas=(OPTIM.beta1, OPTIM.beta2),
+        eps=OPTIM.eps,
+    )
+    losses, norms, gradients = [], [], {}
+    for group in steps(accumulate):
+        loss = sum(net(*distribute(*batch, alone))[0] for batch in group) / targets(group)
+        loss.backward()
+        gradients = gradients or {n: p.grad.clone() for n, p in net.named_parameters()}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)))
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, norms, gradients
+
+
+def shared(world: World, setting: Setting) -> Course:
+    config = ParallelConfig(attention=setting.attention)
+    engine = Engine(
+        model(setting.recompute),
+        OPTIM,
+        ZeroConfig(stage=setting.stage),
+        world,
+        torch.float32,
+        setting.accumulate,
+    )
+    losses, norms, gradients = [], [], {}
+    for group in steps(setting.accumulate):
+        count, total = targets(group), torch.zeros((), dtype=torch.float64)
+        for batch in group:
+            loss, cross_entropy = engine(*distribute(*batch, world, config))
+            engine.backward(loss * (world.size * setting.accumulate / count))
+            total += cross_entropy
+            if batch is group[-1] and not gradients:
+                gradients = {name: gradient(p, setting) for p, name in engine.names.items()}
+            norm = engine.step(RATE)
+        losses.append(float(world.sum(total)) / count)
+        norms.append(norm)
+    return losses, norms, gradients
+
+
+def gradient(parameter: torch.nn.Parameter, setting: Setting) -> Tensor:
+    """The full one, averaged over ranks."""
+    if setting.stage == 0:
+        return parameter.grad.clone()
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter).clone()
+
+
+# Every strategy at every stage, and accumulation and recomputation with each of both.
+SETTINGS = [
+    Setting(attention, stage, accumulate=1 + (i // 4 + i) % 2, recompute=bool(i // 2 % 2))
+    for i, (attention, stage) in enumerate(
+        itertools.product(("balanced", "ring", "ulysses", "allgather"), (0, 1, 2, 3))
+    )
+]
+
+
+# On four ranks everything; on two and three, which divide less evenly, each strategy and stage.
+CASES = [(4, setting) for setting in SETTINGS]
+CASES += [(size, setting) for size in (2, 3) for setting in SETTINGS[size - 2 :: 5]]
+
+
+@pytest.mark.parametrize(("size", "setting"), CASES, ids=str)
+def test_training_is_the_same_however_it_is_shared(ranks, size: int, setting: Setting) -> None:
+    """fp32: losses and gradients to 1e-5, norms after a step of AdamW to 1e-4."""
+    check(ranks(size).run(shared, setting), plain(setting.accumulate))
+
+
+def check(courses: list[Course], wanted: Course) -> None:
+    for losses, norms, gradients in courses:
+        np.testing.assert_allclose(losses, wanted[0], rtol=1e-5)
+        np.testing.assert_allclose(norms, wanted[1], rtol=1e-4)
+        assert gradients.keys() == wanted[2].keys()
+        for name, one in wanted[2].items():
+            scale = float(one.abs().max())
+            error = (gradients[name].reshape(one.shape) - one).abs().max() / scale
+            assert error < 1e-5, name
