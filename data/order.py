@@ -62,8 +62,9 @@ def _strata(count: int) -> int:
 
 def _permute(values: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Keyed permutation of [0, size) at `values`, element by element; all uint64."""
-    bits = np.maximum(np.ceil(np.log2(np.maximum(size, 2).astype(np.float64)) / 2), 1)
-    half = bits.astype(np.uint64)
+    # frexp, unlike log2, is exact on every machine: half is the least with 4 ** half >= size.
+    bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]
+    half = np.maximum((bits + 1) // 2, 1).astype(np.uint64)
     out = _feistel(values, half, key)
     outside = np.flatnonzero(out >= size)
     while outside.size:

@@ -3,12 +3,13 @@
 import itertools
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.order import ranks
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 3000), key=st.integers(0, 2**64 - 1), epoch=st.integers(0, 10**6))
 def test_every_epoch_has_every_document_once(count: int, key: int, epoch: int) -> None:
     start = epoch * count
@@ -16,6 +17,7 @@ def test_every_epoch_has_every_document_once(count: int, key: int, epoch: int) -
     assert sorted(found.tolist()) == list(range(count))
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 2**40), key=st.integers(0, 2**64 - 1), data=st.data())
 def test_any_position_can_be_asked_by_itself(count: int, key: int, data: st.DataObject) -> None:
     positions = np.array(data.draw(st.lists(st.integers(0, 2**44), min_size=1, max_size=20)))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.packing import Packer, gaps, loads
@@ -29,6 +29,7 @@ def check(rows: np.ndarray, lengths: np.ndarray, batches: int, size: int, seq_le
 
 
 @pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 400), min_size=1, max_size=60),
     batches=st.integers(1, 12),

@@ -127,7 +127,7 @@ def test_every_cursor_goes_on_with_the_very_next_batch(corpus: Corpus, packing: 
 
 
 @settings(
-    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_stopping_anywhere_any_number_of_times_changes_nothing(
@@ -235,7 +235,7 @@ def test_the_mixture_is_the_one_asked_for(mixed: Corpus) -> None:
 def test_long_documents_are_seen_as_often_as_asked(tmp_path: Path) -> None:
     corpus = numbered(tmp_path, {"all": [100] * 300 + [1000] * 30})
     stream = StreamConfig(batch_tokens=1000, seq_len=500)
-    made = read(corpus, stream, DataConfig(long_tokens=1000, long_weight=3.0), 40)
+    made = read(corpus, stream, DataConfig(long_tokens=1000, long_weight=3.0), 60)
     tokens = np.concatenate([batch.tokens for batch in made])
     assert (tokens >= 30_000).mean() == pytest.approx(0.75, abs=0.01)
 
