@@ -3,10 +3,10 @@
 Sequences are placed longest first, in two stages: over the nodes, then over the ranks of
 each node. At both, three rules decide:
 
-- A sequence takes as few ranks as keep it within the even share of time (`reach` times the
-  mean) and of tokens (`room`); time is that of attention or of the keys' way round the
-  ring, whichever is longer. So short ones stay whole, middle ones go on a ring inside a
-  node, long ones on a ring over adjacent nodes.
+- A sequence takes as few ranks as keep it within the even share of time (`Limits`) and of
+  tokens (`room`); time is that of attention or of the keys' way round the ring, whichever
+  is longer. So short ones stay whole, middle ones go on a ring inside a node, long ones on
+  a ring over adjacent nodes.
 - Rings inside a node are the node's ranks, their halves, the halves' halves: nested, so
   that rings seldom wait for each other and sequences of one group share one exchange.
 - Among equals it goes where time is missing most, counted after the share that the free
@@ -17,6 +17,7 @@ each node. At both, three rules decide:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from parallel.cost import Costs
 from parallel.layout import Array, Topology
 
 _SINGLY = 24  # sequences a node that are placed one by one; the shorter rest is dealt in sweeps
+
+_LEVEL = 1.05  # time weighs a little more than room: of equal sequences, the idlest gets the next
 
 
 @dataclass
@@ -66,21 +69,34 @@ def grid(ranks: Array, topology: Topology) -> Array:
     return ranks.reshape(len(counts), -1) if (counts == counts[0]).all() else ranks[None]
 
 
+class Limits(NamedTuple):
+    """How far from even a placing may go, each as a multiple of the mean.
+
+    Attributes:
+        nodes, ranks: seconds at which a sequence is spread over more nodes, more ranks.
+        tokens: of a node. What it holds too much crosses between nodes in every layer.
+    """
+
+    nodes: float
+    ranks: float
+    tokens: float
+
+
 def balanced(
-    lengths: Array, topology: Topology, costs: Costs, room: float, reach: float, reach_nodes: float
+    lengths: Array, topology: Topology, costs: Costs, room: float, limits: Limits
 ) -> Owners:
     """Place every sequence; see the head of this file.
 
     Args:
         lengths: int64 (N,).
         room: tokens that a rank should not exceed. Not a promise: the caller checks.
-        reach: how far a rank may exceed the mean time before a sequence is spread over
-            more ranks of its node; `reach_nodes` the same over more nodes.
     """
     placing = _Placing(lengths, topology, costs, room)
+    share = float(lengths.sum()) / topology.ranks
+    node_room, reach = min(room, limits.tokens * share), limits.ranks
     by_length = np.argsort(-lengths, kind="stable")
     by_length = by_length[lengths[by_length] > 0]
-    inside = placing.over_nodes(by_length, reach_nodes)
+    inside = placing.over_nodes(by_length, limits.nodes, node_room)
     last = topology.nodes - 1
     small = topology.ranks % topology.ranks_per_node
     if topology.nodes - bool(small):
@@ -114,14 +130,14 @@ class _Placing:
             self.grids.append(grid(np.arange(first, end), self.topology))
         return -1 - self.rings[first, end]
 
-    def over_nodes(self, by_length: Array, reach: float) -> Array:
+    def over_nodes(self, by_length: Array, reach: float, node_room: float) -> Array:
         """Put the longest on rings over nodes; the node of each other one, −1 for those."""
         each = self.topology.ranks_per_node
         node = np.full(len(self.lengths), -1)
         worth = self._worth(by_length)
         load, held = np.zeros(self.topology.nodes), np.zeros(self.topology.nodes)
         wanted = self.level * self.sizes
-        room = self.room * self.sizes
+        room = node_room * self.sizes
         singly = min(len(by_length), max(256, _SINGLY * self.topology.nodes))
         wide = True
         for at in range(singly):
@@ -130,7 +146,7 @@ class _Placing:
             if wide:
                 spread = self._nodes_for(n, alone, reach)
                 wide = spread > 1
-            need = wanted - load - (room - held) * worth[at]
+            need = _LEVEL * (wanted - load) - (room - held) * worth[at]
             need[held + n > room] = -np.inf
             chosen = int(need.argmax())
             if spread == 1 and need[chosen] > -np.inf:
@@ -212,7 +228,7 @@ class _Placing:
         every = np.arange(len(nodes))
         for step in range(singly):
             length, present = n[:, step, None], table[:, step] >= 0
-            need = (level - seconds) - (self.room - tokens) * worth[:, step, None]
+            need = _LEVEL * (level - seconds) - (self.room - tokens) * worth[:, step, None]
             good = (tokens + length <= self.room) & (
                 seconds + alone[:, step, None] <= reach * level
             )

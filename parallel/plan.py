@@ -18,15 +18,22 @@ from parallel import placing
 from parallel.cost import Costs, price
 from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
 from parallel.ordering import arrange, resident, seat
-from parallel.placing import Owners
+from parallel.placing import Limits, Owners
 
 __all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Topology", "plan"]
 
 Strategy = Literal["balanced", "ring", "even", "allgather"]
 
-# How far a rank's time may exceed the mean before a sequence is spread over more nodes, over
-# more ranks of a node. The mildest that comes within `_ENOUGH` of perfectly even is taken.
-_REACHES = ((1.0, 1.0), (1.15, 1.0), (1.0, 1.3), (1.5, 1.1), (4.0, 1.0))
+# From placings that leave tokens where they lie to those that even out nothing but the work;
+# the cheapest is taken, or the first within `_ENOUGH` of perfectly even.
+_LIMITS = (
+    Limits(nodes=1.0, ranks=1.0, tokens=1.04),
+    Limits(nodes=1.3, ranks=1.1, tokens=1.04),
+    Limits(nodes=4.0, ranks=1.5, tokens=1.04),
+    Limits(nodes=1.15, ranks=1.0, tokens=1.15),
+    Limits(nodes=1.0, ranks=1.3, tokens=np.inf),
+    Limits(nodes=4.0, ranks=1.0, tokens=np.inf),
+)
 _ENOUGH = 1.03
 _MANY = 256  # sequences above which placings are compared by their own estimate
 
@@ -68,13 +75,13 @@ def plan(
             return _cheapest(each, topology, costs or Costs(), slack, contiguous)
         case "even":
             owners = placing.even(len(each), topology)
-            return _build(strategy, each, owners, unchanged, topology, contiguous)
+            return build(strategy, each, owners, unchanged, topology, contiguous)
         case "ring":
             bounds = shard_bounds(int(each.sum()), topology.ranks)
             owners = placing.where_they_lie(each, bounds, topology)
-            return _build(strategy, each, owners, unchanged, topology, contiguous)
+            return build(strategy, each, owners, unchanged, topology, contiguous)
         case "allgather":
-            return _build(strategy, each, None, unchanged, topology, True)
+            return build(strategy, each, None, unchanged, topology, True)
     raise ValueError(f"strategy {strategy!r}; it must be one of {', '.join(get_args(Strategy))}")
 
 
@@ -86,8 +93,8 @@ def _cheapest(
     enough = _ENOUGH * 3.5 * costs.attention(lengths * 0, lengths).sum() / topology.ranks
     many = len(lengths) > _MANY
     placed = [
-        placing.balanced(lengths, topology, costs, room, reach, reach_nodes)
-        for reach_nodes, reach in (_REACHES[:3] if many else _REACHES)
+        placing.balanced(lengths, topology, costs, room, limits)
+        for limits in (_LIMITS[:3] if many else _LIMITS)
     ]
     placed.sort(key=lambda owners: owners.seconds)
     if not many:
@@ -95,7 +102,7 @@ def _cheapest(
     best, least = None, np.inf
     for owners in placed:
         order = arrange(lengths, owners, topology)
-        found = _build("balanced", lengths, owners, order, topology, contiguous)
+        found = build("balanced", lengths, owners, order, topology, contiguous)
         if not _fits(found, room):
             continue
         if many:
@@ -107,7 +114,7 @@ def _cheapest(
             break
     if best is None:  # only an even split fits
         owners, order = placing.even(len(lengths), topology), np.arange(len(lengths))
-        best = _build("balanced", lengths, owners, order, topology, contiguous)
+        best = build("balanced", lengths, owners, order, topology, contiguous)
     return best
 
 
@@ -119,8 +126,8 @@ def _fits(found: Plan, room: float) -> bool:
     return bool((found.attention.tokens <= room + rounding).all())
 
 
-def _build(
-    strategy: Strategy,
+def build(
+    strategy: str,
     lengths: Array,
     owners: Owners | None,
     order: Array,

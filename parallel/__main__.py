@@ -1,0 +1,113 @@
+"""`python -m parallel simulate | show`: judge and draw plans without a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m parallel", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    simulate = commands.add_parser(
+        "simulate", help="price a training step on a described cluster, beside the alternatives"
+    )
+    simulate.add_argument("--cluster", default="h800", help="a800, h800, h200 or a YAML file")
+    simulate.add_argument(
+        "--model", default="hybrid-7b", help="llama-3b … llama-30b, hybrid-7b or a YAML file"
+    )
+    simulate.add_argument("--lengths", default="arxiv", help=_LENGTHS)
+    simulate.add_argument("--gpus", type=int, default=64, help="ranks, 1 to 4096")
+    simulate.add_argument("--tokens-per-gpu", type=int, default=4096)
+    simulate.add_argument(
+        "--longest", type=int, default=65536, help="longer sequences are cut to this"
+    )
+    simulate.add_argument("--batches", type=int, default=8, help="over which figures are means")
+    simulate.add_argument("--seed", type=int, default=0)
+    simulate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    simulate.add_argument("--figure", metavar="PATH", help="a picture with a timeline of the ranks")
+
+    show = commands.add_parser("show", help="draw the plan of one batch")
+    show.add_argument("--ranks", type=int, default=8)
+    show.add_argument("--ranks-per-node", type=int, default=4)
+    show.add_argument(
+        "--lengths",
+        default="20000,9000,6000,4000,3000,2500,1500,1200,900,700,500,300",
+        help=f"lengths with commas between, or {_LENGTHS}",
+    )
+    show.add_argument("--tokens-per-gpu", type=int, default=4096, help="for a distribution")
+    show.add_argument(
+        "--strategy", default="balanced", choices=["balanced", "ring", "even", "allgather"]
+    )
+    show.add_argument("--seed", type=int, default=0)
+    show.add_argument("--figure", metavar="PATH", help="a picture of the same")
+    arguments = parser.parse_args()
+    try:
+        _check(arguments)
+        if arguments.command == "simulate":
+            _simulate(arguments)
+        else:
+            _show(arguments)
+    except (ValueError, OSError) as error:
+        print(f"python -m parallel {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+_LENGTHS = "arxiv, github, prolong64k, a YAML file like them, or the folder of a prepared corpus"
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("gpus", "tokens_per_gpu", "longest", "batches", "ranks", "ranks_per_node"):
+        value = getattr(arguments, name, 1)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    for name in ("gpus", "ranks"):
+        value = getattr(arguments, name, 1)
+        if value > 4096:
+            raise ValueError(f"--{name} is {value}; the limit is 4096")
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from parallel import simulate
+
+    simulate.main(
+        simulate.Settings(
+            cluster=arguments.cluster,
+            model=arguments.model,
+            lengths=arguments.lengths,
+            gpus=arguments.gpus,
+            tokens_per_gpu=arguments.tokens_per_gpu,
+            longest=arguments.longest,
+            batches=arguments.batches,
+            seed=arguments.seed,
+        ),
+        arguments.json,
+        arguments.figure,
+    )
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from parallel import show, simulate
+    from parallel.plan import Topology, plan
+
+    parts = arguments.lengths.split(",")
+    if all(part.strip().isdecimal() for part in parts):
+        lengths = np.array([int(part) for part in parts])
+    else:
+        tokens = arguments.ranks * arguments.tokens_per_gpu
+        rng = np.random.default_rng(arguments.seed)
+        lengths = simulate.sample(arguments.lengths, tokens, tokens, rng)
+    topology = Topology(arguments.ranks, arguments.ranks_per_node)
+    made = plan(lengths, topology, arguments.strategy)
+    print(show.text(made))
+    if arguments.figure:
+        show.draw(made, arguments.figure)
+        print(f"drawn in {arguments.figure}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

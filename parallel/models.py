@@ -1,0 +1,164 @@
+"""Models and clusters that the simulator knows: sizes in, seconds and bytes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from parallel.cost import Costs
+
+CLUSTERS = Path(__file__).parent / "clusters"
+_E = 2  # bytes of a bf16 number
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A kind of node and its network; the YAML files of `clusters/` say what each is."""
+
+    ranks_per_node: int
+    tflops: float
+    matmul: float
+    attention: float
+    inside_gb: float
+    nics: int
+    nic_gbit: float
+    network: float
+    memory_gb: float
+    latency_inside_us: float = 10.0
+    latency_between_us: float = 20.0
+
+    @property
+    def matmul_flops(self) -> float:
+        """FLOPs a second of large matrix products."""
+        return self.tflops * 1e12 * self.matmul
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder of SwiGLU blocks; every `full_every`-th block has full attention.
+
+    The other blocks have gated delta rule mixers with `heads` heads of `head_dim`, and a
+    short convolution.
+    """
+
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    mlp_dim: int
+    head_dim: int = 128
+    vocab_size: int = 32000
+    full_every: int = 1
+
+    @property
+    def full_layers(self) -> int:
+        return self.layers // self.full_every
+
+    @property
+    def linear_layers(self) -> int:
+        return self.layers - self.full_layers
+
+    @property
+    def dense_flops(self) -> float:
+        """FLOPs a token of one block's projections and MLP, forward."""
+        width = self.heads * self.head_dim
+        keys = self.kv_heads * self.head_dim
+        return 2 * self.dim * (2 * width + 2 * keys + 3 * self.mlp_dim)
+
+    @property
+    def head_flops(self) -> float:
+        """FLOPs a token of the output head, forward."""
+        return 2 * self.dim * self.vocab_size
+
+    @property
+    def mixer_flops(self) -> float:
+        """FLOPs a token of one linear-attention mixer, forward."""
+        from kernels import flops
+
+        return flops.linear_attention([1], self.heads, self.head_dim, self.head_dim, True)
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of one affine map (M, E) of a linear layer, fp32."""
+        return 4 * self.heads * self.head_dim * 2 * self.head_dim
+
+    @property
+    def stream_bytes(self) -> float:
+        """Bytes that a token leaves behind in one block for the backward pass, in the stream.
+
+        The block's input, two norms, the output of the mixer, and the MLP's three.
+        """
+        return _E * (3 * self.dim + self.heads * self.head_dim + 3 * self.mlp_dim)
+
+    @property
+    def mixer_bytes(self) -> float:
+        """The same of one mixer where it works: q, k, v and o."""
+        return _E * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+
+
+def _llama(layers: int, dim: int, mlp_dim: int, **changes: Any) -> Model:
+    given: dict[str, Any] = {"heads": dim // 128, "kv_heads": dim // 128, **changes}
+    return Model(layers=layers, dim=dim, mlp_dim=mlp_dim, **given)
+
+
+MODELS = {
+    "llama-3b": _llama(26, 3200, 8640, heads=25, kv_heads=25),
+    "llama-7b": _llama(32, 4096, 11008),
+    "llama-13b": _llama(40, 5120, 13824),
+    "llama-30b": _llama(60, 6656, 17920),
+    "hybrid-3b": _llama(28, 3072, 8192, full_every=4),
+    "hybrid-7b": _llama(32, 4096, 11008, full_every=4),
+    "hybrid-7b-gqa": _llama(32, 4096, 14336, kv_heads=8, full_every=4),
+}
+
+
+def clusters() -> list[str]:
+    """The names of the clusters described here."""
+    return sorted(path.stem for path in CLUSTERS.glob("*.yaml"))
+
+
+def load_cluster(name: str) -> Cluster:
+    """The cluster of a name here, or of a YAML file."""
+    path = CLUSTERS / f"{name}.yaml" if name in clusters() else Path(name)
+    return Cluster(**_read(path, Cluster, f"{name} is no cluster; {', '.join(clusters())} are"))
+
+
+def load_model(name: str) -> Model:
+    """The model of a name here, or of a YAML file with the fields of `Model`."""
+    if name in MODELS:
+        return MODELS[name]
+    return Model(**_read(Path(name), Model, f"{name} is no model; {', '.join(MODELS)} are"))
+
+
+def _read(path: Path, schema: type, unknown: str) -> dict[str, Any]:
+    """The mapping in a YAML file, checked against a dataclass of numbers."""
+    if not path.is_file():
+        raise ValueError(f"{unknown}, and a YAML file's path is taken too")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {each.name for each in fields(schema)}
+    if not isinstance(content, dict) or set(content) - known:
+        extra = sorted(set(content) - known) if isinstance(content, dict) else content
+        raise ValueError(f"{path}: {extra} not known; the keys are {', '.join(sorted(known))}")
+    for key, value in content.items():
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{path}: {key} is {value!r}; it must be a number above 0")
+    return content
+
+
+def costs(cluster: Cluster, model: Model, routed: bool = True) -> Costs:
+    """What the planner weighs for a model on a cluster."""
+    nic = cluster.nic_gbit / 8 * 1e9 * cluster.network
+    return Costs(
+        pair=4 * model.heads * model.head_dim / (cluster.tflops * 1e12 * cluster.attention),
+        q_bytes=_E * model.heads * model.head_dim,
+        kv_bytes=_E * 2 * model.kv_heads * model.head_dim,
+        inside=cluster.inside_gb * 1e9,
+        between=cluster.nics * nic,
+        nic=nic,
+        latency_inside=cluster.latency_inside_us * 1e-6,
+        latency_between=cluster.latency_between_us * 1e-6,
+        routed=routed,
+    )

@@ -1,0 +1,359 @@
+"""What one training step costs under our plan and under the published alternatives.
+
+All are priced by `parallel.cost`, on the same machine and with the same overlap. What is
+common to all (ZeRO's traffic, the optimiser) is left out. Where a paper leaves room, the
+alternative gets the better reading, except where the text says otherwise:
+
+- headrace: the planner that training uses. Dense models keep tokens where attention wants
+  them (`contiguous=False`).
+- even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine).
+- allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
+  values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2).
+- hybrid-dp: each sequence on the fewest ranks whose memory holds it, longest first to the
+  least busy ones; no layout changes, ranks meet only at the end of a step, and tokens a rank
+  differ (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism).
+- zeppelin: arXiv 2509.21841. Our placing with fixed thresholds stands for its partitioner;
+  flat rings with routing; tokens are evened out around each mixing layer. It takes every
+  mixing layer for a quadratic one, so in a hybrid's linear layers too tokens are moved, and
+  keys and values go round the rings.
+- zeppelin-states: nobody's system: the same, but linear layers exchange states instead.
+- ulysses: heads over the fewest ranks whose memory holds the longest sequence, groups
+  balanced by time; every mixing layer pays two all-to-alls (arXiv 2309.14509).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parallel import placing
+from parallel.cost import BACKWARD, TRAVEL, Costs, LayerPrice, price, ring_travel
+from parallel.layout import Array, Plan, Topology
+from parallel.models import Cluster, Model, costs
+from parallel.ordering import arrange
+from parallel.plan import build, plan, shard_bounds
+
+STEP = 3.0  # a dense layer's forward and backward, in units of its forward
+BOTH = float(BACKWARD.sum())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One step of one strategy.
+
+    Attributes:
+        seconds: of the step.
+        busy: float64 (ranks,), seconds of arithmetic of each rank.
+        inside, between: bytes sent in the step, all ranks together.
+        memory: activations of the fullest rank as a multiple of the even share.
+    """
+
+    seconds: float
+    busy: Array
+    inside: float
+    between: float
+    memory: float
+
+    @property
+    def balance(self) -> float:
+        """Mean arithmetic over that of the busiest rank."""
+        return float(self.busy.mean() / self.busy.max())
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch of a model on a cluster."""
+
+    lengths: Array
+    topology: Topology
+    cluster: Cluster
+    model: Model
+    memory_slack: float = 0.15
+
+    @property
+    def share(self) -> float:
+        """Tokens of an even shard."""
+        return float(self.lengths.sum()) / self.topology.ranks
+
+    @property
+    def room(self) -> float:
+        """Tokens of a rank at which its memory is at the limit, if all layers hold as many."""
+        return float(np.ceil((1 + self.memory_slack) * self.share))
+
+    @property
+    def slack(self) -> float:
+        """How uneven full attention's tokens may be for the memory of all layers to keep within.
+
+        q, k, v and o of the full-attention layers are but a part of what a token leaves behind.
+        """
+        model = self.model
+        everything = model.layers * (model.stream_bytes + model.mixer_bytes)
+        return self.memory_slack * everything / (model.full_layers * model.mixer_bytes)
+
+    def costs(self, routed: bool = True) -> Costs:
+        return costs(self.cluster, self.model, routed)
+
+    def linear_seconds(self, tokens: Array | float) -> Array | float:
+        """Of everything but full attention, forward and backward, for tokens of one rank."""
+        model = self.model
+        flops = model.layers * model.dense_flops + model.head_flops
+        flops += model.linear_layers * model.mixer_flops
+        return STEP * tokens * flops / self.cluster.matmul_flops
+
+    def attention_seconds(self) -> Array:
+        """Of each sequence's full attention uncut, all layers, forward and backward."""
+        zero = np.zeros(len(self.lengths))
+        return BOTH * self.model.full_layers * self.costs().attention(zero, self.lengths)
+
+    def memory(self, stream: float, mixing: float, transient: float = 0.0) -> float:
+        """Activations as a multiple of the even share, for the fullest rank's tokens."""
+        model = self.model
+        bytes_each = model.layers * model.stream_bytes, model.layers * model.mixer_bytes
+        held = stream * bytes_each[0] + mixing * bytes_each[1] + transient
+        return held / (self.share * sum(bytes_each))
+
+
+def lower_bound(case: Case) -> float:
+    """Seconds with all work perfectly even over the ranks, no sequence cut, no byte sent."""
+    return float(
+        case.linear_seconds(case.share) + case.attention_seconds().sum() / case.topology.ranks
+    )
+
+
+def our_plan(case: Case) -> Plan:
+    """The plan that training would make."""
+    return plan(
+        case.lengths,
+        case.topology,
+        costs=case.costs(),
+        slack=case.slack,
+        contiguous=case.model.linear_layers > 0,
+    )
+
+
+def headrace(case: Case) -> Outcome:
+    return price_plan(case, our_plan(case))
+
+
+def price_plan(case: Case, made: Plan) -> Outcome:
+    """A step in which full attention follows a plan and linear layers pass states on."""
+    model, full = case.model, case.model.full_layers
+    layer = price(made, case.costs())
+    states, inside, between = _states(case, made)
+    seconds = case.linear_seconds(float(made.stream.tokens.max())) + full * layer.seconds
+    mixing = (full * made.attention.tokens + model.linear_layers * made.stream.tokens).max()
+    return Outcome(
+        float(seconds + model.linear_layers * states),
+        full * layer.arithmetic.sum(axis=0) + case.linear_seconds(made.stream.tokens),
+        full * float(layer.traffic.inside.sum()) + model.linear_layers * inside,
+        full * float(layer.traffic.between.sum()) + model.linear_layers * between,
+        case.memory(float(made.stream.tokens.max()), float(mixing) / model.layers),
+    )
+
+
+def _states(case: Case, made: Plan) -> tuple[float, float, float]:
+    """Seconds and bytes (inside, between) of one linear layer's states, forward and backward.
+
+    Maps are composed along the ranks of the longest-reaching sequence by recursive doubling.
+    """
+    ranks = np.arange(1, case.topology.ranks)
+    bounds = shard_bounds(int(made.cu_seqlens[-1]), case.topology.ranks)[1:-1]
+    cut = ~np.isin(bounds, made.cu_seqlens)
+    if not cut.any():
+        return 0.0, 0.0, 0.0
+    crosses = ranks % case.topology.ranks_per_node == 0
+    sequence = np.searchsorted(made.cu_seqlens, bounds[cut], side="right")
+    rounds = np.ceil(np.log2(np.bincount(sequence).max() + 1))
+    weigh, size = case.costs(), case.model.state_bytes
+    hop = weigh.latency_inside + size / weigh.inside
+    if (cut & crosses).any():
+        hop = weigh.latency_between + size / weigh.nic
+    inside, between = (cut & ~crosses).sum(), (cut & crosses).sum()
+    return 2 * rounds * hop, 2 * size * float(inside), 2 * size * float(between)
+
+
+def even(case: Case) -> Outcome:
+    ranks, full, weigh = case.topology.ranks, case.model.full_layers, case.costs(routed=False)
+    n = np.maximum(case.lengths, 1)
+    work = weigh.pair * n * (n + 1.0) / 2 / ranks * (1 + weigh.half * 2 * ranks / n)
+    work = float(np.where(case.lengths > 0, work, 0).sum())
+    block = case.share * weigh.kv_bytes
+    crosses = case.topology.nodes > 1
+    hop = (
+        weigh.latency_between + block / weigh.nic
+        if crosses
+        else weigh.latency_inside + block / weigh.inside
+    )
+    travel = (ranks - 1) * hop
+    seconds = np.maximum(BACKWARD * work, TRAVEL * travel).sum()
+    sent = full * (ranks - 1) * block * TRAVEL.sum()
+    # The linear layers of a hybrid run on the same chunks and pass states on: free of charge.
+    busy = np.full(ranks, full * BOTH * work + case.linear_seconds(case.share))
+    over = case.topology.nodes if crosses else 0
+    return Outcome(
+        float(case.linear_seconds(case.share) + full * seconds),
+        busy,
+        sent * (ranks - over),
+        sent * over,
+        case.memory(case.share, case.share),
+    )
+
+
+def allgather(case: Case) -> Outcome:
+    topology, full, weigh = case.topology, case.model.full_layers, case.costs()
+    ranks = topology.ranks
+    cu_seqlens = np.concatenate([[0], np.cumsum(case.lengths)])
+    total = int(cu_seqlens[-1])
+    edges = np.union1d(shard_bounds(total, 2 * ranks), cu_seqlens)
+    sequence = np.searchsorted(cu_seqlens, edges[:-1], side="right") - 1
+    chunk = np.searchsorted(shard_bounds(total, 2 * ranks), edges[:-1], side="right") - 1
+    rank = np.minimum(chunk, 2 * ranks - 1 - chunk)
+    work = np.bincount(
+        rank,
+        weigh.attention(edges[:-1] - cu_seqlens[sequence], edges[1:] - cu_seqlens[sequence]),
+        ranks,
+    )
+    keys = total * weigh.kv_bytes
+    away = (topology.nodes - 1) / topology.nodes
+    travel = keys * max((ranks - 1) / ranks / weigh.inside, away / weigh.between)
+    sent = full * keys * TRAVEL.sum() * (ranks - 1) / ranks
+    between = full * keys * TRAVEL.sum() * away * topology.nodes
+    return Outcome(
+        float(case.linear_seconds(case.share) + full * (BOTH * work.max() + TRAVEL.sum() * travel)),
+        full * BOTH * work + case.linear_seconds(case.share),
+        max(0.0, sent * ranks - between),
+        between,
+        case.memory(case.share, case.share, keys),
+    )
+
+
+def hybrid_dp(case: Case) -> Outcome:
+    topology, full, weigh = case.topology, case.model.full_layers, case.costs()
+    ranks, each = topology.ranks, topology.ranks_per_node
+    busy, ready = np.zeros(ranks), np.zeros(ranks)
+    tokens = np.zeros(ranks)
+    inside = between = fullest = 0.0
+    for n in np.sort(case.lengths[case.lengths > 0])[::-1].astype(float):
+        size = 1
+        while size < ranks and n / size > case.room:
+            size *= 2
+        size = min(size, ranks)
+        groups = ready[: ranks // size * size].reshape(-1, size).max(axis=1)
+        mine = slice(int(groups.argmin()) * size, (int(groups.argmin()) + 1) * size)
+        nodes = max(1, size // each)
+        if size > each:
+            seconds = float(weigh.between_nodes(n, nodes, each))
+        else:
+            seconds = float(weigh.inside_node(np.array(n), size))
+        chunks = 2 * size if size > 1 else 1
+        work = BOTH * weigh.pair * n * (n + 1) / 2 / size * (1 + weigh.half * chunks / n)
+        linear = float(case.linear_seconds(n / size))
+        ready[mine] = ready[mine].max() + full * seconds + linear
+        busy[mine] += full * work + linear
+        tokens[mine] += n / size
+        fullest = max(fullest, n / size)
+        sent = full * n * weigh.kv_bytes * TRAVEL.sum()
+        between += sent * nodes if size > each else 0.0
+        inside += sent * (size - 1)
+    # A rank takes its sequences in micro-batches of what its memory holds.
+    held = max(fullest, min(case.room, float(tokens.max())))
+    return Outcome(float(ready.max()), busy, inside, between, case.memory(held, held))
+
+
+def zeppelin(case: Case) -> Outcome:
+    return _zeppelin(case, keys_everywhere=1.0)
+
+
+def zeppelin_states(case: Case) -> Outcome:
+    return _zeppelin(case, keys_everywhere=0.0)
+
+
+def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
+    model, weigh = case.model, case.costs()
+    room = (1 + case.slack) * case.share
+    limits = placing.Limits(nodes=1.0, ranks=1.0, tokens=np.inf)
+    owners = placing.balanced(case.lengths, case.topology, weigh, room, limits)
+    order = arrange(case.lengths, owners, case.topology)
+    made = build("zeppelin", case.lengths, owners, order, case.topology, contiguous=False)
+    flat = tuple(
+        replace(ring, ranks=ring.ranks.reshape(1, -1)) if len(ring.ranks) > 1 else ring
+        for ring in made.rings
+    )
+    made = replace(made, rings=flat)
+    layer: LayerPrice = price(made, weigh)
+    tokens, ranks = made.attention.tokens, case.topology.ranks
+    mixer = model.mixer_flops / case.cluster.matmul_flops
+    travel, inside, between = np.zeros(ranks), layer.traffic.inside, layer.traffic.between
+    ring_inside, ring_between = np.zeros(ranks), np.zeros(ranks)
+    for ring in made.rings:
+        seconds, sent = ring_travel(ring, case.topology, weigh)
+        travel[ring.members] += seconds
+        ring_inside[ring.members] += sent.inside * TRAVEL.sum()
+        ring_between[ring.members] += sent.between * TRAVEL.sum()
+    travel *= keys_everywhere
+    forward = np.maximum(mixer * tokens, travel).max()
+    backward = np.maximum(2 * mixer * tokens, 2 * travel).max()
+    linear = forward + backward + layer.remap.sum() - STEP * mixer * made.stream.tokens.max()
+    unsent = 1 - keys_everywhere
+    in_linear = (
+        float((inside - unsent * ring_inside).sum()),
+        float((between - unsent * ring_between).sum()),
+    )
+    full, rest = model.full_layers, model.linear_layers
+    return Outcome(
+        float(
+            case.linear_seconds(float(made.stream.tokens.max()))
+            + full * layer.seconds
+            + rest * linear
+        ),
+        full * layer.arithmetic.sum(axis=0)
+        + case.linear_seconds(made.stream.tokens)
+        + rest * STEP * mixer * (tokens - made.stream.tokens),
+        full * float(inside.sum()) + rest * in_linear[0],
+        full * float(between.sum()) + rest * in_linear[1],
+        case.memory(float(made.stream.tokens.max()), float(tokens.max())),
+    )
+
+
+def ulysses(case: Case) -> Outcome:
+    topology, model, weigh = case.topology, case.model, case.costs()
+    size = 1
+    while size < min(topology.ranks, model.heads) and case.lengths.max() / size > case.room:
+        size *= 2
+    size = min(size, topology.ranks)
+    groups = topology.ranks // size
+    attention = case.attention_seconds()
+    seconds = (attention + case.linear_seconds(case.lengths)) / size
+    load, tokens = np.zeros(groups), np.zeros(groups)
+    for i in np.argsort(-case.lengths, kind="stable"):
+        group = int(load.argmin())
+        load[group] += seconds[i]
+        tokens[group] += case.lengths[i] / size
+    copies = max(1.0, size / model.kv_heads)
+    a_token = 2 * (2 * weigh.q_bytes + weigh.kv_bytes * copies)  # both all-to-alls, both ways
+    near = (min(size, topology.ranks_per_node) - 1) / size
+    far = max(0, size - topology.ranks_per_node) / size
+    rate = max(near / weigh.inside, far * topology.ranks_per_node / weigh.between)
+    travel = model.layers * tokens * a_token * rate
+    sent = model.layers * float(tokens.sum()) * size * a_token
+    held = max(float(case.lengths.max()) / size, min(case.room, float(tokens.max())))
+    return Outcome(
+        float((load + travel).max()),
+        np.repeat(load, size),
+        sent * near,
+        sent * far,
+        case.memory(held, held),
+    )
+
+
+STRATEGIES: dict[str, Callable[[Case], Outcome]] = {
+    "headrace": headrace,
+    "even": even,
+    "allgather": allgather,
+    "hybrid-dp": hybrid_dp,
+    "zeppelin": zeppelin,
+    "zeppelin-states": zeppelin_states,
+    "ulysses": ulysses,
+}

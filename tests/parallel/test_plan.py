@@ -1,0 +1,251 @@
+"""A plan places every token once in each layout, and moves and rings agree with the layouts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel.layout import Layout, Plan, Topology
+from parallel.plan import Strategy, plan
+
+STRATEGIES = ("balanced", "ring", "even", "allgather")
+batches = st.lists(
+    st.one_of(st.integers(0, 4), st.integers(0, 60), st.integers(0, 900)), max_size=24
+)
+topologies = st.builds(Topology, st.integers(1, 13), st.integers(1, 9))
+any_plan = st.builds(
+    plan,
+    batches,
+    topologies,
+    st.sampled_from(STRATEGIES),
+    slack=st.sampled_from([0.0, 0.15, 1.0]),
+    contiguous=st.booleans(),
+)
+quick = settings(max_examples=60, deadline=None)
+
+
+def owners_of_tokens(layout: Layout, cu_seqlens: np.ndarray) -> list[tuple[int, int]]:
+    """(rank, offset) of every token of the stream, span by span; fails on a token held twice."""
+    found: dict[int, tuple[int, int]] = {}
+    columns = (layout.sequence, layout.start, layout.end, layout.rank, layout.offset)
+    for sequence, start, end, rank, offset in zip(*columns, strict=True):
+        for i in range(end - start):
+            token = int(cu_seqlens[sequence]) + int(start) + i
+            assert token not in found
+            found[token] = int(rank), int(offset) + i
+    assert sorted(found) == list(range(int(cu_seqlens[-1])))
+    return [found[token] for token in range(len(found))]
+
+
+@quick
+@given(any_plan)
+def test_every_token_is_owned_once_in_each_layout(made: Plan) -> None:
+    for layout in (made.stream, made.attention):
+        places = owners_of_tokens(layout, made.cu_seqlens)
+        assert len(set(places)) == len(places)
+        counts = np.bincount([rank for rank, _ in places], minlength=made.topology.ranks)
+        assert (counts == layout.tokens).all()
+        assert all(offset < layout.tokens[rank] for rank, offset in places)
+        assert (layout.end > layout.start).all()
+
+
+@quick
+@given(any_plan)
+def test_shards_differ_by_one_token_at_most(made: Plan) -> None:
+    assert made.stream.tokens.max() - made.stream.tokens.min() <= 1
+
+
+@quick
+@given(batches, topologies, st.sampled_from(STRATEGIES))
+def test_contiguous_shards_follow_one_another(
+    lengths: list[int], where: Topology, how: Strategy
+) -> None:
+    made = plan(lengths, where, how)
+    places = owners_of_tokens(made.stream, made.cu_seqlens)
+    assert places == sorted(places)
+
+
+@quick
+@given(any_plan)
+def test_moves_carry_each_token_from_its_old_place_to_its_new(made: Plan) -> None:
+    """Buffers of token numbers, moved row by row, hold what the other layout says."""
+    for moves, old, new in (
+        (made.to_attention, made.stream, made.attention),
+        (made.to_stream, made.attention, made.stream),
+    ):
+        before = [np.full(n, -1) for n in old.tokens]
+        for token, (rank, offset) in enumerate(owners_of_tokens(old, made.cu_seqlens)):
+            before[rank][offset] = token
+        after = [np.full(n, -1) for n in new.tokens]
+        for row in range(len(moves.tokens)):
+            a, b, n = moves.source_offset[row], moves.target_offset[row], moves.tokens[row]
+            after[moves.target[row]][b : b + n] = before[moves.source[row]][a : a + n]
+        for token, (rank, offset) in enumerate(owners_of_tokens(new, made.cu_seqlens)):
+            assert after[rank][offset] == token
+        assert (moves.counts().sum(axis=1) == old.tokens).all()
+        assert (moves.counts().sum(axis=0) == new.tokens).all()
+
+
+@quick
+@given(any_plan)
+def test_sender_and_receiver_agree_on_the_order_of_rows(made: Plan) -> None:
+    moves = made.to_attention
+    for rank in range(made.topology.ranks):
+        for peer in range(made.topology.ranks):
+            sent = [row for row in moves.sent(rank) if moves.target[row] == peer]
+            received = [row for row in moves.received(peer) if moves.source[row] == rank]
+            assert sent == received
+
+
+@quick
+@given(any_plan)
+def test_order_is_a_permutation_of_the_batch(made: Plan) -> None:
+    assert sorted(made.order.tolist()) == list(range(len(made.cu_seqlens) - 1))
+
+
+@quick
+@given(batches, topologies, st.sampled_from(STRATEGIES), st.booleans())
+def test_the_same_batch_gives_the_same_plan(
+    lengths: list[int], where: Topology, how: Strategy, contiguous: bool
+) -> None:
+    first = plan(lengths, where, how, contiguous=contiguous)
+    again = plan(np.array(lengths, dtype=np.int32), where, how, contiguous=contiguous)
+    assert (first.order == again.order).all()
+    for one, two in ((first.stream, again.stream), (first.attention, again.attention)):
+        for name in ("sequence", "start", "end", "rank", "offset", "tokens"):
+            assert (getattr(one, name) == getattr(two, name)).all()
+    assert [r.ranks.tolist() for r in first.rings] == [r.ranks.tolist() for r in again.rings]
+
+
+@quick
+@given(any_plan)
+def test_rings_are_zigzag_blocks_of_their_members_buffers(made: Plan) -> None:
+    """Member i holds chunks i and 2G − 1 − i: early chunks of all sequences, then late ones."""
+    places = owners_of_tokens(made.attention, made.cu_seqlens)
+    for ring in made.rings:
+        size = ring.ranks.size
+        assert len(set(ring.members.tolist())) == size
+        lengths = np.diff(made.cu_seqlens)[ring.sequences]
+        assert (ring.chunks[:, 0] == 0).all()
+        assert (ring.chunks[:, -1] == lengths).all()
+        sizes = np.diff(ring.chunks, axis=1)
+        assert sizes.min() >= 0
+        assert (sizes.max(axis=1) - sizes.min(axis=1) <= 1).all()
+        for member, rank in enumerate(ring.members):
+            wanted = int(ring.offset[member])
+            for chunk in (member, 2 * size - 1 - member):
+                for s, sequence in enumerate(ring.sequences):
+                    begin = int(made.cu_seqlens[sequence])
+                    for position in range(ring.chunks[s, chunk], ring.chunks[s, chunk + 1]):
+                        assert places[begin + position] == (rank, wanted)
+                        wanted += 1
+            assert wanted - ring.offset[member] == ring.tokens[member]
+
+
+@quick
+@given(any_plan)
+def test_a_rank_holds_its_rings_and_then_whole_sequences(made: Plan) -> None:
+    if made.strategy == "allgather":
+        return
+    lengths = np.diff(made.cu_seqlens)
+    for rank in range(made.topology.ranks):
+        at = 0
+        for ring, member in made.rings_of(rank):
+            assert ring.offset[member] == at
+            at += int(ring.tokens[member])
+        rows = made.whole(rank)
+        assert (made.attention.start[rows] == 0).all()
+        assert (made.attention.end[rows] == lengths[made.attention.sequence[rows]]).all()
+        whole = (made.attention.end - made.attention.start)[rows].sum()
+        assert at + whole == made.attention.tokens[rank]
+
+
+@pytest.mark.parametrize(("nodes", "each"), [(1, 1), (1, 5), (2, 1), (2, 4), (3, 2)])
+def test_rounds_bring_every_block_to_every_member_once(nodes: int, each: int) -> None:
+    """Followed by hand: a block is handed over only by one who has held it since `ready`."""
+    size = nodes * each
+    made = plan([size * 20], Topology(size, each), "even")
+    held = [{member: 0} for member in range(size)]
+    for number, step in enumerate(made.rings[0].rounds()):
+        for member in range(size):
+            block, source = int(step.block[member]), int(step.source[member])
+            if number == 0:
+                assert (block, source) == (member, member)
+                continue
+            assert held[source][block] <= step.ready < number
+            assert block not in held[member]
+            held[member][block] = number
+            assert source // each == member // each or number % each == 0
+    assert all(sorted(blocks) == list(range(size)) for blocks in held)
+
+
+@quick
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=40), topologies, st.sampled_from([0.15, 0.5])
+)
+def test_balanced_keeps_tokens_within_the_slack(
+    lengths: list[int], where: Topology, slack: float
+) -> None:
+    """Two tokens a ring and sequence are allowed for rounding."""
+    made = plan(lengths, where, slack=slack)
+    room = np.ceil((1 + slack) * sum(lengths) / where.ranks)
+    for rank in range(where.ranks):
+        rounding = sum(2 * len(ring.sequences) for ring, _ in made.rings_of(rank))
+        assert made.attention.tokens[rank] <= room + rounding
+
+
+def pairs(made: Plan) -> np.ndarray:
+    """Query-key pairs of each rank, counted position by position."""
+    found = np.zeros(made.topology.ranks)
+    for start, end, rank in zip(
+        made.attention.start, made.attention.end, made.attention.rank, strict=True
+    ):
+        found[rank] += sum(range(start + 1, end + 1))
+    return found
+
+
+def test_short_sequences_stay_whole_and_in_place() -> None:
+    made = plan([256] * 64, Topology(8, 4))
+    assert not made.rings
+    assert (made.to_attention.source == made.to_attention.target).all()
+    assert np.isin(np.cumsum(made.stream.tokens), made.cu_seqlens).all()
+
+
+def test_no_sequence_is_cut_where_its_neighbours_spare_it() -> None:
+    """Halves and wholes of a shard, in an order that would cut them if it were kept."""
+    made = plan([500, 1000, 500, 1000, 500, 1000, 500, 1000], Topology(6, 6))
+    assert np.isin(np.cumsum(made.stream.tokens), made.cu_seqlens).all()
+
+
+def test_a_long_sequence_goes_over_nodes_and_work_is_even() -> None:
+    made = plan([60000, *[500] * 8], Topology(16, 8))
+    assert made.rings[0].ranks.shape == (2, 8)
+    work = pairs(made)
+    assert work.max() < 1.05 * work.mean()
+
+
+def test_a_middle_sequence_stays_inside_one_node() -> None:
+    made = plan([12000, *[1000] * 52], Topology(16, 8))
+    for ring in made.rings:
+        assert ring.ranks.shape[0] == 1
+
+
+def test_a_dense_model_moves_less_when_shards_need_not_be_contiguous() -> None:
+    lengths = [30000, 9000, 8000, 5000, 4000, 3000, 2500, 2000, 1500, 536]
+    near, far = (plan(lengths, Topology(16, 8), contiguous=c) for c in (False, True))
+    moved = [
+        made.to_attention.tokens[made.to_attention.source != made.to_attention.target].sum()
+        for made in (near, far)
+    ]
+    assert moved[0] < 0.5 * moved[1]
+
+
+def test_wrong_arguments_are_refused_by_value() -> None:
+    with pytest.raises(ValueError, match="-3 at 1"):
+        plan([4, -3], Topology(2, 2))
+    with pytest.raises(ValueError, match=r"'rings'.*balanced, ring"):
+        plan([4], Topology(2, 2), "rings")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 ranks"):
+        Topology(0, 1)
