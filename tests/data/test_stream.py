@@ -163,7 +163,18 @@ def test_peeking_takes_nothing(corpus: Corpus) -> None:
     batches.close()
 
 
-def test_seed_epoch_and_corpus_decide_the_order(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [1, 50])
+def test_how_far_is_read_ahead_changes_nothing(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    stream = StreamConfig(batch_tokens=512, seq_len=128)
+    wanted = read(corpus, stream, DataConfig(), 40)
+    monkeypatch.setattr("data.stream._AHEAD", ahead)
+    found = read(corpus, stream, DataConfig(), 40)
+    assert all(same(one, other) for one, other in zip(wanted, found, strict=True))
+
+
+def test_seed_epoch_and_corpus_decide_the_order(corpus: Corpus) -> None:
     stream = StreamConfig(batch_tokens=512, seq_len=128)
     other = dataclasses.replace(stream, seed=1)
     assert read(corpus, stream, DataConfig(), 1)[0].digest == (
