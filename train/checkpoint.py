@@ -1,4 +1,5 @@
-"""Checkpoints: staged, hashed, and published by one rename.
+"""Checkpoints: copied while training stands still, then staged, hashed and published by one
+rename while it goes on.
 
     checkpoints/step-00000500/
         manifest.json                    what follows, and a digest of every file
@@ -16,6 +17,9 @@ import json
 import os
 import platform
 import shutil
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,69 +34,136 @@ from train.engine import Engine
 from train.manifest import MANIFEST, STAGING, Progress, digest, name, read
 
 
-def save(folder: Path, engine: Engine, progress: Progress, world: World) -> Path:
-    """Write the checkpoint of this step under `folder`, on all ranks together.
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended. stall: seconds that training stood still; seconds: until published."""
 
-    Nothing that is there already is touched until the new one is whole on the disk.
-
-    Raises:
-        OSError: on every rank, if any rank could not write; the staged files are gone.
-    """
-    staging = folder / STAGING
-    final = folder / name(progress.step)
-    if world.is_first:
-        shutil.rmtree(staging, ignore_errors=True)
-    world.barrier()
-
-    # Everything is gathered by all ranks together; a fault waits until that is over.
-    mine: dict[str, Tensor] = {}
-    for index, (parameter, key, full) in enumerate(engine.gather()):
-        if (index // 3) % world.size == world.rank:
-            mine[f"{parameter}|{key}"] = (
-                full.detach().to("cpu", torch.float32, copy=True).contiguous()
-            )
-    path = staging / f"state-{world.rank:02d}-of-{world.size:02d}.safetensors"
-    files: dict[str, dict[str, Any]] = {}
+    path: Path
+    step: int
+    stall: float
+    seconds: float
     error: str | None = None
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        save_file(mine, path)
-        _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
-    except (OSError, SafetensorError) as fault:
-        error = f"rank {world.rank}: {fault}"
-    faults = []
-    for their_files, their_error in world.gather((files, error)):
-        files |= their_files
-        faults += [their_error] if their_error else []
-    try:
-        if faults:
-            raise OSError("; ".join(faults))
-        world.on_first(lambda: _publish(staging, final, progress, files))
-    except OSError:
-        if world.is_first:
+
+
+class Saver:
+    """Saves beside training: copies while it stands still, writes while it goes on.
+
+    One save at a time. Each rank's thread writes and hashes its own file in the staging
+    folder; when all are done, rank 0 adds the manifest and publishes by one rename. Nothing
+    that is there already is touched before that, so a kill at any moment is safe.
+
+    Args:
+        folder: where checkpoints are published.
+    """
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        self._progress: Progress | None = None
+        self._thread = threading.Thread()
+        self._began = self._stall = 0.0
+        self._file: dict[str, dict[str, Any]] = {}
+        self._error: str | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is on its way; the same on every rank."""
+        return self._progress is not None
+
+    def start(self, engine: Engine, progress: Progress) -> None:
+        """Begin a save, on all ranks together; none may be on its way."""
+        self._began = time.monotonic()
+        staging = self.folder / STAGING
+        if self.world.is_first:
             shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return final
+        # Every rank takes part in gathering every tensor, and keeps its share of them.
+        mine: dict[str, Tensor] = {}
+        for index, (parameter, key, full) in enumerate(engine.gather()):
+            if (index // 3) % self.world.size == self.world.rank:
+                copy = full.detach().to("cpu", torch.float32, copy=True).contiguous()
+                mine[f"{parameter}|{key}"] = copy
+        self.world.barrier()
+        self._progress, self._file, self._error = progress, {}, None
+        self._thread = threading.Thread(target=self._write, args=(staging, mine), daemon=True)
+        self._thread.start()
+        self._stall = time.monotonic() - self._began
+
+    def poll(self) -> Saved | None:
+        """Publish the save if every rank has written; asked between steps, on all together."""
+        if self._progress is None:
+            return None
+        writing = torch.tensor(float(self._thread.is_alive()))
+        return None if float(self.world.sum(writing)) else self.finish()
+
+    def finish(self) -> Saved | None:
+        """Wait for the save that is on its way, if any, on all ranks together."""
+        if self._progress is None:
+            return None
+        progress, self._progress = self._progress, None
+        self._thread.join()
+        files: dict[str, dict[str, Any]] = {}
+        errors = []
+        for their_file, their_error in self.world.gather((self._file, self._error)):
+            files |= their_file
+            errors += [their_error] if their_error else []
+        final = self.folder / name(progress.step)
+        error = "; ".join(errors) or self.world.on_first(lambda: self._publish(progress, files))
+        seconds = time.monotonic() - self._began
+        return Saved(final, progress.step, self._stall, seconds, error)
+
+    def _write(self, staging: Path, mine: dict[str, Tensor]) -> None:
+        rank, size = self.world.rank, self.world.size
+        path = staging / f"state-{rank:02d}-of-{size:02d}.safetensors"
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            save_file(mine, path)
+            _sync(path)
+            self._file = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)}}
+        except (OSError, SafetensorError) as fault:
+            self._error = f"rank {rank}: {fault}"
+
+    def _publish(self, progress: Progress, files: dict[str, dict[str, Any]]) -> str | None:
+        """What went wrong, if something did; the staged files are gone then."""
+        staging, final = self.folder / STAGING, self.folder / name(progress.step)
+        manifest = {
+            "format": 1,
+            **vars(progress),
+            "files": files,
+            "seconds": time.monotonic() - self._began,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+        try:
+            path = staging / MANIFEST
+            path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            _sync(path)
+            _sync(staging)
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(staging, final)
+            _sync(final.parent)
+        except OSError as fault:
+            shutil.rmtree(staging, ignore_errors=True)
+            return str(fault)
+        return None
 
 
-def _publish(
-    staging: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]
-) -> None:
-    manifest = {
-        "format": 1,
-        **vars(progress),
-        "files": files,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }
-    path = staging / MANIFEST
-    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(path)
-    _sync(staging)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(staging, final)
-    _sync(final.parent)
+def diverged(engine: Engine, world: World) -> str | None:
+    """Which parameter's copies are not the same on every rank; None if all are.
+
+    The sum of the bits of a parameter, as integers, must be equal. ZeRO 3 has no copies.
+    """
+    if engine.stage == 3 or world.size == 1:
+        return None
+    whole = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+    sums = [
+        parameter.detach().contiguous().view(whole[parameter.dtype]).sum(dtype=torch.int64)
+        for parameter in engine.names
+    ]
+    everyone = world.gather(torch.stack(sums).tolist())
+    for parameter, theirs in zip(engine.names.values(), zip(*everyone, strict=True), strict=True):
+        if len(set(theirs)) > 1:
+            odd = [rank for rank, held in enumerate(theirs) if theirs.count(held) <= world.size / 2]
+            return f"{parameter} is not the same on every rank (see rank {odd})"
+    return None
 
 
 def load(path: Path, engine: Engine) -> None:

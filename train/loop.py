@@ -48,6 +48,8 @@ class Trainer:
         self.step = saved.step if saved else 0
         self.tokens = saved.tokens if saved else 0
         self.recorder = Recorder(folder, self.step, config.train.steps) if world.is_first else None
+        rows = self.recorder.evaluations() if self.recorder else []
+        self.evaluated = set(world.on_first(lambda: [row["step"] for row in rows]))
         for line in [*notes, *_surroundings(world)]:
             self.say(line)
 
@@ -65,6 +67,7 @@ class Trainer:
             model, config.optim, config.zero, world, _dtype(config, world), config.train.accumulate
         )
         self.peak_flops = peak_flops(world.device)
+        self.saver = checkpoint.Saver(self.checkpoints, world)
         self.saved_step = self.step if found else None
         self.next_batch = self.stream.peek().digest
         if found and saved:
@@ -86,9 +89,11 @@ class Trainer:
                 if self.recorder:
                     self.recorder.step(row)
                 self._evaluate_if_due()
+                self._saved(self.saver.poll())
             last = self.step == config.train.steps
             if self.cause or last or self.step % config.checkpoint.every == 0:
                 self._save()
+        self._saved(self.saver.finish())
         if not self.cause or self.step == config.train.steps:
             self._summarise()
             return 0 if self.step == self.saved_step else 1
@@ -160,6 +165,7 @@ class Trainer:
                 "or set another run.name"
             )
         checkpoint.load(path, self.engine)
+        self.watch.save_seconds = manifest.read(path).get("seconds", self.watch.save_seconds)
 
     def _stopping(self) -> bool:
         """Whether it is time to save and end; asked between batches, on all ranks together."""
@@ -167,10 +173,13 @@ class Trainer:
         return self.cause != Cause.NONE
 
     def _save(self) -> None:
-        """Save; a fault is told and training goes on, with the older checkpoints in place."""
+        """Begin to save this step; the one before is published first."""
+        self._saved(self.saver.finish())
         if self.step == self.saved_step:
             return
-        began = time.monotonic()
+        wrong = checkpoint.diverged(self.engine, self.world)
+        if wrong:
+            raise RuntimeError(f"step {self.step}: {wrong}; going on needs the checkpoint before")
         progress = manifest.Progress(
             step=self.step,
             tokens=self.tokens,
@@ -178,27 +187,32 @@ class Trainer:
             next_batch=self.next_batch,
             config=self.config.to_dict(),
         )
-        try:
-            path = checkpoint.save(self.checkpoints, self.engine, progress, self.world)
-        except OSError as error:
-            self.say(f"step {self.step} could not be saved: {error}; older checkpoints are whole")
+        self.saver.start(self.engine, progress)
+        self.watch.pause()
+
+    def _saved(self, done: checkpoint.Saved | None) -> None:
+        """Tell how a save ended. After a fault training goes on; older checkpoints are whole."""
+        if done is None:
             return
-        self.saved_step = self.step
-        if self.world.is_first:
+        if done.error:
+            self.say(f"step {done.step} could not be saved: {done.error}; older ones are whole")
+            return
+        self.saved_step = done.step
+        self.watch.save_seconds = done.seconds
+        self.say(
+            f"saved {done.path} in {done.seconds:.1f} s; training stood still {done.stall:.2f} s"
+        )
+        if self.recorder:
+            self.recorder.scalar("checkpoint/stall_seconds", done.stall, done.step)
+            self.recorder.scalar("checkpoint/seconds", done.seconds, done.step)
             keep = self.config.checkpoint
             manifest.prune(self.checkpoints, keep.keep, keep.keep_every)
-        self.watch.save_seconds = time.monotonic() - began
-        self.watch.pause()
-        self.say(f"saved {path} in {self.watch.save_seconds:.1f} s")
 
     def _evaluate_if_due(self) -> None:
         """At every `eval.every`-th step and the last one, unless a run before did."""
-        if not self.validation:
-            return
         last = self.step == self.config.train.steps
-        rows = self.recorder.evaluations() if self.recorder else []
-        done = self.world.on_first(lambda: self.step in {row["step"] for row in rows})
-        if done or not (last or self.step % self.config.eval.every == 0):
+        due = last or self.step % self.config.eval.every == 0
+        if not self.validation or not due or self.step in self.evaluated:
             return
         lengths = self.corpus.tokenizer.byte_lengths()
         row = evaluate(
@@ -209,7 +223,10 @@ class Trainer:
             self.config.parallel,
             self._stopping,
         )
-        if row and self.recorder:
+        if row is None:
+            return
+        self.evaluated.add(self.step)
+        if self.recorder:
             self.recorder.evaluation({"step": self.step, **row})
 
     def _summarise(self) -> None:

@@ -5,6 +5,7 @@ Light: nothing here imports torch. What is in their files is `checkpoint`'s.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -110,7 +111,8 @@ def prune(folder: Path, keep: int, keep_every: int) -> list[Path]:
     gone = [folder / name(step) for step in surplus(steps, keep, keep_every)]
     for path in gone:
         # The manifest first: a checkpoint whose removal was cut short is not taken for whole.
-        (path / MANIFEST).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (path / MANIFEST).unlink()
         shutil.rmtree(path, ignore_errors=True)
     return gone
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +34,36 @@ class Recorder:
 
     A resumed run goes on in the same files: rows past the step it resumes from belong to
     steps that will be made again, and are dropped.
+
+    No fault of the disk, of TensorBoard or of the terminal reaches the caller: each is told
+    once, what cannot be written to a file waits in memory, and training goes on.
     """
 
     def __init__(self, folder: Path, step: int, steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.steps = steps
-        self._path = folder / "metrics.jsonl"
-        self._drop_rows_after(step)
-        self._rows = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-        self._log = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._told: set[str] = set()
+        self._rows = _Lines(folder / "metrics.jsonl")
+        self._log = _Lines(folder / "log.txt")
+        self._evaluations: list[dict[str, float]] = []
+        with self._harmless("metrics.jsonl"):
+            self._drop_rows_after(step)
+        self._board: Any = None
+        with self._harmless("TensorBoard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+        with self._harmless("the progress bar"):
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
         self._started, self._first, self._last_line = time.monotonic(), step, 0.0
 
     def say(self, line: str) -> None:
         """One line on the terminal and in the log."""
-        tqdm.write(line)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self._log.flush()
+        with self._harmless("the terminal"):
+            tqdm.write(line)
+        with self._harmless("log.txt"):
+            self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def step(self, row: dict[str, float]) -> None:
         """A training step's row: `step` and its metrics."""
@@ -58,11 +71,12 @@ class Recorder:
         self._write(row)
         for name, value in row.items():
             if name not in ("step", "seconds"):
-                self._board.add_scalar(f"train/{name}", value, step)
+                self.scalar(f"train/{name}", value, step)
         speed = row["tokens_per_second"]
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
-            self._bar.update(step - self._bar.n)
+        with self._harmless("the progress bar"):
+            if self._bar is not None:
+                self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
+                self._bar.update(step - self._bar.n)
         now = time.monotonic()
         if self._bar is None and (now - self._last_line > PLAIN_LINE_EVERY_S or step == self.steps):
             left = (now - self._started) / (step - self._first) * (self.steps - step)
@@ -75,8 +89,9 @@ class Recorder:
     def evaluation(self, row: dict[str, float]) -> None:
         """An evaluation's row: `step`, `val_loss` in nats a token, `val_bpb`."""
         self._write(row)
-        self._board.add_scalar("eval/loss", row["val_loss"], int(row["step"]))
-        self._board.add_scalar("eval/bits_per_byte", row["val_bpb"], int(row["step"]))
+        self._evaluations.append(row)
+        self.scalar("eval/loss", row["val_loss"], int(row["step"]))
+        self.scalar("eval/bits_per_byte", row["val_bpb"], int(row["step"]))
         self.say(
             f"step {int(row['step'])}  validation loss {row['val_loss']:.4f}  "
             f"bits per byte {row['val_bpb']:.4f}"
@@ -84,38 +99,91 @@ class Recorder:
 
     def evaluations(self) -> list[dict[str, float]]:
         """Every evaluation of the run so far, also from before it was resumed."""
-        rows = (json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines())
-        return [row for row in rows if "val_bpb" in row]
+        return list(self._evaluations)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """A point of a curve in TensorBoard."""
+        with self._harmless("TensorBoard"):
+            if self._board is not None:
+                self._board.add_scalar(name, value, step)
 
     def text(self, name: str, text: str, step: int) -> None:
-        self._board.add_text(name, text, step)
+        with self._harmless("TensorBoard"):
+            if self._board is not None:
+                self._board.add_text(name, text, step)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._board.close()
-        self._rows.close()
-        self._log.close()
+        with self._harmless("the progress bar"):
+            if self._bar is not None:
+                self._bar.close()
+        with self._harmless("TensorBoard"):
+            if self._board is not None:
+                self._board.close()
+        for lines in (self._rows, self._log):
+            with self._harmless(lines.path.name):
+                lines.close()
+
+    @contextmanager
+    def _harmless(self, what: str) -> Iterator[None]:
+        """Tell the first fault of each kind; raise none."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._told:
+                self._told.add(what)
+                with suppress(Exception):
+                    print(f"{what} fails ({error}); training goes on", file=sys.stderr, flush=True)
+        else:
+            self._told.discard(what)
 
     def _write(self, row: dict[str, float]) -> None:
-        self._rows.write(json.dumps(row) + "\n")
-        self._rows.flush()
+        with self._harmless("metrics.jsonl"):
+            self._rows.add(json.dumps(row) + "\n")
 
     def _drop_rows_after(self, step: int) -> None:
         """Keep the rows up to `step`; a last line that a kill cut short goes too."""
-        if not self._path.exists():
+        path = self._rows.path
+        if not path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
             if row["step"] <= step:
                 kept.append(line + "\n")
-        rewritten = self._path.with_suffix(".new")
+                if "val_bpb" in row:
+                    self._evaluations.append(row)
+        rewritten = path.with_suffix(".new")
         rewritten.write_text("".join(kept), encoding="utf-8")
-        rewritten.replace(self._path)
+        rewritten.replace(path)
+
+
+class _Lines:
+    """A file of whole lines: what cannot be written now is written with the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []
+        self._handle: int | None = None
+
+    def add(self, line: str) -> None:
+        self._waiting.append(line)
+        if self._handle is None:
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        before = os.fstat(self._handle).st_size
+        block = "".join(self._waiting).encode()
+        written = os.write(self._handle, block)
+        if written < len(block):
+            # No half lines: the disk took a part and has no room for the rest.
+            os.ftruncate(self._handle, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._waiting.clear()
+
+    def close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
 
 
 def peak_flops(device: torch.device) -> float:
