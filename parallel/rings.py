@@ -8,7 +8,8 @@ their log-sum-exp:
     lse = log Σ_p exp lse_p        o = Σ_p exp(lse_p − lse) · o_p
 
 The backward pass sends keys and values round once more. The gradients of a block add up behind
-it, from member to member of a node; the last one there sends the node's sum to the owner.
+it, from member to member of a node; the last one there sends the node's sum to the owner. Sums
+are fp32 in place, and in the dtype of the tokens under way: they take at most one node's ranks.
 
 Sources: Ring Attention, Liu et al. 2023 (arXiv 2310.01889); Zeppelin (arXiv 2509.21841).
 """
@@ -54,9 +55,9 @@ class Step(NamedTuple):
         tokens: of that block.
         source: who hands it over; None for the own one.
         sends: (peer, earlier step) of the blocks that this member hands on for this round.
-        passes_to, passes_from: where the sum of this block's gradients goes, and whence one
-            comes: inside a node that of the next round's block; in the last round of a node,
-            that of the own block.
+        passes_to, passes_from: where the sum of this block's gradients goes (None: it stays),
+            and whence one comes: inside a node that of the next round's block; in the last
+            round of a node, that of the own block.
         last: of the rounds with blocks from one node.
     """
 
@@ -64,7 +65,7 @@ class Step(NamedTuple):
     tokens: int
     source: int | None
     sends: list[tuple[int, int]]
-    passes_to: int
+    passes_to: int | None
     passes_from: int
     last: bool
 
@@ -73,7 +74,6 @@ class Step(NamedTuple):
 class Share:
     """A member's part in a ring: `rows` of its buffer, and the rounds."""
 
-    rank: int
     rows: slice
     steps: list[Step]
 
@@ -96,12 +96,12 @@ def share(ring: Ring, member: int, device: torch.device) -> Share:
                 tokens=int(ring.tokens[block]),
                 source=int(members[r.source[member]]) if i else None,
                 sends=[(int(members[m]), met[int(r.block[m])]) for m in takers] if i else [],
-                passes_to=int(ring.ranks[(node - away) % nodes, (local + 1) % each]),
+                passes_to=int(ring.ranks[(node - away) % nodes, (local + 1) % each]) if i else None,
                 passes_from=int(ring.ranks[(node + away) % nodes, (local - 1) % each]),
                 last=last,
             )
         )
-    return Share(int(members[member]), slice(begin, begin + int(ring.tokens[member])), steps)
+    return Share(slice(begin, begin + int(ring.tokens[member])), steps)
 
 
 def _calls(ring: Ring, member: int, block: int, begin: int, device: torch.device) -> list[Call]:
@@ -201,11 +201,12 @@ class _Rings(torch.autograd.Function):
                 if arrive is not None:
                     arrive(own if mine.steps[i - 1].last else sums)
                     arrive = None
-                if step.passes_to == mine.rank:
+                if step.passes_to is None:
                     _add(own, sums)
                 else:
                     tokens = len(own[0]) if step.last else mine.steps[i + 1].tokens
-                    arrive = _pass_on(step, sums, tokens, ctx.group)
+                    leaving = [x.to(k.dtype) for x in sums]
+                    arrive = _pass_on(step, leaving, tokens, ctx.group)
             if arrive is not None:
                 arrive(own)
         return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -243,6 +244,7 @@ def _pass_on(
 ) -> Callable[[list[Tensor]], None]:
     """Start sending `sums` on; the function returned adds what came instead to its argument."""
     arriving = [x.new_empty(tokens, *x.shape[1:]) for x in sums]
+    assert step.passes_to is not None
     wait = post({step.passes_to: sums}, {step.passes_from: arriving}, group)
 
     def arrive(targets: list[Tensor]) -> None:

@@ -7,14 +7,19 @@ import functools
 import typing
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import parallel
-from parallel import ParallelConfig, Shard, World
+from parallel import ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
+from parallel.exchange import sent_bytes
 from parallel.plan import Strategy, plan
+from parallel.rings import ring_attention, share
 from tests.parallel.across import STREAMS, difference
 
 STRATEGIES = typing.get_args(Attention)
@@ -101,3 +106,59 @@ def test_rings_run_over_nodes(ranks, ranks_per_node: int, strategy: Strategy) ->
     """fp64: to 1e-10; "even" puts several sequences on one ring, chunks of no token among them."""
     for lengths in STREAMS:
         assert max(ranks(4).run(on_nodes, ranks_per_node, lengths, strategy)) < 1e-10
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in any tensor that an op makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def largest_tensor(world: World, length: int, strategy: str, window: int | None) -> int:
+    count = np.arange(length)
+    config = ParallelConfig(attention=strategy)  # type: ignore[arg-type]
+    _, _, shard = distribute(count, count, np.array([0, length]), world, config)
+    q, k, v = (torch.randn(1, shard.tokens, 4, DIM, requires_grad=True) for _ in range(3))
+    with Largest() as largest:
+        parallel.softmax_attention(q, k, v, shard, window=window).sum().backward()
+    return largest.numbers
+
+
+@pytest.mark.parametrize(
+    ("strategy", "window"),
+    [("balanced", None), ("ring", None), ("ulysses", None), ("allgather", 64)],
+)
+def test_no_rank_holds_a_copy_of_the_stream(ranks, strategy: str, window: int | None) -> None:
+    """No tensor is larger than a shard's q by more than a channel's padding to eight."""
+    length = 8192
+    share = length // 4 * 4 * (DIM + 8)
+    assert max(ranks(4).run(largest_tensor, length, strategy, window)) <= share
+
+
+def sent_by_a_ring(world: World, ranks_per_node: int, length: int) -> int:
+    world = dataclasses.replace(world, ranks_per_node=ranks_per_node)
+    count = np.arange(length)
+    config = ParallelConfig(attention="ring")
+    _, _, shard = distribute(count, count, np.array([0, length]), world, config)
+    # Stream and ring differ in their layout; only the rounds are counted here.
+    view = shard.view
+    assert view is not None
+    shares = [share(ring, m, view.device) for ring, m in view.plan.rings_of(world.rank)]
+    q, k, v = (torch.randn(length // 4, 2, DIM, requires_grad=True) for _ in range(3))
+    before = sum(sent_bytes.values())
+    ring_attention(q, k, v, shares, view.group).sum().backward()
+    return sum(sent_bytes.values()) - before
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_a_ring_sends_a_block_a_round_and_twice_as_much_back(ranks, ranks_per_node: int) -> None:
+    block = 2 * 16 * 2 * DIM * 4  # keys and values of 16 tokens, two heads, fp32
+    sent = ranks(4).run(sent_by_a_ring, ranks_per_node, 64)
+    assert sent == [3 * block * (1 + 2)] * 4

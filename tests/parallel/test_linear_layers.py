@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch.nn import functional as F
 
 import kernels
 import parallel
-from parallel import ParallelConfig, Shard, World
+from parallel import ParallelConfig, Shard, World, distribute
+from parallel.exchange import sent_bytes
 from tests.parallel.across import STREAMS, difference
 
 # Every row of the recurrence's table.
@@ -124,3 +126,24 @@ def test_the_convolution_reaches_over_several_ranks(
 ) -> None:
     """fp64: to 1e-10; shards of one token under a filter of nine take from eight ranks."""
     assert max(ranks(size).run(convolution, lengths, width)) < 1e-10
+
+
+def sent_by_the_delta_rule(world: World, length: int) -> int:
+    """Bytes that this rank sends for one forward and backward of a sequence over all ranks."""
+    count = np.arange(length)
+    _, _, shard = distribute(count, count, np.array([0, length]), world)
+    q, v = (torch.randn(1, shard.tokens, 2, dim, requires_grad=True) for dim in (6, 5))
+    beta = torch.rand(1, shard.tokens, 2)
+    before = sum(sent_bytes.values())
+    parallel.linear_attention(q, F.normalize(q, dim=-1), v, None, beta, shard)[0].sum().backward()
+    return sum(sent_bytes.values()) - before
+
+
+@pytest.mark.parametrize("length", [40, 400])
+def test_linear_layers_send_states_alone(ranks, length: int) -> None:
+    """Of four ranks, 0 sends 1 and 2 its E, 1 sends 2 its map and 3 its state, 2 sends 3 its map.
+
+    So 5 E and 2 M travel forward and as many back, of 2 heads in fp32, whatever the length.
+    """
+    E, M = 2 * 6 * 5 * 4, 2 * 6 * 6 * 4
+    assert sum(ranks(4).run(sent_by_the_delta_rule, length)) == 2 * (5 * E + 2 * M)
