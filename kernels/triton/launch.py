@@ -91,10 +91,17 @@ def padded(width: int) -> int:
 
 
 def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector: bool) -> Blocks:
-    """The launch of one kernel."""
+    """The launch of one kernel.
+
+    The passes over a sequence keep a state of BLOCK_K × BLOCK_V in registers, beside tiles of
+    64 × BLOCK_K: columns are halved where heads are wide. From sm_90 on products read shared
+    memory and take four warps; before, their operands are registers too, and need eight.
+    """
     K, V = padded(DK), padded(DV)
     if kernel in ("forward", "backward"):
-        return Blocks(K, min(V, 32 if K <= 128 else 16), 4, 2)
+        narrow = K > 128 or (arch == "sm_80" and vector)
+        return Blocks(K, min(V, 16 if narrow else 32), 8 if arch == "sm_80" else 4, 2)
     if kernel == "intra":
         return Blocks(min(K, 32), V, 4, 2) if vector else Blocks(min(K, 64), V, 4, 1)
+    # More than one block of columns: the loop over them is what keeps its loads apart.
     return Blocks(min(K, 32 if vector else 64), min(V, 64 if V > 64 else 32), 8, 1)

@@ -1,0 +1,81 @@
+"""`python -m kernels …` as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+
+def run(*arguments, timeout=240):
+    # The compiler is wanted, not the interpreter that the other tests of this room run in.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "kernels", *arguments],
+        capture_output=True, text=True, timeout=timeout, env=environment, check=False,
+    )  # fmt: skip
+
+
+def test_help_names_the_commands():
+    result = run("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("check", "compile", "bench"))
+
+
+def test_every_op_is_as_good_as_a_plain_computation():
+    result = run("check", "--json")
+    rows = json.loads(result.stdout)
+    assert result.returncode == 0, [row for row in rows if row["bad"]]
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    assert len({row["case"] for row in rows}) >= 14
+
+
+def test_a_kernel_compiles_and_is_inspected_without_a_gpu():
+    result = run("compile", "--arch", "sm_90", "--only", "gla D128 bfloat16 forward", "--json")
+    reports = json.loads(result.stdout)
+    assert result.returncode == 0, result.stderr
+    assert len(reports) == 2  # with outputs, and with states
+    for report in reports:
+        assert 0 < report["registers"] <= 255
+        assert report["spills"] == 0
+        assert 0 < report["shared"] <= 227 << 10
+        assert "wgmma" in report["tensor_cores"]
+
+
+def test_a_spill_is_an_error():
+    from kernels.compile import Report, failed
+
+    good = Report("x", "sm_90", 4, 255, 0, 0, 1024, "", 0.5, 1.0)
+    assert not failed(good)
+    assert failed(replace(good, spills=3))
+    assert failed(replace(good, problem="needs more shared memory"))
+
+
+def test_compile_says_that_the_interpreter_is_in_the_way():
+    result = subprocess.run(
+        [sys.executable, "-m", "kernels", "compile"],
+        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_bench_times_ours_and_a_peer(tmp_path):
+    plot = tmp_path / "bench.png"
+    arguments = ("--length", "64", "--only", "rms_norm", "--plot", str(plot), "--json")
+    timings = json.loads(run("bench", *arguments).stdout)
+    assert {t["by"] for t in timings} == {"headrace", "torch"}
+    assert all(t["forward_ms"] > 0 and t["both_ms"] > 0 for t in timings)
+    assert plot.stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_no_shipped_kernel_spills(arch):
+    result = run("compile", "--arch", arch, "--json", timeout=1800)
+    failures = [r for r in json.loads(result.stdout) if r["failed"]]
+    assert not failures
+    assert result.returncode == 0
