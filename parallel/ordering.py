@@ -69,20 +69,19 @@ def seat(owners: Owners, cu_seqlens: Array, stream: Layout) -> Owners:
 
     Which rank is which member of a ring is free. Seat c gets chunks c and 2G − 1 − c of
     every sequence; ranks choose seats greedily by the tokens of those that they hold
-    already, nodes before ranks so that few tokens cross between nodes.
+    already. The seats of a row stay with the ranks of one node.
     """
     grids = list(owners.grids)
     bounds = np.concatenate([[0], np.cumsum(stream.tokens)])
     for g in np.unique(-1 - owners.owner[owners.owner < 0]):
         sequences = np.flatnonzero(owners.owner == -1 - g)
-        grids[g] = _choose(cu_seqlens, sequences, bounds, np.sort(grids[g], axis=None)).reshape(
-            grids[g].shape
-        )
+        grids[g] = _choose(cu_seqlens, sequences, bounds, np.sort(grids[g]))
     return Owners(owners.owner, grids)
 
 
-def _choose(cu_seqlens: Array, sequences: Array, bounds: Array, members: Array) -> Array:
-    """The rank of each seat: the largest overlap first, the rest in order."""
+def _choose(cu_seqlens: Array, sequences: Array, bounds: Array, grid: Array) -> Array:
+    """The ranks of `grid`, each row's in a row: the largest overlap first, the rest in order."""
+    members, each = grid.reshape(-1), grid.shape[1]
     size = len(members)
     begin, end = cu_seqlens[sequences, None], cu_seqlens[sequences + 1, None]
     chunks = (begin + np.arange(2 * size) * (end - begin) // (2 * size)).reshape(-1)
@@ -102,12 +101,19 @@ def _choose(cu_seqlens: Array, sequences: Array, bounds: Array, members: Array) 
     overlap = np.bincount(which, tokens[here])
     seats = np.full(size, -1)
     free = np.ones(size, bool)
+    row_of, node_of = np.full(len(grid), -1), np.full(len(grid), -1)
     for flat in pairs[np.argsort(-overlap, kind="stable")].tolist():
         rank_at, seat_at = divmod(flat, size)
-        if seats[seat_at] < 0 and free[rank_at]:
+        node, row = rank_at // each, seat_at // each
+        if row_of[node] < 0 and node_of[row] < 0:
+            row_of[node], node_of[row] = row, node
+        if seats[seat_at] < 0 and free[rank_at] and row_of[node] == row:
             seats[seat_at], free[rank_at] = members[rank_at], False
-    seats[seats < 0] = members[free]
-    return seats
+    node_of[node_of < 0] = np.flatnonzero(row_of < 0)
+    by_row, free_of = seats.reshape(grid.shape), free.reshape(grid.shape)
+    for row, node in enumerate(node_of):
+        by_row[row, by_row[row] < 0] = grid[node, free_of[node]]
+    return by_row
 
 
 def resident(attention: Layout, topology: Topology) -> Layout:

@@ -227,7 +227,7 @@ def test_a_long_sequence_goes_over_nodes_and_work_is_even() -> None:
 
 
 def test_a_middle_sequence_stays_inside_one_node() -> None:
-    made = plan([12000, *[1000] * 52], Topology(16, 8))
+    made = plan([6000, *[1000] * 58], Topology(16, 8))
     for ring in made.rings:
         assert ring.ranks.shape[0] == 1
 

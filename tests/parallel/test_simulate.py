@@ -1,0 +1,181 @@
+"""The simulator's prices are sane, and agree with a count by hand where one can be made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel import simulate
+from parallel.__main__ import main
+from parallel.cost import Costs, price
+from parallel.layout import Plan, Topology
+from parallel.models import MODELS, clusters, load_cluster
+from parallel.plan import Strategy, plan
+from parallel.strategies import STRATEGIES, Case, lower_bound
+
+lengths_of_a_batch = st.lists(st.integers(1, 20000), min_size=1, max_size=30)
+quick = settings(max_examples=15, deadline=None)
+
+
+def a_case(lengths: list[int], gpus: int = 16, model: str = "hybrid-7b") -> Case:
+    topology = Topology(gpus, min(8, gpus))
+    return Case(np.array(lengths), topology, load_cluster("a800"), MODELS[model])
+
+
+@quick
+@given(lengths_of_a_batch, st.sampled_from([1, 4, 16]), st.sampled_from(["llama-7b", "hybrid-7b"]))
+def test_the_lower_bound_is_below_every_strategy(lengths: list[int], gpus: int, model: str) -> None:
+    case = a_case(lengths, gpus, model)
+    for name, strategy in STRATEGIES.items():
+        outcome = strategy(case)
+        assert outcome.seconds >= 0.999 * lower_bound(case), name
+        assert outcome.busy.max() <= 1.001 * outcome.seconds, name
+        assert outcome.inside >= 0, name
+        assert outcome.between >= 0, name
+
+
+@quick
+@given(lengths_of_a_batch)
+def test_one_gpu_meets_the_bound_and_sends_nothing(lengths: list[int]) -> None:
+    case = a_case(lengths, gpus=1)
+    for name, strategy in STRATEGIES.items():
+        outcome = strategy(case)
+        assert (outcome.inside, outcome.between) == (0, 0), name
+        if name not in ("even", "allgather"):  # these cut sequences all the same
+            assert outcome.seconds == pytest.approx(lower_bound(case)), name
+
+
+def test_slower_networks_never_make_a_step_shorter() -> None:
+    case = a_case([40000, 9000, 7000, 5000, 3000, 1000, 500])
+    slow = replace(case.cluster, nic_gbit=case.cluster.nic_gbit / 10, inside_gb=30)
+    for name, strategy in STRATEGIES.items():
+        slower = strategy(replace(case, cluster=slow)).seconds
+        assert slower >= 0.999 * strategy(case).seconds, name
+
+
+def test_faster_gpus_never_make_a_step_longer() -> None:
+    case = a_case([40000, 9000, 7000, 5000, 3000, 1000, 500])
+    fast = replace(case.cluster, tflops=case.cluster.tflops * 2)
+    for name, strategy in STRATEGIES.items():
+        assert strategy(replace(case, cluster=fast)).seconds <= 1.05 * strategy(case).seconds, name
+
+
+def sent_by_hand(made: Plan, costs: Costs) -> tuple[float, float]:
+    """Bytes of one layer's forward and backward pass, followed round by round."""
+    found = {True: 0.0, False: 0.0}
+    each = made.topology.ranks_per_node
+    for ring in made.rings:
+        for step in ring.rounds()[1:]:
+            for member, rank in enumerate(ring.members):
+                source = ring.members[step.source[member]]
+                amount = ring.tokens[step.block[member]] * costs.kv_bytes
+                found[bool(source // each == rank // each)] += 3 * amount
+    for moves in (made.to_attention, made.to_stream):
+        for source, target, n in zip(moves.source, moves.target, moves.tokens, strict=True):
+            if source != target:
+                amount = n * (2 * costs.q_bytes + costs.kv_bytes)
+                found[bool(source // each == target // each)] += amount
+    return found[True], found[False]
+
+
+@quick
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=20),
+    st.builds(Topology, st.integers(1, 12), st.integers(1, 8)),
+    st.sampled_from(["balanced", "ring", "even"]),
+    st.booleans(),
+)
+def test_bytes_are_those_of_the_rounds_and_the_moves(
+    lengths: list[int], where: Topology, how: Strategy, contiguous: bool
+) -> None:
+    made = plan(lengths, where, how, contiguous=contiguous)
+    traffic = price(made, Costs()).traffic
+    assert (traffic.inside.sum(), traffic.between.sum()) == pytest.approx(
+        sent_by_hand(made, Costs())
+    )
+
+
+def test_work_of_a_layer_is_that_of_all_pairs_however_it_is_split() -> None:
+    """With short runs as fast as long ones, only the pairs count."""
+    lengths = np.array([5000, 1200, 700, 64, 1])
+    costs = Costs(half=0.0)
+    everything = costs.pair * (lengths * (lengths + 1) / 2).sum()
+    for how in ("balanced", "ring", "even", "allgather"):
+        made = plan(lengths, Topology(6, 3), how)
+        work = price(made, costs).arithmetic
+        assert work[0].sum() == pytest.approx(everything)
+        assert work[1].sum() == pytest.approx(2.5 * everything)
+
+
+def test_routing_shortens_a_ring_that_steps_between_nodes() -> None:
+    """A flat ring has one pair of ranks between two nodes, and so one of four NICs."""
+    made = plan([60000], Topology(16, 8), "even")
+    flat = tuple(replace(ring, ranks=ring.ranks.reshape(1, -1)) for ring in made.rings)
+    flat_plan = replace(made, rings=flat)
+    costs = replace(Costs(), between=85e9, nic=21e9, inside=1e13, pair=1e-15)
+    routed, unrouted = (
+        price(flat_plan, given).finish.max() for given in (costs, costs.without_routing())
+    )
+    assert unrouted > 3 * routed
+
+
+@pytest.mark.parametrize("name", simulate.distributions())
+def test_a_batch_has_exactly_its_tokens(name: str) -> None:
+    rng = np.random.default_rng(0)
+    for tokens in (1, 777, 65536, 1 << 20):
+        lengths = simulate.sample(name, tokens, 65536, rng)
+        assert lengths.sum() == tokens
+        assert lengths.min() >= 1
+        assert lengths.max() <= 65536
+
+
+def test_lengths_of_a_prepared_corpus(tmp_path: Path) -> None:
+    np.cumsum([0, 5, 7, 7, 9]).astype(np.int64).tofile(tmp_path / "offsets.bin")
+    lengths = simulate.sample(str(tmp_path), 1000, 65536, np.random.default_rng(0))
+    assert set(lengths[:-1].tolist()) <= {5, 7, 9}
+
+
+@pytest.mark.parametrize("name", clusters())
+def test_every_cluster_and_model_is_priced(name: str) -> None:
+    for model in MODELS:
+        given = simulate.Settings(name, model, "github", 16, 2048, 65536, 1, 0)
+        summary = simulate.summarise(simulate.cases(given))
+        assert set(summary["strategies"]) == set(STRATEGIES)
+
+
+def test_the_command_prints_json_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "timeline.png"
+    command = f"parallel simulate --gpus 16 --batches 1 --json --figure {picture}"
+    monkeypatch.setattr("sys.argv", command.split())
+    assert main() == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["strategies"]["headrace"]["step_ms"] >= printed["lower_bound_ms"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--gpus 0", "--gpus is 0"),
+        ("--gpus 9999", "the limit is 4096"),
+        ("--cluster b100", "b100 is no cluster; a800, h200, h800 are"),
+        ("--model gpt", "gpt is no model"),
+        ("--lengths novels", "novels is no length distribution"),
+    ],
+)
+def test_wrong_options_end_with_one_line(
+    options: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["parallel", "simulate", *options.split()])
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
