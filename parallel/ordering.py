@@ -22,14 +22,18 @@ def arrange(lengths: Array, owners: Owners, topology: Topology) -> Array:
     own = owners.owner
     at = np.where(own >= 0, own + 0.5, middle[np.maximum(-1 - own, 0)])
     order = np.lexsort((lengths, own, at))
-    return order[_spare(lengths[order], topology.ranks)]
+    return order[_spare(lengths[order], at[order] // topology.ranks_per_node, topology.ranks)]
 
 
-def _spare(lengths: Array, ranks: int) -> Array:
-    """Places in a new order in which sequences end at the shards' boundaries where they can."""
+def _spare(lengths: Array, node: Array, ranks: int) -> Array:
+    """Places in a new order in which sequences end at the shards' boundaries where they can.
+
+    `node` rises; sequences change places only among those of one node.
+    """
     total = int(lengths.sum())
     due = list(range(len(lengths)))
     size = lengths.tolist()
+    ends = np.searchsorted(node, node, side="right").tolist()
     order: list[int] = []
     at, begin = 0, 0
     boundary = iter((np.arange(1, ranks) * total // ranks).tolist())
@@ -37,7 +41,8 @@ def _spare(lengths: Array, ranks: int) -> Array:
     while begin < len(due):
         while at >= gap and gap < total:
             gap = next(boundary, total)
-        ahead = due[begin : begin + _AHEAD]
+        last = min(begin + _AHEAD, ends[begin])
+        ahead = due[begin:last]
         room = gap - at
         first: dict[int, int] = {}
         chosen: tuple[int, ...] = (0,)
