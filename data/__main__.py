@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for stats.json and stats.png")
     chosen = parser.parse_args(arguments)
     try:
-        settings = load(Settings, chosen.config, chosen.override, known_only=True)
+        settings = load(Settings, chosen.config, chosen.override, partial=["train"])
         _run(chosen.command, settings, chosen.out)
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +38,7 @@ def load(
     schema: type[Schema],
     path: str | Path,
     overrides: Sequence[str] = (),
-    known_only: bool = False,
+    partial: Collection[str] | None = None,
 ) -> Schema:
     """Fill `schema` from the YAML file `path` and `key=value` overrides, in that order.
 
@@ -47,8 +47,9 @@ def load(
         path: a YAML mapping. Its key `base` may name another file, relative to it, that is
             read first; mappings merge, anything else replaces.
         overrides: `section.key=value`, the value in YAML.
-        known_only: pass over keys that the schema does not have, for a command that
-            reads only its own part of a run's file.
+        partial: for a command that reads only its part of a run's file: the sections of
+            which the schema has some keys. Their other keys are passed over, and so are
+            sections that it does not have. None: every key must be known.
 
     Raises:
         ConfigError: naming the file, the key and what would be right.
@@ -62,14 +63,14 @@ def load(
             raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form key=value")
         for name, leaf in _flatten(_parse(text, f"{COMMAND_LINE}: {key}"), key.strip()):
             values[name] = (leaf, COMMAND_LINE)
-    return build(schema, values, str(path), known_only)
+    return build(schema, values, str(path), partial)
 
 
 def build(
     schema: type[Schema],
     values: dict[str, tuple[Any, str]],
     where: str,
-    known_only: bool = False,
+    partial: Collection[str] | None = None,
 ) -> Schema:
     """Fill `schema` from dotted keys, each with its value and where that was written."""
     known = dict(fields(schema))
@@ -88,7 +89,7 @@ def build(
                 if not isinstance(inside, dict):
                     raise ConfigError(f"{origin}: {name}: {part} is no mapping")
             inside[leaf] = value
-        elif not known_only:
+        elif partial is None or (name.partition(".")[0] in sections.difference(partial)):
             raise ConfigError(f"{origin}: {name}: no such key{_nearest(name, known, sections)}")
     try:
         return _construct(schema, "", leaves)

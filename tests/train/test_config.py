@@ -70,6 +70,16 @@ def test_a_wrong_setting_is_one_clear_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_room_s_command_is_strict_in_its_own_section_only(tmp_path: Path) -> None:
+    from data.__main__ import Settings
+    from data.settings import load
+
+    path = write(tmp_path, "run.yaml", "train: {steps: 5, seq_len: 64}\nmodel: {dim: 8}\n")
+    assert load(Settings, path, partial=["train"]).train.seq_len == 64
+    with pytest.raises(ConfigError, match="did you mean data.source"):
+        load(Settings, path, ["data.sorce=x"], partial=["train"])
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "train", *arguments],
