@@ -102,7 +102,8 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
         torch.cuda.set_device(device)
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
-        yield World(rank, size, local_rank, device, ranks_per_node, _layer_groups[-1])
+        group = _layer_groups[-1] if _layer_groups else None
+        yield World(rank, size, local_rank, device, ranks_per_node, group)
         return
     # A world of one needs no port; a store in memory cannot collide with a neighbour's run.
     store = dist.HashStore() if size == 1 else None
