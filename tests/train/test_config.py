@@ -76,7 +76,7 @@ def test_a_room_s_command_is_strict_in_its_own_section_only(tmp_path: Path) -> N
 
     path = write(tmp_path, "run.yaml", "train: {steps: 5, seq_len: 64}\nmodel: {dim: 8}\n")
     assert load(Settings, path, partial=["train"]).train.seq_len == 64
-    with pytest.raises(ConfigError, match="did you mean data.source"):
+    with pytest.raises(ConfigError, match=r"did you mean data\.source"):
         load(Settings, path, ["data.sorce=x"], partial=["train"])
 
 
