@@ -59,7 +59,8 @@ def rms_norm(
     if use_triton(backend, x):
         from kernels.triton import norm as compiled
 
-        return compiled.rms_norm(x, weight, gate, eps)
+        if D <= compiled.MAX_WIDTH:
+            return compiled.rms_norm(x, weight, gate, eps)
     rows = x.reshape(-1, D)
     gates = None if gate is None else gate.reshape(-1, D)
     return _RMSNorm.apply(rows, weight, gates, eps).view(x.shape)

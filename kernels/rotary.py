@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.backend import Backend, use_triton
 from kernels.packing import accumulation_dtype
 
 
 def rotary_embedding(
-    x: Tensor, positions: Tensor, *, theta: float = 10000.0, rotary_dim: int | None = None
+    x: Tensor,
+    positions: Tensor,
+    *,
+    theta: float = 10000.0,
+    rotary_dim: int | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Turn pairs of channels by angles proportional to the token's position.
 
@@ -23,10 +31,12 @@ def rotary_embedding(
         positions: (T,) or (B, T), int: each token's place in its own sequence.
         theta: base of the wavelengths.
         rotary_dim: R, even, at most D; D unless given.
+        backend: "triton" (GPU), "torch" (any device), or "auto".
 
     Returns:
-        The shape and dtype of x. Angles are fp32 (fp64 for fp64 inputs); the backward
-        keeps the positions alone.
+        The shape and dtype of x. Whole turns are taken off an angle in fp64 before it is
+        rounded to fp32, so that far positions are turned as exactly as near ones; products
+        are fp32 (fp64 for fp64 inputs). The backward keeps the positions alone.
 
     Raises:
         ValueError: shapes or arguments do not fit together.
@@ -44,30 +54,41 @@ def rotary_embedding(
     R = D if rotary_dim is None else rotary_dim
     if not 0 <= R <= D or R % 2:
         raise ValueError(f"rotary_dim is {R}; it must be even and between 0 and the head_dim, {D}")
-    return _Rotary.apply(x, positions, theta, R)
+    return _Rotary.apply(x, positions, theta, R, R > 0 and use_triton(backend, x))
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, positions: Tensor, theta: float, R: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, positions: Tensor, theta: float, R: int, triton: bool
+    ) -> Tensor:
         ctx.save_for_backward(positions)
-        ctx.theta, ctx.rotary_dim = theta, R
-        return _rotate(x, positions, theta, R, 1)
+        ctx.arguments = theta, R, triton
+        return _rotated(x, positions, 1, *ctx.arguments)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (positions,) = ctx.saved_tensors
         # A rotation's transpose is the rotation back.
-        return _rotate(dy, positions, ctx.theta, ctx.rotary_dim, -1), None, None, None
+        return _rotated(dy, positions, -1, *ctx.arguments), *[None] * 4
 
 
-def _rotate(x: Tensor, positions: Tensor, theta: float, R: int, sign: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _frequencies(theta: float, R: int, device: torch.device) -> Tensor:
+    """Turns a token, θ^(−2i/R) / 2π: (R / 2,) fp64."""
+    exponents = torch.arange(0, R, 2, dtype=torch.float64, device=device) / max(R, 1)
+    return theta**-exponents / (2 * math.pi)
+
+
+def _rotated(x: Tensor, positions: Tensor, sign: int, theta: float, R: int, triton: bool) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
-    # Exponents in fp64: fp32 rounding of theta^(−2i/R) grows with the position to a
-    # visible angle at long contexts.
-    exponents = torch.arange(0, R, 2, dtype=torch.float64, device=x.device) / max(R, 1)
-    frequencies = (theta**-exponents).to(dtype)
-    angles = positions.to(dtype).unsqueeze(-1) * frequencies
+    frequencies = _frequencies(theta, R, x.device)
+    if triton:
+        from kernels.triton import rotary as compiled
+
+        return compiled.rotated(x, positions, frequencies, sign)
+    turns = positions.double().unsqueeze(-1) * frequencies
+    angles = turns.sub_(turns.round()).mul_(2 * math.pi).to(dtype)
     cos = angles.cos().unsqueeze(-2)  # (T, 1, R / 2) or (B, T, 1, R / 2)
     sin = angles.sin().mul_(sign).unsqueeze(-2)
     y = torch.empty_like(x)

@@ -1,0 +1,312 @@
+"""The recurrence with an element-wise state.
+
+    h_t = a_t · h_{t−1} + x_t,   a_t = exp(decay_t)
+
+A pair (a, x) is an affine map of the state, and maps compose as
+(a₂, x₂) ∘ (a₁, x₁) = (a₂a₁, a₂x₁ + x₂): an associative scan, with products that only shrink
+and are never divided by. At a sequence's first row a is 0 and its initial state is in x, so one
+scan over the chunks of the stream serves all sequences. Three kernels:
+
+    totals   the map of each chunk of up to ROWS rows            reads x and decay
+    enter    a scan over the chunks' maps: the state after each  (1 / ROWS of the size)
+    scan     each chunk again, from the state that enters it     reads x and decay, writes h
+
+Chunks are side by side in the first and last, so a single long sequence fills a GPU; the price
+is that x and decay are read twice. The backward is the same scan from the other end,
+
+    g_t = dh_t + a_{t+1} · g_{t+1},   dx_t = g_t,   ddecay_t = a_t · h_{t−1} · g_t,
+
+and keeps decay and h.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: SIM102  (an `if` over a constant must stand alone to be decided at compile time)
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.launch import Launch, architecture, launch, recording
+from kernels.triton.sequences import chunk_of, device_bounds, load_rows, programs, store_rows
+
+
+class Tile(NamedTuple):
+    ROWS: int  # of a chunk
+    CHANNELS: int  # of a program: 64-byte lines do for the memory, and narrow programs are many
+    CHUNKS: int  # that `enter` takes at a time
+    num_warps: int
+
+
+def tile(arch: str) -> Tile:
+    # The interpreter calls `compose` for each element of a tile.
+    return Tile(16, 2, 16, 1) if arch == "interpreter" else Tile(64, 32, 64, 4)
+
+
+GENERIC = ["N", "length", "chunks"]
+
+
+@triton.jit
+def compose(a1, x1, a2, x2):
+    return a2 * a1, a2 * x1 + x2
+
+
+@triton.jit
+def forward_maps(
+    x, decay, state, n, start, end, first, c, D, STATE: tl.constexpr, ROWS: tl.constexpr
+):
+    """(a, x) of the chunk's rows. Rows that it has not change nothing: (1, 0)."""
+    # A decay of zero is a factor of one, so missing rows need no mask of their own.
+    a = tl.exp(load_rows(decay, first, 0, start, end, c, D, ROWS))
+    maps = load_rows(x, first, 0, start, end, c, D, ROWS)
+    if (first == start) & (first < end):
+        opening = (tl.arange(0, ROWS) == 0)[:, None]
+        if STATE:
+            entering = tl.load(state + n * D + c, mask=c < D, other=0.0)
+            maps += tl.where(opening, a * entering[None, :], 0.0)
+        a = tl.where(opening, 0.0, a)
+    return a, maps
+
+
+@triton.jit
+def backward_maps(
+    dh, dfinal, decay, n, start, end, first, c, D,
+    OUTPUT: tl.constexpr, FINAL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """(a_{t+1}, dh_t), where the row after a sequence's last one counts as zero."""
+    a = tl.exp(load_rows(decay, first, 1, start, end, c, D, ROWS))
+    maps = tl.zeros([ROWS, c.shape[0]], tl.float32)
+    if OUTPUT:
+        maps += load_rows(dh, first, 0, start, end, c, D, ROWS)
+    closing = (tl.arange(0, ROWS) == (end - 1 - first).to(tl.int32))[:, None]
+    a = tl.where(closing, 0.0, a)
+    if FINAL:
+        if first < end:
+            leaving = tl.load(dfinal + n * D + c, mask=c < D, other=0.0)
+            maps += tl.where(closing, leaving[None, :], 0.0)
+    return a, maps
+
+
+@triton.jit
+def scanned(a, maps, REVERSE: tl.constexpr):
+    return tl.associative_scan((a, maps), 0, compose, reverse=REVERSE)
+
+
+@triton.jit
+def row_of(tile, row, ROWS: tl.constexpr):
+    chosen = tl.arange(0, ROWS) == row
+    return tl.sum(tl.where(chosen[:, None], tile, 0.0), 0)
+
+
+@triton.jit
+def store_total(a, maps, factors, totals, chunk, c, D, REVERSE: tl.constexpr, ROWS: tl.constexpr):
+    a, maps = scanned(a, maps, REVERSE)
+    last = 0 if REVERSE else ROWS - 1
+    tl.store(factors + chunk * D + c, row_of(a, last, ROWS), mask=c < D)
+    tl.store(totals + chunk * D + c, row_of(maps, last, ROWS), mask=c < D)
+
+
+@triton.jit
+def state_entering(states, chunk, chunks, c, D, REVERSE: tl.constexpr):
+    """The state after a chunk's neighbour, or zero."""
+    neighbour = tl.zeros_like(c) + chunk + (1 if REVERSE else -1)
+    known = (neighbour >= 0) & (neighbour < chunks)
+    return tl.load(states + neighbour * D + c, mask=known & (c < D), other=0.0)
+
+
+@triton.jit(do_not_specialize=GENERIC)
+def forward_totals(
+    x, decay, state, factors, totals, bounds, N, length, D,
+    STATE: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n, start, end, first = chunk_of(chunk, bounds, N, length, ROWS, PACKED)
+    end = tl.where(n < N, end, first)
+    a, maps = forward_maps(x, decay, state, n, start, end, first, c, D, STATE, ROWS)
+    store_total(a, maps, factors, totals, chunk, c, D, False, ROWS)
+
+
+@triton.jit(do_not_specialize=GENERIC)
+def backward_totals(
+    dh, dfinal, decay, factors, totals, bounds, N, length, D,
+    OUTPUT: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n, start, end, first = chunk_of(chunk, bounds, N, length, ROWS, PACKED)
+    end = tl.where(n < N, end, first)
+    a, maps = backward_maps(dh, dfinal, decay, n, start, end, first, c, D, OUTPUT, FINAL, ROWS)
+    store_total(a, maps, factors, totals, chunk, c, D, True, ROWS)
+
+
+@triton.jit(do_not_specialize=GENERIC)
+def enter(
+    factors, totals, chunks, D,
+    REVERSE: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Turn each chunk's total into the state after it, in place."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    state = tl.zeros([CHANNELS], tl.float32)
+    for taken in range(0, chunks, CHUNKS):
+        chunk = taken + tl.arange(0, CHUNKS).to(tl.int64)
+        if REVERSE:
+            chunk = chunks - 1 - chunk
+        place = chunk[:, None] * D + c[None, :]
+        mask = ((chunk >= 0) & (chunk < chunks))[:, None] & (c < D)[None, :]
+        a = tl.load(factors + place, mask=mask, other=0.0)
+        maps = tl.load(totals + place, mask=mask, other=0.0)
+        a, maps = scanned(a, maps, False)
+        states = maps + a * state[None, :]
+        tl.store(totals + place, states, mask=mask)
+        state = row_of(states, CHUNKS - 1, CHUNKS)
+
+
+@triton.jit(do_not_specialize=GENERIC)
+def forward_scan(
+    x, decay, state, states, h, final, bounds, N, length, D, chunks,
+    STATE: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n, start, end, first = chunk_of(chunk, bounds, N, length, ROWS, PACKED)
+    out = tl.zeros([ROWS, CHANNELS], tl.float32)
+    if n < N:
+        a, maps = forward_maps(x, decay, state, n, start, end, first, c, D, STATE, ROWS)
+        a, maps = scanned(a, maps, False)
+        out = maps + a * state_entering(states, chunk, chunks, c, D, False)[None, :]
+        if (first < end) & (first + ROWS >= end):
+            last = row_of(out, (end - 1 - first).to(tl.int32), ROWS)
+            tl.store(final + n * D + c, last, mask=c < D)
+    store_rows(h, out, first, start, end, c, D, ROWS)
+
+
+@triton.jit(do_not_specialize=GENERIC)
+def backward_scan(
+    dh, dfinal, decay, state, h, states, dx, ddecay, dstate, bounds, N, length, D, chunks,
+    OUTPUT: tl.constexpr, FINAL: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n, start, end, first = chunk_of(chunk, bounds, N, length, ROWS, PACKED)
+    g = tl.zeros([ROWS, CHANNELS], tl.float32)
+    to_decay = g
+    if n < N:
+        a, maps = backward_maps(dh, dfinal, decay, n, start, end, first, c, D, OUTPUT, FINAL, ROWS)
+        a, maps = scanned(a, maps, True)
+        g = maps + a * state_entering(states, chunk, chunks, c, D, True)[None, :]
+        to_decay = g * tl.exp(load_rows(decay, first, 0, start, end, c, D, ROWS))
+        before = load_rows(h, first, -1, start, end, c, D, ROWS)
+        if STATE:
+            if (first == start) & (first < end):
+                entering = tl.load(state + n * D + c, mask=c < D, other=0.0)
+                before += tl.where((tl.arange(0, ROWS) == 0)[:, None], entering[None, :], 0.0)
+                tl.store(dstate + n * D + c, row_of(to_decay, 0, ROWS), mask=c < D)
+        to_decay *= before
+    store_rows(dx, g, first, start, end, c, D, ROWS)
+    store_rows(ddecay, to_decay, first, start, end, c, D, ROWS)
+
+
+class _DiagonalScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, decay: Tensor, initial_state: Tensor | None, bounds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        B, T, D = x.shape
+        N = B if bounds is None else len(bounds) - 1
+        x, decay = x.contiguous(), decay.contiguous()
+        state = None if initial_state is None else initial_state.float().contiguous()
+        h = torch.empty_like(x)
+        # An empty sequence ends with the state it began with.
+        final = x.new_zeros(N, D, dtype=torch.float32) if state is None else state.clone()
+        factors, totals, grid, constants = _plan(x, bounds)
+        constants["STATE"] = state is not None
+        chunks = grid[0]
+        launch(forward_totals, grid, x, decay, state, factors, totals, bounds, N, T, D, **constants)
+        _enter(factors, totals, False)
+        launch(
+            forward_scan, grid, x, decay, state, totals, h, final, bounds, N, T, D, chunks,
+            **constants,
+        )  # fmt: skip
+        ctx.save_for_backward(decay, state, h, bounds)
+        ctx.set_materialize_grads(False)
+        return h, final
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        decay, state, h, bounds = ctx.saved_tensors
+        B, T, D = h.shape
+        N = B if bounds is None else len(bounds) - 1
+        dh = None if dh is None else dh.contiguous()
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        dx, ddecay = torch.empty_like(h), torch.empty_like(decay)
+        dstate = None
+        if state is not None:
+            dstate = torch.zeros_like(state) if dfinal is None else dfinal.clone()
+        factors, totals, grid, constants = _plan(h, bounds)
+        constants |= {"OUTPUT": dh is not None, "FINAL": dfinal is not None}
+        chunks = grid[0]
+        launch(
+            backward_totals, grid, dh, dfinal, decay, factors, totals, bounds, N, T, D, **constants
+        )
+        _enter(factors, totals, True)
+        launch(
+            backward_scan, grid, dh, dfinal, decay, state, h, totals, dx, ddecay, dstate, bounds,
+            N, T, D, chunks, STATE=state is not None, **constants,
+        )  # fmt: skip
+        return dx, ddecay, dstate, None
+
+
+def _plan(
+    x: Tensor, bounds: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[int, int], dict[str, Any]]:
+    """Room for each chunk's map, and grid (chunks, channel blocks) and constants of its kernels."""
+    B, T, D = x.shape
+    chosen = tile(architecture(x.device))
+    chunks = programs(B, T, bounds, chosen.ROWS)
+    factors, totals = x.new_empty(2, chunks, D, dtype=torch.float32).unbind()
+    constants = {
+        "PACKED": bounds is not None, "ROWS": chosen.ROWS, "CHANNELS": chosen.CHANNELS,
+        "num_warps": chosen.num_warps, "num_stages": 1,
+    }  # fmt: skip
+    return factors, totals, (chunks, -(-D // chosen.CHANNELS)), constants
+
+
+def _enter(factors: Tensor, totals: Tensor, reverse: bool) -> None:
+    chunks, D = totals.shape
+    chosen = tile(architecture(totals.device))
+    launch(
+        enter, (-(-D // chosen.CHANNELS),), factors, totals, chunks, D,
+        REVERSE=reverse, CHUNKS=chosen.CHUNKS, CHANNELS=chosen.CHANNELS,
+        num_warps=chosen.num_warps, num_stages=1,
+    )  # fmt: skip
+
+
+def diagonal_scan(
+    x: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute `kernels.diagonal_scan` with Triton; bf16, fp16 or fp32."""
+    bounds = device_bounds(cu_seqlens, x.device)
+    h, final = _DiagonalScan.apply(x, decay, initial_state, bounds)
+    return h, final
+
+
+def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
+    """Every launch of a forward and backward pass, with its name."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for packed in (True, False):
+            x, decay = torch.empty(2, 1, 8192, 2048, device="meta", requires_grad=True).unbind()
+            state = torch.empty(8 if packed else 1, 2048, device="meta", requires_grad=True)
+            cu_seqlens = torch.empty(9, dtype=torch.int64, device="meta") if packed else None
+            with recording(arch) as launches:
+                outputs = diagonal_scan(x.to(dtype), decay, state, cu_seqlens)
+                torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+            name = f"diagonal scan {'packed ' * packed}{str(dtype).removeprefix('torch.')}"
+            for launched in launches:
+                yield f"{name} {launched.kernel.__name__}", launched

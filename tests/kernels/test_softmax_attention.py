@@ -1,0 +1,170 @@
+"""`softmax_attention` against the whole matrix of scores, masked."""
+
+import pytest
+import torch
+
+from kernels import softmax_attention
+from kernels.softmax_attention import WINDOW_ROWS
+from tests.kernels.agreement import assert_agrees, bounds
+
+# Lengths of the queries and of the keys, sequence by sequence.
+SEQUENCES = {
+    "one of 0": ([0], [0]),
+    "one of 1": ([1], [1]),
+    "one of 65": ([65], [65]),
+    "packed": ([0, 3, 1, 63, 0], [0, 3, 1, 63, 0]),
+    "keys alone": ([0, 2], [5, 2]),
+    "queries alone": ([5, 2], [0, 2]),
+    "more keys": ([3, 33, 1], [7, 65, 64]),
+    "more queries": ([7, 65, 64], [3, 33, 1]),
+    "many blocks": ([2 * WINDOW_ROWS + 7], [2 * WINDOW_ROWS + 7]),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def definition(q, k, v, q_ends, k_ends, causal, window, scale):
+    T, H = q.shape[1:3]
+    o, lse = [], []
+    k, v = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, v))
+    for n in range(len(q_ends) - 1):
+        Q = q[0, q_ends[n] : q_ends[n + 1]]
+        K, V = (x[0, k_ends[n] : k_ends[n + 1]] for x in (k, v))
+        newest = torch.arange(len(Q))[:, None] + len(K) - len(Q)
+        key = torch.arange(len(K))
+        seen = torch.ones(len(Q), len(K), dtype=torch.bool)
+        if causal:
+            seen = (key <= newest) & (key > newest - (window or len(K) + len(Q)))
+        scores = torch.einsum("ihd,jhd->ihj", Q, K) * scale
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        blind = ~seen.any(1)
+        lse.append(scores.logsumexp(2))
+        weights = torch.softmax(scores.masked_fill(blind[:, None, None], 0), 2)
+        o.append(torch.einsum("ihj,jhd->ihd", weights.masked_fill(blind[:, None, None], 0), V))
+    rest = T - int(q_ends[-1])
+    o.append(q.new_zeros(rest, H, v.shape[3]))
+    lse.append(q.new_full((rest, H), -torch.inf))
+    return torch.cat(o)[None], torch.cat(lse)[None]
+
+
+def packed_inputs(q_lengths, k_lengths, Hq, Hk, D, Dv):
+    rows, keys = sum(q_lengths), sum(k_lengths)
+    q = torch.randn(1, rows + 2, Hq, D, dtype=torch.float64)
+    k = torch.randn(1, keys + 3, Hk, D, dtype=torch.float64)
+    v = torch.randn(1, keys + 3, Hk, Dv, dtype=torch.float64)
+    q[:, rows:] = float("nan")
+    k[:, keys:] = float("nan")
+    v[:, keys:] = float("nan")
+    return {"q": q, "k": k, "v": v}
+
+
+def finite(lse):
+    """The log-sum-exp where something is seen: −inf has no gradient to compare."""
+    return lse.masked_fill(lse == -torch.inf, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", SEQUENCES.values(), ids=SEQUENCES.keys())
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, None), (False, None), (True, 1), (True, 5), (True, 300)]
+)
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_each_row_sees_what_it_may(dtype, lengths, causal, window, with_lse, poisoned_memory):
+    torch.manual_seed(0)
+    q_ends, k_ends = (bounds(x) for x in lengths)
+    arguments = {"causal": causal, "window": window, "scale": 0.3}
+
+    def op(**tensors):
+        o, lse = softmax_attention(
+            **tensors, **arguments, cu_seqlens=q_ends, cu_seqlens_k=k_ends, return_lse=True
+        )
+        return (o, finite(lse)) if with_lse else o
+
+    def plain(**tensors):
+        o, lse = definition(**tensors, **arguments, q_ends=q_ends, k_ends=k_ends)
+        return (o, finite(lse)) if with_lse else o
+
+    inputs = packed_inputs(*lengths, Hq=4, Hk=2, D=8, Dv=8)
+    assert_agrees(op, plain, inputs, dtype=dtype, rows_used=int(q_ends[-1]))
+
+
+@pytest.mark.parametrize(("Hq", "Hk", "D", "Dv"), [(1, 1, 5, 5), (6, 1, 8, 3), (6, 3, 16, 40)])
+def test_head_counts_and_widths(Hq, Hk, D, Dv):
+    torch.manual_seed(0)
+    lengths = [9, 33]
+    ends = bounds(lengths)
+
+    def op(**tensors):
+        return softmax_attention(**tensors, cu_seqlens=ends, return_lse=True)
+
+    def plain(**tensors):
+        return definition(
+            **tensors, q_ends=ends, k_ends=ends, causal=True, window=None, scale=D**-0.5
+        )
+
+    inputs = packed_inputs(lengths, lengths, Hq, Hk, D, Dv)
+    inputs = {name: x[:, : sum(lengths)] for name, x in inputs.items()}
+    assert_agrees(op, plain, inputs, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("T", [0, 1, 65])
+def test_batch_rows_are_sequences(T):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, T, 2, 8, dtype=torch.float64) for _ in range(3))
+    o, lse = softmax_attention(q, k, v, return_lse=True)
+    for b in range(3):
+        rows = (x[b : b + 1] for x in (q, k, v))
+        expected = definition(*rows, bounds([T]), bounds([T]), True, None, 8**-0.5)
+        assert torch.allclose(o[b : b + 1], expected[0])
+        assert torch.allclose(lse[b : b + 1], expected[1])
+
+
+def test_a_row_that_sees_nothing_is_zero_and_minus_infinity():
+    q, k = torch.randn(1, 5, 1, 4), torch.randn(1, 2, 1, 4)
+    o, lse = softmax_attention(q, k, k, return_lse=True)
+    assert (o[:, :3] == 0).all()
+    assert (lse[:, :3] == -torch.inf).all()
+    assert lse[:, 3:].isfinite().all()
+
+
+def test_parts_merge_to_the_whole_with_gradients():
+    """What a ring does: two halves of the keys, merged by their log-sum-exp."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 40, 2, 8, dtype=torch.float64) for _ in range(3))
+
+    def in_two(q, k, v):
+        old, old_lse = softmax_attention(q, k[:, :24], v[:, :24], causal=False, return_lse=True)
+        new, new_lse = softmax_attention(q, k[:, 24:], v[:, 24:], causal=False, return_lse=True)
+        lse = torch.logaddexp(old_lse, new_lse)
+        return sum(
+            part * (part_lse - lse).exp()[..., None]
+            for part, part_lse in ((old, old_lse), (new, new_lse))
+        )
+
+    def whole(q, k, v):
+        ends = bounds([40])
+        return definition(q, k, v, ends, ends, False, None, 8**-0.5)[0]
+
+    assert_agrees(in_two, whole, {"q": q, "k": k, "v": v}, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 3, 4)}, "4 dims"),
+        ({"k": torch.zeros(1, 3, 3, 8), "v": torch.zeros(1, 3, 3, 8)}, "a divisor of 4 heads"),
+        ({"v": torch.zeros(1, 2, 2, 8)}, "v must be"),
+        ({"v": torch.zeros(1, 3, 2, 8).half()}, "one floating dtype"),
+        ({"window": 0}, "window is 0"),
+        ({"window": 2, "causal": False}, "causal=False"),
+        ({"cu_seqlens_k": torch.tensor([0, 3])}, "cannot come alone"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, "at most 3"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    arguments = {
+        "q": torch.zeros(1, 3, 4, 8),
+        "k": torch.zeros(1, 3, 2, 8),
+        "v": torch.zeros(1, 3, 2, 8),
+    }
+    with pytest.raises(ValueError, match=message):
+        softmax_attention(**(arguments | change))
