@@ -273,7 +273,7 @@ def zeppelin_states(case: Case) -> Outcome:
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     model, weigh = case.model, case.costs()
     room = (1 + case.slack) * case.share
-    limits = placing.Limits(nodes=1.0, ranks=1.0, tokens=np.inf)
+    limits = placing.Limits(nodes=1.0, ranks=1.0, tokens=1.15)
     owners = placing.balanced(case.lengths, case.topology, weigh, room, limits)
     order = arrange(case.lengths, owners, case.topology)
     made = build("zeppelin", case.lengths, owners, order, case.topology, contiguous=False)
