@@ -22,9 +22,10 @@ HEAD = tl.constexpr(1)
 SCALAR = tl.constexpr(2)
 VECTOR = tl.constexpr(3)
 
-# exp underflows to an fp32 zero here. The clamp loses nothing that could be represented, keeps
-# cumulative sums small (their round-off is relative to their size), and admits −inf.
-FORGET_ALL = tl.constexpr(-104.0)
+# The least log decay of one step that is told from total: e^-40 of a state is far below the fp32
+# round-off of what it is added to. Clamped, cumulative sums stay small, and with them their
+# round-off, which the neighbours of a saturated gate would pay for; and -inf is an input like any.
+FORGET_ALL = tl.constexpr(-40.0)
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
