@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "checkpoints": "list, verify and prune what a run has saved",
+    "replay": "make a step of a run again on one device, to see what was wrong with it",
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m train checkpoints …`: commands about a run, beside training it."""
+"""`python -m train checkpoints|replay …`: commands about a run, beside training it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ def checkpoints(arguments: list[str]) -> int:
         print(f"no checkpoint in {folder}")
     wrong = [_describe(path, options.verify) for path in found]
     return 1 if any(wrong) else 0
+
+
+def replay(arguments: list[str]) -> int:
+    """Make a step of a run again, on one device, from the checkpoint before it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train replay",
+        description="Make a step of a run again on one device, from the last checkpoint before "
+        "it, and name the parameters whose gradients are not finite. The run is not touched.",
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's folder")
+    parser.add_argument("step", metavar="STEP", type=int, help="the step to make again")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    options = parser.parse_intermixed_args(arguments)
+    run, config = _find(options)
+
+    from train.replay import replay as make_again
+
+    return make_again(run, config, options.step)
 
 
 def _describe(path: Path, verify: bool) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from data import DataConfig, StreamConfig
 from data.settings import ConfigError, load, setting
 from parallel.config import ParallelConfig
+from train.faults import FaultsConfig
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
 
@@ -81,6 +82,7 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     @property
     def run_path(self) -> Path:

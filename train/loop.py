@@ -6,6 +6,8 @@ import os
 import shlex
 import shutil
 import time
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 import data
 from data.settings import ConfigError
 from parallel import World, distribute
-from train import checkpoint, manifest
+from train import checkpoint, faults, manifest
 from train.config import Config, differences
 from train.engine import Engine
 from train.evaluate import compressed_bits_per_byte, evaluate
@@ -39,7 +41,8 @@ class Trainer:
         self, config: Config, folder: Path, command: list[str], world: World, watch: Watch
     ) -> None:
         self.config, self.command, self.world, self.watch = config, command, world, watch
-        self.checkpoints = folder / manifest.CHECKPOINTS
+        self.folder, self.checkpoints = folder, folder / manifest.CHECKPOINTS
+        self.judge = faults.Judge(config.faults)
         self.cause = Cause.NONE
 
         notes: list[str] = []
@@ -84,6 +87,9 @@ class Trainer:
         self._evaluate_if_due()
         while self.step < config.train.steps and not self.cause:
             row = self.train_step()
+            if row is not None and (wrong := self._fault(row)):
+                self._roll_back(wrong)
+                continue
             if row is not None:
                 self.watch.step_done()
                 if self.recorder:
@@ -111,7 +117,8 @@ class Trainer:
         """
         config, world, engine = self.config.train, self.world, self.engine
         began = time.monotonic()
-        batches = [next(self.stream) for _ in range(config.accumulate)]
+        good = (b for b in self.stream if b.cursor.batches not in self.judge.skipped)
+        self.batches = batches = list(islice(good, config.accumulate))
         targets = max(1, sum(batch.targets for batch in batches))
         rate = learning_rate(self.config.optim, self.step, config.steps)
         # Chance is a function of the step, so that a resumed run needs no saved generator.
@@ -142,7 +149,8 @@ class Trainer:
             "step": self.step,
             "loss": total / targets,
             "lr": rate,
-            "grad_norm": float("nan") if norm is None else norm,
+            # DeepSpeed gives a norm that is not finite as -1.
+            "grad_norm": float("nan") if norm is None or norm < 0 else norm,
             "tokens": self.tokens,
             "seconds": seconds,
             "tokens_per_second": config.batch_tokens * config.accumulate / seconds,
@@ -207,6 +215,47 @@ class Trainer:
             self.recorder.scalar("checkpoint/seconds", done.seconds, done.step)
             keep = self.config.checkpoint
             manifest.prune(self.checkpoints, keep.keep, keep.keep_every)
+
+    def _fault(self, row: dict[str, float]) -> str | None:
+        """What is wrong with a step, on every rank as soon as on one."""
+        wrong = self.judge.fault(row)
+        bad = float(self.world.sum(torch.tensor(float(wrong is not None))))
+        return wrong or ("another rank finds it bad" if bad else None)
+
+    def _roll_back(self, wrong: str) -> None:
+        """To the last checkpoint after a bad step, whose batches are passed over then.
+
+        Raises:
+            ConfigError: there is none, it has happened too often, or it is not wanted.
+        """
+        bad, config = self.step, self.config
+        self._saved(self.saver.finish())
+        if self.world.is_first:
+            with suppress(OSError):
+                faults.keep(self.folder, bad, self.batches, self.judge.skipped)
+        found = self.world.on_first(lambda: manifest.newest(self.checkpoints, self.say))
+        saved = manifest.progress(found) if found else None
+        self.say(f"step {bad} is bad: {wrong}")
+        if saved is None or config.faults.action == "stop":
+            raise ConfigError(f"stopped by the bad step {bad}: {wrong}; see train/faults.py")
+        if not self.judge.skip(self.batches, saved.step):
+            raise ConfigError(
+                f"stopped: {config.faults.most + 1} bad steps after step {saved.step}, the last "
+                f"with {wrong}; lower optim.lr, or raise faults.most"
+            )
+        assert found is not None
+        checkpoint.load(found, self.engine)
+        self.step = self.saved_step = saved.step
+        self.tokens, self.cursor = saved.tokens, data.Cursor.from_dict(saved.cursor)
+        self.stream.close()
+        self.stream = data.Batches(self.corpus, config.train, config.data, self.cursor)
+        self.next_batch = self.stream.peek().digest
+        self.evaluated = {step for step in self.evaluated if step <= self.step}
+        self.watch.pause()
+        self.say(f"rolled back to step {self.step}; the batches of step {bad} will be skipped")
+        if self.recorder:
+            self.recorder.rewind(self.step)
+            self.recorder.text("faults", f"step {bad}: {wrong}", self.step)
 
     def _evaluate_if_due(self) -> None:
         """At every `eval.every`-th step and the last one, unless a run before did."""

@@ -45,18 +45,26 @@ class Recorder:
         self._rows = _Lines(folder / "metrics.jsonl")
         self._log = _Lines(folder / "log.txt")
         self._evaluations: list[dict[str, float]] = []
-        with self._harmless("metrics.jsonl"):
-            self._drop_rows_after(step)
+        self._board_folder = folder / "tensorboard"
         self._board: Any = None
-        with self._harmless("TensorBoard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.rewind(step)
         self._bar: tqdm[Any] | None = None
         with self._harmless("the progress bar"):
             if sys.stderr.isatty():
                 self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
         self._started, self._first, self._last_line = time.monotonic(), step, 0.0
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after a step: it will be made again."""
+        with self._harmless("metrics.jsonl"):
+            self._rows.close()
+            self._drop_rows_after(step)
+        with self._harmless("TensorBoard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            if self._board is not None:
+                self._board.close()
+            self._board = SummaryWriter(str(self._board_folder), purge_step=step + 1)
 
     def say(self, line: str) -> None:
         """One line on the terminal and in the log."""
@@ -142,6 +150,7 @@ class Recorder:
 
     def _drop_rows_after(self, step: int) -> None:
         """Keep the rows up to `step`; a last line that a kill cut short goes too."""
+        self._evaluations.clear()
         path = self._rows.path
         if not path.exists():
             return
@@ -184,6 +193,7 @@ class _Lines:
     def close(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
+            self._handle = None
 
 
 def peak_flops(device: torch.device) -> float:

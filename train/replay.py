@@ -1,0 +1,85 @@
+"""A step of a run, made again on one device: `python -m train replay RUN STEP`."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.settings import ConfigError
+from parallel import join
+from train import faults, manifest
+from train.config import Config
+from train.loop import Trainer
+from train.stop import Watch
+
+
+def replay(run: Path, config: Config, step: int) -> int:
+    """Go on from the last checkpoint before `step` and print what that step gives.
+
+    Everything happens in a folder of its own; the checkpoint is only read.
+
+    Returns:
+        0 if loss and gradients are finite, 1 if not.
+
+    Raises:
+        ConfigError: no checkpoint from before the step is left.
+    """
+    older = [
+        path
+        for path in manifest.published(run / manifest.CHECKPOINTS)
+        if manifest.step_of(path) < step
+    ]
+    if not older:
+        raise ConfigError(
+            f"{run} has no checkpoint from before step {step}; more of them stay with "
+            "checkpoint.keep and checkpoint.keep_every"
+        )
+    config.zero.stage = 0
+    config.train.steps = max(config.train.steps, step)
+    with join() as world, tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / manifest.CHECKPOINTS
+        place.mkdir()
+        (place / older[0].name).symlink_to(older[0].resolve(), target_is_directory=True)
+        trainer = Trainer(config, Path(scratch), [], world, Watch())
+        if trainer.step != manifest.step_of(older[0]):
+            raise ConfigError(f"{older[0]} is damaged: {manifest.fault(older[0])}")
+        kept = _kept(run, step)
+        if kept:
+            trainer.judge.skipped = set(kept["skipped"].tolist())
+        while trainer.step < step - 1:
+            trainer.train_step()
+        bad: list[str] = []
+        for parameter, name in trainer.engine.names.items():
+            parameter.register_hook(partial(_look, name, bad))
+        row = trainer.train_step()
+    assert row is not None
+    print(f"step {step}  loss {row['loss']:.6f}  grad_norm {row['grad_norm']:.6f}")
+    if kept:
+        same = all(
+            np.array_equal(batch.tokens, kept[f"tokens_{i}"])
+            for i, batch in enumerate(trainer.batches)
+        )
+        print(f"its batches are {'' if same else 'not '}those that were kept when it went wrong")
+    names = list(dict.fromkeys(bad))
+    if names:
+        print(f"gradients that are not finite, in the order of the backward pass: {names}")
+    return 0 if np.isfinite([row["loss"], row["grad_norm"]]).all() and not names else 1
+
+
+def _look(name: str, bad: list[str], gradient: Tensor) -> None:
+    if not bool(torch.isfinite(gradient).all()):
+        bad.append(name)
+
+
+def _kept(run: Path, step: int) -> dict[str, np.ndarray]:
+    """What was written when the step went wrong; empty if it did not."""
+    path = run / faults.FAULTS / f"step-{step:08d}.npz"
+    if not path.exists():
+        return {}
+    with np.load(path) as held:
+        return dict(held)
