@@ -76,12 +76,16 @@ class Cluster:
         text = CONFIGURATION.format(folder=folder, host=host, ports=_free_ports(3))
         (folder / "slurm.conf").write_text(text, encoding="utf-8")
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-        self._start_munge()
-        self._start("slurmctld", "-D")
-        for node in ("n1", "n2"):
-            (folder / f"spool-{node}").mkdir()
-            self._start("slurmd", "-D", "-N", node)
-        self._wait_for_nodes()
+        try:
+            self._start_munge()
+            self._start("slurmctld", "-D")
+            for node in ("n1", "n2"):
+                (folder / f"spool-{node}").mkdir()
+                self._start("slurmd", "-D", "-N", node)
+            self._wait_for_nodes()
+        except BaseException:
+            self.close()
+            raise
 
     def command(self, *words: object, folder: Path | None = None, **variables: str) -> str:
         """What a command of Slurm prints."""

@@ -39,6 +39,8 @@ def test_rows_wait_in_memory_while_the_disk_is_full(
     recorder.close()
 
 
+# TensorBoard's own thread dies of it, which is what is to be survived.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_folder_that_is_gone_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
