@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.packing import accumulation_dtype, check_cu_seqlens, host_bounds
+from kernels import flash
+from kernels.packing import accumulation_dtype, check_cu_seqlens, device_bounds, host_bounds
 
 # Query rows that share one mask under a sliding window: each block of them looks at
 # window + WINDOW_ROWS − 1 keys.
@@ -27,6 +28,8 @@ def softmax_attention(
     window: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention inside each sequence.
 
@@ -50,6 +53,8 @@ def softmax_attention(
         window: number of tokens seen, at least 1; needs `causal`.
         scale: factor on the scores, `D ** -0.5` unless given.
         return_lse: return the log-sum-exp too.
+        max_seqlen, max_seqlen_k: the longest sequence of q, and of k, or any number above. On
+            a GPU these spare a wait for the device, which knows `cu_seqlens`.
 
     Returns:
         o (B, Tq, Hq, Dv) in the dtype of v; with `return_lse` also lse (B, Tq, Hq), fp32
@@ -67,6 +72,27 @@ def softmax_attention(
     _check(q, k, v, cu_seqlens, cu_seqlens_k, causal, window)
     B, Tq, Hq, D = q.shape
     Tk, Hk, Dv = v.shape[1:]
+    scale = D**-0.5 if scale is None else scale
+    if flash.usable(q, v) and q.numel() and k.numel():
+        cu_q, cu_k = (
+            device_bounds(B, T, cu, q.device).int()
+            for T, cu in ((Tq, cu_seqlens), (Tk, cu_seqlens_k))
+        )
+        if max_seqlen_k is None:
+            max_seqlen_k = max_seqlen
+        packed = flash.Packed(
+            cu_q,
+            cu_k,
+            max_q=_longest(max_seqlen, Tq, cu_seqlens),
+            max_k=_longest(max_seqlen_k, Tk, cu_seqlens_k),
+            causal=causal,
+            window=window,
+            scale=scale,
+        )
+        rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        o, lse = flash.FlashAttention.apply(*rows, packed)
+        o = o.view(B, Tq, Hq, Dv)
+        return (o, lse.view(B, Tq, Hq)) if return_lse else o
     q_bounds = host_bounds(B, Tq, cu_seqlens)
     k_bounds = host_bounds(B, Tk, cu_seqlens_k)
     o, lse = _SoftmaxAttention.apply(
@@ -77,14 +103,20 @@ def softmax_attention(
         k_bounds,
         causal,
         window,
-        D**-0.5 if scale is None else scale,
+        scale,
     )
     o = o.view(B, Tq, Hq, Dv)
     return (o, lse.view(B, Tq, Hq)) if return_lse else o
 
 
+def _longest(told: int | None, rows: int, cu_seqlens: Tensor | None) -> int:
+    if told is not None or cu_seqlens is None:
+        return rows if told is None else told
+    return int(cu_seqlens.diff().max())
+
+
 class _Tile(NamedTuple):
-    """Query rows × key rows of one sequence that one call of torch's kernel computes."""
+    """Query rows × key rows of one sequence that are computed at once."""
 
     q: slice
     k: slice
@@ -94,28 +126,33 @@ class _Tile(NamedTuple):
 
 
 def _tiles(
-    q_bounds: list[int], k_bounds: list[int], causal: bool, window: int | None
+    q_bounds: list[int], k_bounds: list[int], causal: bool, window: int | None, flash_tiles: bool
 ) -> Iterator[_Tile]:
-    """Tiles that together cover what may be seen; no query of a tile sees nothing in it."""
+    """Tiles that together cover what may be seen; no query of a tile sees nothing in it.
+
+    With `flash_tiles` a tile may have any number of queries, since no scores are stored.
+    """
     for n in range(len(q_bounds) - 1):
         q0, q1, k0, k1 = q_bounds[n], q_bounds[n + 1], k_bounds[n], k_bounds[n + 1]
         if q0 == q1 or k0 == k1:
             continue
         if not causal:
-            yield _Tile(slice(q0, q1), slice(k0, k1))
+            step = q1 - q0 if flash_tiles else WINDOW_ROWS
+            for start in range(q0, q1, step):
+                yield _Tile(slice(start, min(start + step, q1)), slice(k0, k1))
             continue
         # The last `size` queries and keys face each other. Queries before them see
         # nothing; keys before them are seen by all.
         size = min(q1 - q0, k1 - k0)
         first_q, first_k = q1 - size, k1 - size
-        if window is None or window >= k1 - k0:
+        if flash_tiles and (window is None or window >= k1 - k0):
             if k0 < first_k:
                 yield _Tile(slice(q0, q1), slice(k0, first_k))
             yield _Tile(slice(first_q, q1), slice(first_k, k1), causal=True, merge=k0 < first_k)
             continue
         for start in range(0, size, WINDOW_ROWS):
             stop = min(start + WINDOW_ROWS, size)
-            oldest = max(first_k + start - window + 1, k0)
+            oldest = k0 if window is None else max(first_k + start - window + 1, k0)
             yield _Tile(
                 slice(first_q + start, first_q + stop),
                 slice(oldest, first_k + stop),
@@ -124,12 +161,14 @@ def _tiles(
 
 
 def _band(tile: _Tile, window: int | None, like: Tensor) -> Tensor | None:
-    """What to add to the tile's scores: −inf outside the window."""
-    if tile.lead is None or window is None:
+    """What to add to the tile's scores: −inf outside the band."""
+    if tile.lead is None:
         return None
     own = torch.arange(tile.q.stop - tile.q.start, device=like.device).unsqueeze(1) + tile.lead
     key = torch.arange(tile.k.stop - tile.k.start, device=like.device)
-    seen = (key <= own) & (key > own - window)
+    seen = key <= own
+    if window is not None:
+        seen &= key > own - window
     return like.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
 
@@ -141,8 +180,51 @@ def _heads_first(x: Tensor, rows: slice, width: int) -> Tensor:
     return block.transpose(0, 1).unsqueeze(0)
 
 
+def _has_flash(x: Tensor) -> bool:
+    """Torch's flash kernel for CPUs; elsewhere (fp32 on a GPU, say) tiles are plain products."""
+    return x.device.type == "cpu"
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o (1, H, rows, width) and lse (1, H, rows) of a tile, grouped heads side by side."""
+    s, values = _scores(q, k, mask, scale), v.to(accumulation_dtype(v.dtype)).unsqueeze(2)
+    lse = s.logsumexp(-1, keepdim=True)
+    return ((s - lse).exp() @ values).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)[..., 0]
+
+
+def _plain_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a tile's q, k and v, given the whole rows' o and lse."""
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    p = (_scores(q, k, mask, scale) - lse.unflatten(1, groups).unsqueeze(-1)).exp()
+    grouped = [x.to(p.dtype).unflatten(1, groups) for x in (do, o, q)]
+    keys, values = (x.to(p.dtype).unsqueeze(2) for x in (k, v))
+    ds = p * (grouped[0] @ values.mT - (grouped[0] * grouped[1]).sum(-1, keepdim=True)) * scale
+    dk, dv = (ds.mT @ grouped[2]).sum(2), (p.mT @ grouped[0]).sum(2)
+    return (ds @ keys).flatten(1, 2), dk, dv
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(1, Hk, Hq / Hk, rows, keys), at least fp32."""
+    dtype = accumulation_dtype(q.dtype)
+    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
+    s = grouped @ k.to(dtype).unsqueeze(2).mT * scale
+    return s if mask is None else s + mask
+
+
 class _SoftmaxAttention(torch.autograd.Function):
-    """Torch's flash kernel for CPUs, tile by tile."""
+    """Tile by tile, on any device."""
 
     @staticmethod
     def forward(
@@ -159,16 +241,18 @@ class _SoftmaxAttention(torch.autograd.Function):
         width = max(q.shape[2], v.shape[2])
         o = v.new_zeros(*q.shape[:2], v.shape[2])
         lse = q.new_full(q.shape[:2], float("-inf"), dtype=accumulation_dtype(q.dtype))
-        for tile in _tiles(q_bounds, k_bounds, causal, window):
-            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _heads_first(q, tile.q, width),
-                _heads_first(k, tile.k, width),
-                _heads_first(v, tile.k, width),
-                0.0,
-                tile.causal,
-                attn_mask=_band(tile, window, q),
-                scale=scale,
-            )
+        with_flash = _has_flash(q)
+        for tile in _tiles(q_bounds, k_bounds, causal, window, with_flash):
+            inputs: list[Any] = [
+                _heads_first(x, rows, width) for x, rows in ((q, tile.q), (k, tile.k), (v, tile.k))
+            ]
+            band = _band(tile, window, q)
+            if with_flash:
+                part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    *inputs, 0.0, tile.causal, attn_mask=band, scale=scale
+                )
+            else:
+                part, part_lse = _plain(*inputs, mask=band, scale=scale)
             part, part_lse = part[0].transpose(0, 1)[..., : v.shape[2]], part_lse[0].t()
             rows = tile.q
             if tile.merge:
@@ -199,19 +283,19 @@ class _SoftmaxAttention(torch.autograd.Function):
             do[..., -1] = 1
             o[..., -1] = -dlse
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
-        for tile in _tiles(*ctx.tiling):
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads_first(do, tile.q, width),
-                _heads_first(q, tile.q, width),
-                _heads_first(k, tile.k, width),
-                _heads_first(v, tile.k, width),
-                _heads_first(o, tile.q, width),
-                lse[tile.q].t().unsqueeze(0),
-                0.0,
-                tile.causal,
-                attn_mask=_band(tile, ctx.tiling[3], q),
-                scale=ctx.scale,
-            )
+        with_flash = _has_flash(q)
+        q_bounds, k_bounds, causal, window = ctx.tiling
+        for tile in _tiles(q_bounds, k_bounds, causal, window, with_flash):
+            sides = ((do, tile.q), (q, tile.q), (k, tile.k), (v, tile.k), (o, tile.q))
+            inputs: list[Any] = [_heads_first(x, rows, width) for x, rows in sides]
+            inputs.append(lse[tile.q].t().unsqueeze(0))
+            band = _band(tile, window, q)
+            if with_flash:
+                parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    *inputs, 0.0, tile.causal, attn_mask=band, scale=ctx.scale
+                )
+            else:
+                parts = _plain_backward(*inputs, mask=band, scale=ctx.scale)
             places = ((dq, tile.q), (dk, tile.k), (dv, tile.k))
             for (total, rows), part in zip(places, parts, strict=True):
                 total[rows] += part[0].transpose(0, 1)[..., : total.shape[2]]

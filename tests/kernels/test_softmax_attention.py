@@ -1,5 +1,7 @@
 """`softmax_attention` against the whole matrix of scores, masked."""
 
+import sys
+
 import pytest
 import torch
 
@@ -62,6 +64,62 @@ def finite(lse):
     return lse.masked_fill(lse == -torch.inf, 0)
 
 
+def seen(Q, K, causal, window):
+    """Which keys the queries of one sequence may see, as the flash kernels mean it."""
+    newest = torch.arange(len(Q))[:, None] + len(K) - len(Q)
+    key = torch.arange(len(K))
+    return (key <= newest) & (key > newest - (window or len(K) + len(Q))) if causal else key >= 0
+
+
+def flash_forward(q, k, v, *, p):
+    """What a flash kernel on a GPU gives: (Tq, Hq, D), lse (Hq, Tq); untouched rows are NaN."""
+    o, lse = definition(q[None], k[None], v[None], p.cu_q, p.cu_k, p.causal, p.window, p.scale)
+    o, lse = o[0], lse[0].masked_fill(lse[0] == -torch.inf, torch.inf)
+    o[int(p.cu_q[-1]) :] = lse[int(p.cu_q[-1]) :] = float("nan")
+    return o, lse.t(), None
+
+
+def flash_backward(do, o, q, k, v, *, lse, chance, p):
+    """The same kernels' gradients, from the o and lse that they are given."""
+    dq, dk, dv = (torch.full_like(x, float("nan")) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    for n in range(len(p.cu_q) - 1):
+        rows, keys = (slice(int(cu[n]), int(cu[n + 1])) for cu in (p.cu_q, p.cu_k))
+        Q, dO, sums = q[rows], do[rows], lse.t()[rows]
+        K, V = (x[keys].repeat_interleave(group, 1) for x in (k, v))
+        mask = seen(Q, K, p.causal, p.window)
+        P = (torch.einsum("ihd,jhd->ihj", Q, K) * p.scale - sums[:, :, None]).exp()
+        P = P.masked_fill(~mask.expand(len(Q), len(K))[:, None], 0)
+        dP = torch.einsum("ihd,jhd->ihj", dO, V) - (dO * o[rows]).sum(-1, keepdim=True)
+        dS = P * dP * p.scale
+        dq[rows] = torch.einsum("ihj,jhd->ihd", dS, K)
+        dk[keys] = torch.einsum("ihj,ihd->jhd", dS, Q).unflatten(1, (-1, group)).sum(2)
+        dv[keys] = torch.einsum("ihj,ihd->jhd", P, dO).unflatten(1, (-1, group)).sum(2)
+    return dq, dk, dv
+
+
+@pytest.fixture(params=["torch's flash", "products", "a GPU's flash"])
+def path(request, monkeypatch):
+    """Each way of computing it. Where there is no GPU, its kernels are stood in for by their
+    definition: what is tested is all that is done around them."""
+    if request.param == "products":
+        module = sys.modules["kernels.softmax_attention"]
+        monkeypatch.setattr(module, "_has_flash", lambda x: False)
+    elif request.param == "a GPU's flash":
+        monkeypatch.setattr("kernels.flash.usable", lambda q, v: True)
+        monkeypatch.setattr("kernels.flash._forward", flash_forward)
+        monkeypatch.setattr("kernels.flash._backward", flash_backward)
+    return request.param
+
+
+@pytest.mark.parametrize("lengths", SEQUENCES.values(), ids=SEQUENCES.keys())
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 5)])
+def test_every_path_agrees(path, lengths, causal, window):
+    """Values and gradients, through the log-sum-exp too, in fp64."""
+    for with_lse in (False, True):
+        check(torch.float64, lengths, causal, window, with_lse, D=8, Dv=5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", SEQUENCES.values(), ids=SEQUENCES.keys())
 @pytest.mark.parametrize(
@@ -69,6 +127,10 @@ def finite(lse):
 )
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_each_row_sees_what_it_may(dtype, lengths, causal, window, with_lse, poisoned_memory):
+    check(dtype, lengths, causal, window, with_lse)
+
+
+def check(dtype, lengths, causal, window, with_lse, D=8, Dv=8):
     torch.manual_seed(0)
     q_ends, k_ends = (bounds(x) for x in lengths)
     arguments = {"causal": causal, "window": window, "scale": 0.3}
@@ -83,7 +145,7 @@ def test_each_row_sees_what_it_may(dtype, lengths, causal, window, with_lse, poi
         o, lse = definition(**tensors, **arguments, q_ends=q_ends, k_ends=k_ends)
         return (o, finite(lse)) if with_lse else o
 
-    inputs = packed_inputs(*lengths, Hq=4, Hk=2, D=8, Dv=8)
+    inputs = packed_inputs(*lengths, Hq=4, Hk=2, D=D, Dv=Dv)
     assert_agrees(op, plain, inputs, dtype=dtype, rows_used=int(q_ends[-1]))
 
 
