@@ -128,7 +128,14 @@ def softmax_attention(
         _refuse_generation(cu_seqlens_k)
         return attention.across_ranks(q, k, v, shard, shard.view, window)
     o = kernels.softmax_attention(
-        q, k, v, cu_seqlens=shard.cu_seqlens, cu_seqlens_k=cu_seqlens_k, window=window
+        q,
+        k,
+        v,
+        cu_seqlens=shard.cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        window=window,
+        max_seqlen=max(shard.lengths, default=0),
+        max_seqlen_k=None if cu_seqlens_k is None else k.shape[1],
     )
     assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
     return o
