@@ -126,7 +126,7 @@ def test_a_time_limit_leads_to_a_save_a_new_start_and_the_same_losses(
 ) -> None:
     """And scancel, of the run to compare with, to a checkpoint and no new start."""
     endless = ("train.steps=100000", "checkpoint.every=100000", "eval.every=100000")
-    whole = place.train(run="whole", settings=endless)
+    whole = place.train("--nodes=2", run="whole", settings=endless)
     own = place.folder / "limited.yaml"
     own.write_text('base: "tiny run.yaml"\ntrain: {steps: 100000}\n', encoding="utf-8")
     limited = place.submit(
@@ -149,9 +149,8 @@ def test_a_time_limit_leads_to_a_save_a_new_start_and_the_same_losses(
     until(lambda: "cancelled" in place.log(whole), place, whole)
     losses = place.losses("whole")
     assert (place.folder / f"runs/whole/checkpoints/step-{max(losses):08d}").is_dir()
-    assert place.losses("limited") == pytest.approx(
-        {step: losses[step] for step in range(1, stopped + 6)}, rel=1e-4
-    )
+    # The same ranks: equal to the last bit, over a hundred steps and the new start.
+    assert place.losses("limited") == {step: losses[step] for step in range(1, stopped + 6)}
 
 
 def test_a_killed_rank_ends_the_job_which_starts_again(
