@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def linear_attention(
         sequences = [(b, 0, T) for b in range(B)]
     else:
         ends = cu_seqlens.tolist()
-        sequences = [(0, start, end) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        sequences = [(0, start, end) for start, end in pairwise(ends)]
 
     rows: list[list[Tensor]] = [[values.new_zeros(Hv, Dv)] * T for _ in range(B)]
     final = []

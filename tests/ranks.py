@@ -33,7 +33,7 @@ class Ranks:
             self._processes.append(process)
 
     def run(self, case: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """`case(world, *arguments)` on every rank, by a module-level function; each one's result."""
+        """`case(world, *arguments)` on every rank, a module-level function; each one's result."""
         for pipe in self._pipes:
             pipe.send((case, arguments))
         results, faults = [], []
