@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import data
+from data import stats
 from data.settings import ConfigError
 from parallel import World, distribute
 from train import checkpoint, faults, manifest
@@ -59,6 +60,8 @@ class Trainer:
         self.corpus = data.prepare(config.data, log=self.say)
         self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
         self.stream = data.Batches(self.corpus, config.train, config.data, self.cursor)
+        if self.recorder and not saved:
+            self.recorder.corpus(stats.report(self.corpus, config.train, config.data))
         self.validation = list(
             data.validation_batches(self.corpus, config.train, config.eval.tokens)
         )

@@ -120,6 +120,16 @@ class Recorder:
             if self._board is not None:
                 self._board.add_text(name, text, step)
 
+    def corpus(self, report: dict[str, Any]) -> None:
+        """What the corpus holds and how it is packed (`data.stats.report`), in TensorBoard."""
+        from data import stats
+
+        indented = "\n".join(f"    {line}" for line in stats.text(report).splitlines())
+        self.text("data/stats", indented, 0)
+        with self._harmless("TensorBoard"):
+            if self._board is not None:
+                self._board.add_figure("data/stats", stats.figure(report), 0)
+
     def close(self) -> None:
         with self._harmless("the progress bar"):
             if self._bar is not None:

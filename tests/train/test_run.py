@@ -116,6 +116,7 @@ def test_tensorboard_holds_the_promised_scalars(undisturbed: Path) -> None:
     wanted = {"loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_gb"}
     assert {f"train/{name}" for name in wanted} <= set(board.Tags()["scalars"])
     assert {"eval/loss", "eval/bits_per_byte"} <= set(board.Tags()["scalars"])
+    assert "data/stats" in board.Tags()["images"]
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
 
 
