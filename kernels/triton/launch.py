@@ -100,7 +100,7 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     K, V = padded(DK), padded(DV)
     if kernel in ("forward", "backward"):
         narrow = K > 128 or (arch != "sm_90" and vector)
-        return Blocks(K, min(V, 16 if narrow else 32), 8 if arch == "sm_80" else 4, 2)
+        return Blocks(K, min(V, 16 if narrow else 32), 8 if K > 128 or arch == "sm_80" else 4, 2)
     if kernel == "intra":
         return Blocks(min(K, 32), V, 4, 2) if vector else Blocks(min(K, 64), V, 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.
