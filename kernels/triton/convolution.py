@@ -29,7 +29,7 @@ from torch import Tensor
 from kernels.triton.launch import Launch, launch, recording
 from kernels.triton.sequences import (
     chunk_of,
-    device_bounds,
+    packed_bounds,
     load_rows,
     programs,
     span,
@@ -297,7 +297,7 @@ def short_convolution(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `kernels.short_convolution` with Triton; bf16, fp16 or fp32, W up to 65."""
-    bounds = device_bounds(cu_seqlens, x.device)
+    bounds = packed_bounds(cu_seqlens, x.device)
     y, final = _ShortConvolution.apply(x, weight, bias, initial_state, silu, bounds)
     return y, final
 

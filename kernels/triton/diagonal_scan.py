@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.launch import Launch, architecture, launch, recording
-from kernels.triton.sequences import chunk_of, device_bounds, load_rows, programs, store_rows
+from kernels.triton.sequences import chunk_of, packed_bounds, load_rows, programs, store_rows
 
 
 class Tile(NamedTuple):
@@ -292,7 +292,7 @@ def diagonal_scan(
     x: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Compute `kernels.diagonal_scan` with Triton; bf16, fp16 or fp32."""
-    bounds = device_bounds(cu_seqlens, x.device)
+    bounds = packed_bounds(cu_seqlens, x.device)
     h, final = _DiagonalScan.apply(x, decay, initial_state, bounds)
     return h, final
 

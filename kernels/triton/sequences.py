@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 
-def device_bounds(cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
+def packed_bounds(cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
+    """int64 on the device; None where batch rows are the sequences."""
     return None if cu_seqlens is None else cu_seqlens.to(device=device, dtype=torch.int64)
 
 
