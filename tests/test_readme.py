@@ -60,8 +60,7 @@ def test_a_command_of_the_readme_works(
     }
     words = programs[words[0]] + words[1:]
     if any(word.endswith(".yaml") for word in words):
-        data_only = "data" in words
-        words += place[1:] if data_only else [*place, *SMALL]
+        words += place[1:] if "data" in words else [*place, *SMALL]
     done = subprocess.run(
         words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
