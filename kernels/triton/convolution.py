@@ -29,8 +29,8 @@ from torch import Tensor
 from kernels.triton.launch import Launch, launch, recording
 from kernels.triton.sequences import (
     chunk_of,
-    packed_bounds,
     load_rows,
+    packed_bounds,
     programs,
     span,
     store_rows,

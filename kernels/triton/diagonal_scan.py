@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.launch import Launch, architecture, launch, recording
-from kernels.triton.sequences import chunk_of, packed_bounds, load_rows, programs, store_rows
+from kernels.triton.sequences import chunk_of, load_rows, packed_bounds, programs, store_rows
 
 
 class Tile(NamedTuple):
