@@ -228,9 +228,10 @@ def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> Sen
     import sentencepiece
 
     model = io.BytesIO()
+    faults: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=_remembering(_sentences(texts), faults),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -249,12 +250,23 @@ def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> Sen
             minloglevel=2,
         )
     except RuntimeError as error:
+        if faults:
+            raise faults[0] from None
         reason = str(error).splitlines()[-1][:200]
         raise ConfigError(
             f"data.vocab_size is {vocab_size}; SentencePiece cannot train so many pieces on this "
             f"text, lower it ({reason})"
         ) from None
     return SentencePiece(model.getvalue())
+
+
+def _remembering(texts: Iterator[str], faults: list[BaseException]) -> Iterator[str]:
+    """`texts`; SentencePiece makes a text of what is raised in it, an interrupt for instance."""
+    try:
+        yield from texts
+    except BaseException as fault:
+        faults.append(fault)
+        raise
 
 
 def _fold(text: str) -> str:

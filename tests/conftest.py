@@ -11,6 +11,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked slow run when they are asked for: `pytest -m slow`."""
+    if "slow" in config.getoption("markexpr"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="made by pytest -m slow"))
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], object]]:
     """A world of the given size; each size is started once a session."""

@@ -52,7 +52,7 @@ class Recorder:
         with self._harmless("the progress bar"):
             if sys.stderr.isatty():
                 self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
-        self._started, self._first, self._last_line = time.monotonic(), step, 0.0
+        self._first, self._spent, self._last_line = step, 0.0, 0.0
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step: it will be made again."""
@@ -86,8 +86,9 @@ class Recorder:
                 self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
                 self._bar.update(step - self._bar.n)
         now = time.monotonic()
+        self._spent += row["seconds"]
         if self._bar is None and (now - self._last_line > PLAIN_LINE_EVERY_S or step == self.steps):
-            left = (now - self._started) / (step - self._first) * (self.steps - step)
+            left = self._spent / (step - self._first) * (self.steps - step)
             self._last_line = now
             self.say(
                 f"step {step}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "

@@ -121,3 +121,12 @@ def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path: Path, name: str) -> N
     with pytest.raises(ConfigError, match="cannot be read") as raised:
         load(tmp_path / name)
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_raised_while_text_is_read_comes_out_as_it_was():
+    def texts():
+        yield "some text " * 100
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(texts(), 600)

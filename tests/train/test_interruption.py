@@ -20,15 +20,7 @@ from tests.train.test_run import (  # noqa: F401
 from train.__main__ import main
 
 
-@pytest.fixture
-def only_when_asked(request: pytest.FixtureRequest) -> None:
-    """Fifty kills take ten minutes: `pytest -m slow` makes them all."""
-    seed = request.node.callspec.params["seed"]
-    if seed >= 2 and "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("made by pytest -m slow")
-
-
-@pytest.mark.usefixtures("only_when_asked")
+# Fifty kills take ten minutes: `pytest -m slow` makes them all.
 @pytest.mark.parametrize(
     "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 50))]
 )
