@@ -6,14 +6,18 @@ from kernels.diagonal_scan import diagonal_scan
 from kernels.linear_attention import linear_attention
 from kernels.norm import rms_norm
 from kernels.rotary import rotary_embedding
+from kernels.segments import apply_segment, compose_segments, segment_state
 from kernels.softmax_attention import softmax_attention
 
 __all__ = [
+    "apply_segment",
+    "compose_segments",
     "diagonal_scan",
     "linear_attention",
     "linear_cross_entropy",
     "rms_norm",
     "rotary_embedding",
+    "segment_state",
     "short_convolution",
     "softmax_attention",
     "token_cross_entropy",

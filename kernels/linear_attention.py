@@ -62,14 +62,14 @@ def linear_attention(
     Sources: gated delta rule, Yang et al. 2024 (arXiv 2412.06464); GLA, arXiv 2312.06635;
     KDA, arXiv 2510.26692.
     """
-    _check(q, k, v, decay, beta, initial_state, cu_seqlens)
+    check_arguments(q, k, v, decay, beta, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    compute = _resolve(backend, q, v)
+    compute = resolve(backend, q, v)
     o, final_state = compute(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
     return o, final_state if output_final_state else None
 
 
-def _resolve(backend: Backend, q: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
+def resolve(backend: Backend, q: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
     widest = max(q.shape[-1], v.shape[-1])
     if backend == "auto":
         fits = q.is_cuda and q.dtype != torch.float64 and widest <= 256
@@ -97,7 +97,7 @@ def _resolve(backend: Backend, q: Tensor, v: Tensor):  # type: ignore[no-untyped
     raise ValueError(f"backend is {backend!r}; it must be one of auto, triton, torch, reference")
 
 
-def _check(
+def check_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunked, reference
-from kernels.linear_attention import Backend, _check, _resolve, linear_attention
+from kernels.linear_attention import Backend, check_arguments, linear_attention, resolve
 from kernels.packing import accumulation_dtype
 
 
@@ -42,7 +42,7 @@ def segment_state(
     Raises:
         ValueError: shapes, dtypes or arguments do not fit together.
     """
-    _check(k, k, v, decay, beta, None, cu_seqlens)
+    check_arguments(k, k, v, decay, beta, None, cu_seqlens)
     (*_, Dk), (B, T, Hv, Dv) = k.shape, v.shape
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     # M is what becomes of columns that start as its own unit and are never written to: of the
@@ -70,7 +70,7 @@ def _final_state(
     cu_seqlens: Tensor | None,
     backend: Backend,
 ) -> Tensor:
-    compute = _resolve(backend, k, v)
+    compute = resolve(backend, k, v)
     if compute is chunked.linear_attention:
         return chunked.final_state(k, v, decay, beta, initial_state, cu_seqlens)
     if compute is not reference.linear_attention:
