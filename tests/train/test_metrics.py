@@ -13,7 +13,14 @@ from train.metrics import Recorder
 
 
 def row(step: int) -> dict[str, float]:
-    return {"step": step, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0}
+    return {
+        "step": step,
+        "loss": 1.0,
+        "lr": 0.1,
+        "grad_norm": 1.0,
+        "seconds": 1.0,
+        "tokens_per_second": 1.0,
+    }
 
 
 def steps(folder: Path) -> list[int]:
