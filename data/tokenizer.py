@@ -231,7 +231,7 @@ def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> Sen
     faults: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_remembering(_sentences(texts), faults),
+            sentence_iterator=_until_fault(_sentences(texts), faults),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -250,23 +250,26 @@ def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> Sen
             minloglevel=2,
         )
     except RuntimeError as error:
-        if faults:
-            raise faults[0] from None
-        reason = str(error).splitlines()[-1][:200]
-        raise ConfigError(
-            f"data.vocab_size is {vocab_size}; SentencePiece cannot train so many pieces on this "
-            f"text, lower it ({reason})"
-        ) from None
+        if not faults:
+            reason = str(error).splitlines()[-1][:200]
+            raise ConfigError(
+                f"data.vocab_size is {vocab_size}; SentencePiece cannot train so many pieces on "
+                f"this text, lower it ({reason})"
+            ) from None
+    if faults:
+        raise faults[0]
     return SentencePiece(model.getvalue())
 
 
-def _remembering(texts: Iterator[str], faults: list[BaseException]) -> Iterator[str]:
-    """`texts`; SentencePiece makes a text of what is raised in it, an interrupt for instance."""
+def _until_fault(texts: Iterator[str], faults: list[BaseException]) -> Iterator[str]:
+    """`texts` up to what is raised in them, an interrupt for instance, which is put aside.
+
+    Raised through SentencePiece it would be printed, and come out as another error or not at all.
+    """
     try:
         yield from texts
     except BaseException as fault:
         faults.append(fault)
-        raise
 
 
 def _fold(text: str) -> str:
