@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunked, reference
+from kernels.packing import check_cu_seqlens
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 
@@ -127,15 +128,7 @@ def check_arguments(
         raise ValueError(f"decay must be one of {shapes}; got {tuple(decay.shape)}")
     if beta is not None and beta.shape != (B, T, Hv):
         raise ValueError(f"beta must be {(B, T, Hv)}; got {tuple(beta.shape)}")
-    N = B
-    if cu_seqlens is not None:
-        if B != 1:
-            raise ValueError(f"cu_seqlens needs a batch of 1 (sequences laid end to end); B is {B}")
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point():
-            raise ValueError(
-                f"cu_seqlens must be (N + 1,) int; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-            )
-        N = len(cu_seqlens) - 1
+    N = check_cu_seqlens(B, cu_seqlens)
     if initial_state is not None and initial_state.shape != (N, Hv, Dk, Dv):
         raise ValueError(
             f"initial_state must be {(N, Hv, Dk, Dv)} for {N} sequences; "
