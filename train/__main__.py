@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from data.settings import ConfigError, describe
@@ -103,7 +104,8 @@ def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:
     # A job that was queued again goes on with what its first start began anew.
     fresh = options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
     with join() as world, claim(config, fresh, options.overwrite, world) as folder:
-        code = Trainer(config, folder, command, world, watch).run()
+        with closing(Trainer(config, folder, command, world, watch)) as trainer:
+            code = trainer.run()
         # Who started the ranks ends them soon after the first has ended.
         world.barrier()
         return code

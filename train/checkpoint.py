@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data.settings import ConfigError
 from parallel import World
-from train.engine import Engine
+from train.engine import STATE_KEYS, WEIGHT, Engine
 from train.manifest import MANIFEST, STAGING, Progress, digest, name, read
 
 
@@ -78,9 +78,9 @@ class Saver:
         # Every rank takes part in gathering every tensor, and keeps its share of them.
         mine: dict[str, Tensor] = {}
         for index, (parameter, key, full) in enumerate(engine.gather()):
-            if (index // 3) % self.world.size == self.world.rank:
+            if (index // len(STATE_KEYS)) % self.world.size == self.world.rank:
                 copy = full.detach().to("cpu", torch.float32, copy=True).contiguous()
-                mine[f"{parameter}|{key}"] = copy
+                mine[_entry(parameter, key)] = copy
         self.world.barrier()
         self._progress, self._file, self._error = progress, {}, None
         self._thread = threading.Thread(target=self._write, args=(staging, mine), daemon=True)
@@ -177,17 +177,29 @@ def load(path: Path, engine: Engine) -> None:
         where: dict[str, Any] = {}
         for file in manifest["files"]:
             opened = stack.enter_context(safe_open(path / file, framework="pt"))
-            where |= {name: opened for name in opened.keys()}  # noqa: SIM118
-        for parameter, name in engine.names.items():
-            held = where.get(f"{name}|weight")
-            shape = list(held.get_slice(f"{name}|weight").get_shape()) if held else None
+            where |= {entry: opened for entry in opened.keys()}  # noqa: SIM118
+        for parameter, label in engine.names.items():
+            weight = _entry(label, WEIGHT)
+            held = where.get(weight)
+            shape = list(held.get_slice(weight).get_shape()) if held else None
             if shape != list(engine.shape(parameter)):
                 raise ConfigError(
-                    f"{path} is of another model: {name} is {shape} there and "
+                    f"{path} is of another model: {label} is {shape} there and "
                     f"{list(engine.shape(parameter))} here; restore model.* or set another run.name"
                 )
-        engine.scatter(lambda name, key: where[f"{name}|{key}"].get_tensor(f"{name}|{key}"))
+
+        def read_entry(label: str, key: str) -> Tensor:
+            entry = _entry(label, key)
+            full: Tensor = where[entry].get_tensor(entry)
+            return full
+
+        engine.scatter(read_entry)
     engine.set_optimizer_step(manifest["step"])
+
+
+def _entry(parameter: str, key: str) -> str:
+    """What a tensor is called in the files."""
+    return f"{parameter}|{key}"
 
 
 def _sync(path: Path) -> None:

@@ -21,8 +21,8 @@ from train.model.transformer import Model
 from train.optim import OptimConfig, parameter_groups
 
 # The fp32 tensors of one parameter: the weight itself and AdamW's two means.
-WEIGHT, MEAN, MEAN_SQUARE = "weight", "exp_avg", "exp_avg_sq"
-STATE_KEYS = (WEIGHT, MEAN, MEAN_SQUARE)
+WEIGHT = "weight"
+STATE_KEYS = (WEIGHT, "exp_avg", "exp_avg_sq")
 
 
 class Engine:
@@ -43,7 +43,7 @@ class Engine:
         dtype: torch.dtype,
         accumulate: int,
     ) -> None:
-        self.world, self.stage, self.clip = world, zero.stage, optim.clip
+        self.world, self.stage = world, zero.stage
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         # A learning rate of zero until a step sets it: DeepSpeed makes some of the
         # optimiser's state by a step of its own, which must change nothing.
@@ -71,6 +71,7 @@ class Engine:
         self._adamw: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
         self._create_optimizer_state()
         self.set_optimizer_step(0)
+        self._masters = self._unsharded_weights() if self.stage == 0 else {}
 
     @property
     def model(self) -> Model:
@@ -152,15 +153,20 @@ class Engine:
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             wrapper._lazy_init_hp_params_optimizer_state()
 
+    def _unsharded_weights(self) -> dict[nn.Parameter, Tensor]:
+        """Stage 0: each parameter's fp32 weight, in bf16 the copy that the optimiser holds."""
+        if self._weights_are_masters:
+            return {parameter: parameter for parameter in self.names}
+        wrapper = self._engine.optimizer
+        return {
+            low: full
+            for lows, fulls in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+            for low, full in zip(lows, fulls, strict=True)
+        }
+
     def _unsharded(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """Stage 0: the tensor itself. In bf16 the optimiser holds an fp32 copy of each weight."""
-        master = parameter
-        if not self._weights_are_masters:
-            wrapper = self._engine.optimizer
-            for low, full in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-                for mine, copy in zip(low, full, strict=True):
-                    if mine is parameter:
-                        master = copy
+        """Stage 0: the tensor itself."""
+        master = self._masters[parameter]
         return master.data if key == WEIGHT else self._adamw.state[master][key]
 
     def _full(self, parameter: nn.Parameter, key: str) -> Tensor:

@@ -161,6 +161,12 @@ class Trainer:
             "memory_gb": peak_memory(world.device),
         }
 
+    def close(self) -> None:
+        """Let go of the files and of the thread that reads ahead."""
+        self.stream.close()
+        if self.recorder:
+            self.recorder.close()
+
     def say(self, line: str) -> None:
         """A line to the terminal and the log, from rank 0."""
         if self.recorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.settings import ConfigError
-from parallel import join
+from parallel import World, join
 from train import faults, manifest
 from train.config import Config
 from train.loop import Trainer
@@ -41,11 +42,11 @@ def replay(run: Path, config: Config, step: int) -> int:
         )
     config.zero.stage = 0
     config.train.steps = max(config.train.steps, step)
-    with join() as world, tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch) / manifest.CHECKPOINTS
-        place.mkdir()
-        (place / older[0].name).symlink_to(older[0].resolve(), target_is_directory=True)
-        trainer = Trainer(config, Path(scratch), [], world, Watch())
+    with (
+        join() as world,
+        tempfile.TemporaryDirectory() as scratch,
+        closing(_from(older[0], config, Path(scratch), world)) as trainer,
+    ):
         if trainer.step != manifest.step_of(older[0]):
             raise ConfigError(f"{older[0]} is damaged: {manifest.fault(older[0])}")
         kept = _kept(run, step)
@@ -69,6 +70,14 @@ def replay(run: Path, config: Config, step: int) -> int:
     if names:
         print(f"gradients that are not finite, in the order of the backward pass: {names}")
     return 0 if np.isfinite([row["loss"], row["grad_norm"]]).all() and not names else 1
+
+
+def _from(checkpoint: Path, config: Config, scratch: Path, world: World) -> Trainer:
+    """A trainer that goes on from `checkpoint` and writes to `scratch`."""
+    place = scratch / manifest.CHECKPOINTS
+    place.mkdir()
+    (place / checkpoint.name).symlink_to(checkpoint.resolve(), target_is_directory=True)
+    return Trainer(config, scratch, [], world, Watch())
 
 
 def _look(name: str, bad: list[str], gradient: Tensor) -> None:
