@@ -48,6 +48,45 @@ def cut(inputs, start, end):
     }
 
 
+def separate(cu_seqlens):
+    """The definition on one sequence after the other, their results laid end to end."""
+
+    def op(initial_state, **packed):
+        results = [
+            reference(**cut(packed, start, end), initial_state=initial_state[n : n + 1])
+            for n, (start, end) in enumerate(pairwise(cu_seqlens))
+        ]
+        outputs, states = zip(*results, strict=True)
+        return torch.cat(outputs, dim=1), torch.cat(states)
+
+    return op
+
+
+def split(op, middle):
+    """`op` on the tokens before `middle`, then on the others with the state that it left."""
+
+    def halves(initial_state, **whole):
+        first, state = op(**cut(whole, 0, middle), initial_state=initial_state)
+        second, state = op(**cut(whole, middle, whole["q"].shape[1]), initial_state=state)
+        return torch.cat([first, second], dim=1), state
+
+    return halves
+
+
+def assert_causal(op, inputs, times):
+    """Whatever tokens from each of `times` on are, the outputs before have the same bits."""
+    before, _ = op(**inputs)
+    for t in times:
+        changed = dict(inputs)
+        for name in ("q", "k", "v", "decay", "beta"):
+            x = inputs[name]
+            if x is not None and x.dim() > 1:
+                other = torch.rand_like(x[:, t:]) * (-1 if name == "decay" else 1)
+                changed[name] = torch.cat([x[:, :t], other], dim=1)
+        after, _ = op(**changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float16]
 DTYPES += [torch.float64, torch.float32]
 # Cycles of lengths that share no factor meet in all pairs over the table.
@@ -62,11 +101,9 @@ GRID = list(
 )
 
 
-@pytest.mark.parametrize(("case", "dims", "heads", "dtype"), GRID)
-@pytest.mark.parametrize("packed", [False, True])
-def test_agrees_with_its_definition(case, dims, heads, dtype, packed, poisoned_memory, monkeypatch):
+def of_grid(case, dims, heads, packed):
+    """Inputs, cu_seqlens and the rows in use; some packed sequences are empty or of one token."""
     (decay, delta), T = case
-    monkeypatch.setattr(chunked, "SLAB", 128)  # several slabs
     cu_seqlens = rows_used = N = None
     if packed:
         lengths = [0, T // 3, 1, 0, T - T // 3, 0]
@@ -76,6 +113,14 @@ def test_agrees_with_its_definition(case, dims, heads, dtype, packed, poisoned_m
         decay, delta, T, B=1 if packed or T > 64 else 2, N=N,
         Hk=heads[0], Hv=heads[1], Dk=dims[0], Dv=dims[1],
     )  # fmt: skip
+    return inputs, cu_seqlens, rows_used
+
+
+@pytest.mark.parametrize(("case", "dims", "heads", "dtype"), GRID)
+@pytest.mark.parametrize("packed", [False, True])
+def test_agrees_with_its_definition(case, dims, heads, dtype, packed, poisoned_memory, monkeypatch):
+    monkeypatch.setattr(chunked, "SLAB", 128)  # several slabs
+    inputs, cu_seqlens, rows_used = of_grid(case, dims, heads, packed)
     assert_agrees(
         partial(in_chunks, cu_seqlens=cu_seqlens),
         partial(reference, cu_seqlens=cu_seqlens),
@@ -92,16 +137,8 @@ def test_packed_equals_separate(decay, delta):
     cu_seqlens = bounds(lengths)
     inputs = tokens(decay, delta, sum(lengths), N=len(lengths))
 
-    def separate(initial_state, **packed):
-        results = [
-            reference(**cut(packed, start, end), initial_state=initial_state[n : n + 1])
-            for n, (start, end) in enumerate(pairwise(cu_seqlens))
-        ]
-        outputs, states = zip(*results, strict=True)
-        return torch.cat(outputs, dim=1), torch.cat(states)
-
     op = partial(in_chunks, cu_seqlens=cu_seqlens)
-    assert_agrees(op, separate, inputs, dtype=torch.float64)
+    assert_agrees(op, separate(cu_seqlens), inputs, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("decay", "delta"), ROWS)
@@ -122,28 +159,13 @@ def test_many_short_sequences_are_each_alone(decay, delta, monkeypatch):
 @pytest.mark.parametrize("middle", [1, 32, 47])
 def test_a_split_sequence_that_passes_its_state_is_the_whole_one(decay, delta, middle):
     inputs = tokens(decay, delta, 80, B=2)
-
-    def split(initial_state, **whole):
-        first, state = in_chunks(**cut(whole, 0, middle), initial_state=initial_state)
-        second, state = in_chunks(**cut(whole, middle, 80), initial_state=state)
-        return torch.cat([first, second], dim=1), state
-
-    assert_agrees(split, reference, inputs, dtype=torch.float64)
+    assert_agrees(split(in_chunks, middle), reference, inputs, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("decay", "delta"), ROWS)
 def test_a_later_token_changes_no_earlier_output(decay, delta):
     inputs = {n: x if x is None else x.float() for n, x in tokens(decay, delta, 100).items()}
-    before, _ = in_chunks(**inputs)
-    for t in (0, 17, 50, 99):
-        changed = dict(inputs)
-        for name in ("q", "k", "v", "decay", "beta"):
-            x = inputs[name]
-            if x is not None and x.dim() > 1:
-                other = torch.rand_like(x[:, t:]) * (-1 if name == "decay" else 1)
-                changed[name] = torch.cat([x[:, :t], other], dim=1)
-        after, _ = in_chunks(**changed)
-        assert torch.equal(after[:, :t], before[:, :t])
+    assert_causal(in_chunks, inputs, (0, 17, 50, 99))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

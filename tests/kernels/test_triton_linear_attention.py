@@ -7,7 +7,7 @@ whole grid instead of a walk through it.
 
 import os
 from functools import partial
-from itertools import cycle, pairwise, product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -15,7 +15,17 @@ import torch
 from kernels import linear_attention
 from kernels.segments import apply_segment, segment_state
 from tests.kernels.agreement import assert_agrees, assert_close, bounds, device_of
-from tests.kernels.test_linear_attention import DECAYS, KEEP_FP32, ROWS, cut, reference, tokens
+from tests.kernels.test_linear_attention import (
+    DECAYS,
+    KEEP_FP32,
+    ROWS,
+    assert_causal,
+    of_grid,
+    reference,
+    separate,
+    split,
+    tokens,
+)
 
 DEVICE = device_of("triton")
 on_device = {"device": DEVICE, "keep_fp32": KEEP_FP32}
@@ -39,16 +49,7 @@ WALK = list(
 
 
 def check(case, dims, heads, dtype, packed):
-    (decay, delta), T = case
-    cu_seqlens = rows_used = N = None
-    if packed:
-        lengths = [0, T // 3, 1, 0, T - T // 3, 0]
-        cu_seqlens, N, rows_used = bounds(lengths), len(lengths), T + 1
-        T += 4
-    inputs = tokens(
-        decay, delta, T, B=1 if packed or T > 64 else 2, N=N,
-        Hk=heads[0], Hv=heads[1], Dk=dims[0], Dv=dims[1],
-    )  # fmt: skip
+    inputs, cu_seqlens, rows_used = of_grid(case, dims, heads, packed)
     assert_agrees(
         partial(in_triton, cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(DEVICE)),
         partial(reference, cu_seqlens=cu_seqlens),
@@ -129,44 +130,21 @@ def test_packed_equals_separate(decay, delta):
     cu_seqlens = bounds(lengths)
     inputs = tokens(decay, delta, sum(lengths), N=len(lengths), Hv=1)
 
-    def separate(initial_state, **packed):
-        results = [
-            reference(**cut(packed, start, end), initial_state=initial_state[n : n + 1])
-            for n, (start, end) in enumerate(pairwise(cu_seqlens))
-        ]
-        outputs, states = zip(*results, strict=True)
-        return torch.cat(outputs, dim=1), torch.cat(states)
-
     op = partial(in_triton, cu_seqlens=cu_seqlens.to(DEVICE))
-    assert_agrees(op, separate, inputs, dtype=torch.float32, **on_device)
+    assert_agrees(op, separate(cu_seqlens), inputs, dtype=torch.float32, **on_device)
 
 
 @pytest.mark.parametrize(("decay", "delta"), ROWS)
 def test_a_split_sequence_that_passes_its_state_is_the_whole_one(decay, delta):
     inputs = tokens(decay, delta, 80, Hv=1)
-
-    def split(initial_state, **whole):
-        first, state = in_triton(**cut(whole, 0, 37), initial_state=initial_state)
-        second, state = in_triton(**cut(whole, 37, 80), initial_state=state)
-        return torch.cat([first, second], dim=1), state
-
-    assert_agrees(split, reference, inputs, dtype=torch.float32, **on_device)
+    assert_agrees(split(in_triton, 37), reference, inputs, dtype=torch.float32, **on_device)
 
 
 @pytest.mark.parametrize(("decay", "delta"), ROWS)
 def test_a_later_token_changes_no_earlier_output(decay, delta):
     inputs = tokens(decay, delta, 100, Hv=1)
     inputs = {n: x if x is None else x.float().to(DEVICE) for n, x in inputs.items()}
-    before, _ = in_triton(**inputs)
-    for t in (17, 99):
-        changed = dict(inputs)
-        for name in ("q", "k", "v", "decay", "beta"):
-            x = inputs[name]
-            if x is not None and x.dim() > 1:
-                other = torch.rand_like(x[:, t:]) * (-1 if name == "decay" else 1)
-                changed[name] = torch.cat([x[:, :t], other], dim=1)
-        after, _ = in_triton(**changed)
-        assert torch.equal(after[:, :t], before[:, :t])
+    assert_causal(in_triton, inputs, (17, 99))
 
 
 @pytest.mark.parametrize(("decay", "delta"), ROWS)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from parallel import ParallelConfig, World, distribute
 from parallel.config import Attention
+from tests.streams import Stream, streams
 from train.config import ZeroConfig
 from train.engine import Engine
 from train.model.config import ModelConfig
@@ -53,22 +54,10 @@ class Setting:
     recompute: bool = False
 
 
-def batches() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Tokens, labels and cu_seqlens; the first half of the second stream has no targets."""
-    random = np.random.default_rng(0)
-    made = []
-    for lengths in STREAMS:
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = random.integers(0, VOCABULARY, cu_seqlens[-1])
-        labels = np.roll(tokens, -1)
-        labels[cu_seqlens[1:] - 1] = -100
-        made.append((tokens, labels, cu_seqlens))
-    made[1][1][:54] = -100
-    return made
-
-
-def steps(accumulate: int) -> list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    every = batches()
+def steps(accumulate: int) -> list[list[Stream]]:
+    """The streams of each step; the first half of the second stream has no targets."""
+    every = streams(STREAMS, VOCABULARY)
+    every[1].labels[:54] = -100
     return [every[s * accumulate : (s + 1) * accumulate] for s in range(STEPS)]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import tiny
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -76,27 +77,16 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A tiny model on some of the checkout's own sources, prepared by the shipped script."""
     folder = tmp_path_factory.mktemp("slurm") / "a place"
     folder.mkdir()
-    for number, path in enumerate(sorted((ROOT / "train").rglob("*.py"))):
-        text = path.read_text(encoding="utf-8")
-        (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
     made = Place(folder, cluster)
-    made.config.write_text(
+    tiny.write(
+        made.config,
         f"""
 run: {{root: "{folder}/runs"}}
 train: {{steps: {STEPS}, batch_tokens: 512, seq_len: 192}}
 optim: {{decay_fraction: 0}}
-data: {{source: "{folder}/*.txt", root: "{folder}/corpora", vocab_size: 600, validation: 0.2}}
-model:
-  layers: 2
-  dim: 32
-  pattern: [gated_deltanet, attention]
-  mixers:
-    gated_deltanet: {{heads: 2, head_dim: 8}}
-    attention: {{heads: 2, head_dim: 16}}
 eval: {{every: 10, tokens: 2048, sample_tokens: 0}}
 checkpoint: {{every: 5}}
 """,
-        encoding="utf-8",
     )
     job = made.submit("slurm/prepare.sbatch", made.config)
     made.finished(job)

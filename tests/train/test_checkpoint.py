@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from parallel import World, distribute
-from tests.train.test_engine import LENGTHS, MODEL, OPTIM, VOCABULARY, batches
+from tests.streams import streams
+from tests.train.test_engine import LENGTHS, MODEL, OPTIM, VOCABULARY
 from train import manifest
 from train.checkpoint import Saver, diverged, load
 from train.config import ZeroConfig
@@ -40,7 +41,7 @@ def leg(
         load(source, engine)
     began = {f"{name}|{key}": full.clone() for name, key, full in engine.gather()}
     losses = []
-    for step, batch in list(enumerate(batches()))[first:last]:
+    for step, batch in list(enumerate(streams(LENGTHS, VOCABULARY)))[first:last]:
         targets = max(1, int((batch.labels >= 0).sum()))
         loss, nats = engine(*distribute(batch.tokens, batch.labels, batch.cu_seqlens, world))
         engine.backward(loss * (world.size / targets))

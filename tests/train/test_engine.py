@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from parallel import World, distribute
+from tests.streams import streams
 from train.config import ZeroConfig
 from train.engine import Engine
 from train.model.config import ModelConfig
@@ -39,25 +40,6 @@ LENGTHS = [
 ]
 
 
-@dataclasses.dataclass
-class Batch:
-    tokens: np.ndarray
-    labels: np.ndarray
-    cu_seqlens: np.ndarray
-
-
-def batches() -> list[Batch]:
-    random = np.random.default_rng(0)
-    made = []
-    for lengths in LENGTHS:
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = random.integers(0, VOCABULARY, cu_seqlens[-1])
-        labels = np.roll(tokens, -1)
-        labels[cu_seqlens[1:] - 1] = -100
-        made.append(Batch(tokens, labels, cu_seqlens))
-    return made
-
-
 def model() -> Model:
     torch.manual_seed(0)
     return Model(MODEL, VOCABULARY)
@@ -73,7 +55,7 @@ def plain(accumulate: int) -> tuple[list[float], list[float], dict[str, torch.Te
         betas=(0.9, 0.95),
     )
     losses, norms = [], []
-    everything = batches()
+    everything = streams(LENGTHS, VOCABULARY)
     for step in range(STEPS):
         group = everything[step * accumulate : (step + 1) * accumulate]
         targets = max(1, sum(int((b.labels >= 0).sum()) for b in group))
@@ -95,7 +77,7 @@ def trained(
     net.config = dataclasses.replace(net.config, checkpoint_activations=recompute)
     engine = Engine(net, OPTIM, ZeroConfig(stage=stage), world, dtype, accumulate)
     losses, norms = [], []
-    everything = batches()
+    everything = streams(LENGTHS, VOCABULARY)
     for step in range(STEPS):
         group = everything[step * accumulate : (step + 1) * accumulate]
         targets = max(1, sum(int((b.labels >= 0).sum()) for b in group))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from parallel import World, join
+from tests import tiny
 from train.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -24,27 +25,14 @@ STEPS = 8
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model on a few of the checkout's own sources; the corpus is prepared once."""
     folder = tmp_path_factory.mktemp("run")
-    for number, path in enumerate(sorted((ROOT / "train").rglob("*.py"))):
-        text = path.read_text(encoding="utf-8")
-        (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
-    path = folder / "tiny.yaml"
-    path.write_text(
+    return tiny.write(
+        folder / "tiny.yaml",
         f"""
 train: {{steps: {STEPS}, batch_tokens: 512, seq_len: 192, accumulate: 2}}
-data: {{source: "{folder}/*.txt", root: "{folder}/corpora", vocab_size: 600, validation: 0.2}}
-model:
-  layers: 2
-  dim: 32
-  pattern: [gated_deltanet, attention]
-  mixers:
-    gated_deltanet: {{heads: 2, head_dim: 8}}
-    attention: {{heads: 2, head_dim: 16}}
 eval: {{every: 4, tokens: 2048, sample_tokens: 5}}
 checkpoint: {{every: 2, keep: 0}}
 """,
-        encoding="utf-8",
     )
-    return path
 
 
 @pytest.fixture(scope="session", autouse=True)
