@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.packing import device_bounds
 from kernels.triton import backward, forward, intra
 from kernels.triton.launch import (
     Blocks,
@@ -35,40 +34,8 @@ from kernels.triton.launch import (
     precision,
     recording,
 )
+from kernels.triton.layout import Layout, lay_out
 from kernels.triton.tiles import CHUNK, HEAD, NONE, SCALAR, VECTOR
-
-
-class Layout(NamedTuple):
-    """Where sequences and their chunks lie in the stream of tokens, on the device.
-
-    The number of chunks is not known without waiting for the device, so there is a slot for as
-    many as there can be, and the last ones may be empty.
-    """
-
-    bounds: Tensor  # (N + 1,) rows at which sequences begin and end
-    first_chunks: Tensor  # (N,) slot of a sequence's first chunk
-    chunks: Tensor  # (slots, 2) first row and number of rows
-
-
-def lay_out(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
-    """Cut every sequence into chunks, without a device synchronisation."""
-    bounds = device_bounds(batch, length, cu_seqlens, device)
-    C = CHUNK.value
-    N = len(bounds) - 1
-    counts = (bounds.diff() + C - 1) // C
-    ends = counts.cumsum(0)
-    first_chunks = ends - counts
-    if N == 0:
-        return Layout(bounds, first_chunks, bounds.new_zeros(0, 2))
-    slots = batch * (-(-length // C)) if cu_seqlens is None else length // C + N
-    slot = torch.arange(slots, device=device)
-    sequence = torch.searchsorted(ends, slot, right=True)
-    used = sequence < N
-    sequence = sequence.clamp(max=N - 1)
-    start = bounds[sequence] + (slot - first_chunks[sequence]) * C
-    rows = (bounds[sequence + 1] - start).clamp(max=C)
-    chunks = torch.stack([start, rows], dim=1) * used[:, None]
-    return Layout(bounds, first_chunks, chunks)
 
 
 class Problem(NamedTuple):
