@@ -1,7 +1,7 @@
 """Length-balanced packing of one window: equal tokens and equal Σ len² in every batch.
 
 The time of a step grows with the tokens of its batch in most layers, and with Σ len² over
-its sequences in full attention. Both are made even, in three steps:
+its sequences in full attention. Both are made even, in four steps:
 
 1. Cut. A document of L > seq_len tokens becomes ⌈L / seq_len⌉ pieces, the least
    possible: all of seq_len tokens but one, and that one may be anywhere in the document,
@@ -15,6 +15,8 @@ its sequences in full attention. Both are made even, in three steps:
 3. Settle. Batches now miss their tokens by a little. Swapping two pieces whose lengths
    differ by just that much sets one right, and among the thousands of pieces of a window
    nearly always there is such a pair. Only what no swap can mend is cut.
+4. Trim. Where too few short pieces were left, some batches hold too much Σ len²; each is
+   brought down by one more cut, if the price of cuts allows it.
 
 Where a batch holds only few sequences of seq_len, whole ones cannot be spread evenly (four
 lie in one batch, three in the next); then long documents are cut into equal parts, or
@@ -28,9 +30,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Prices in the choice of a cut, against a spread of Σ len² of 1 %: half a cut a batch more
-# than needed, or a tenth less of Σ len², which is context that attention does not see.
-_EXTRA_CUT = 0.02
+# Prices of a cut, against a spread of Σ len² of 1 %: one cut a batch more than needed, or a
+# tenth less of Σ len², which is context that attention does not see.
+_EXTRA_CUT = 0.01
 _LOST_CONTEXT = 0.1
 _GOOD = 0.02  # a price at which no other cut is looked at
 _SWEEP = 1024  # pieces are dealt singly up to one for so many tokens of a window, then in a sweep
@@ -75,7 +77,7 @@ def balanced(lengths: np.ndarray, batches: int, batch_tokens: int, seq_len: int,
     """
     deal = _cut(lengths, max(1, int(seq_len * cut.share)), cut.equal)
     _deal(deal, batches, batch_tokens)
-    return _settle(deal, batches, batch_tokens, seq_len)
+    return _trim(_settle(deal, batches, batch_tokens, seq_len), batches)
 
 
 def choose_cut(lengths: np.ndarray, batches: int, batch_tokens: int, seq_len: int) -> Cut:
@@ -237,3 +239,29 @@ def _recut(deal: Deal, excess: np.ndarray, seq_len: int) -> Deal:
             takers.pop()
     rows = np.array([document, length, batch], dtype=np.int64)
     return Deal(*rows[:, rows[1] > 0])
+
+
+def _trim(deal: Deal, batches: int) -> Deal:
+    """Bring batches far above the mean Σ len² down to it, each by one cut of its longest piece.
+
+    Both parts stay in their batch, so tokens stay exact. As many are trimmed as the price
+    of cuts allows.
+    """
+    load = deal.loads(batches)
+    over = load / load.mean() - 1
+    heaviest = np.argsort(-over, kind="stable")[: int((over > 0).sum())]
+    spread = np.cumsum(np.append(0.0, -(over[heaviest] ** 2))) + (over**2).sum()
+    prices = np.sqrt(spread.clip(0) / batches) + _EXTRA_CUT * np.arange(len(spread)) / batches
+    trimmed = heaviest[: int(prices.argmin())]
+    by_length = np.lexsort((deal.length, deal.batch))
+    longest = by_length[np.searchsorted(deal.batch[by_length], trimmed, side="right") - 1]
+    length = deal.length[longest].astype(np.float64)
+    # Cut in two at x, a piece of L tokens loses 2 x (L − x) of Σ len².
+    left = np.sqrt((length**2 - 2 * over[trimmed] * load.mean()).clip(0))
+    part = np.maximum((length - left) / 2, 1).astype(np.int64).clip(max=deal.length[longest] - 1)
+    deal.length[longest] -= part
+    return Deal(
+        np.append(deal.document, deal.document[longest][part > 0]),
+        np.append(deal.length, part[part > 0]),
+        np.append(deal.batch, trimmed[part > 0]),
+    )

@@ -56,7 +56,14 @@ def code_lengths(count: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("size", "seq_len"),
-    [(16384, 2048), (32768, 4096), (65536, 8192), (8192, 4096), (131072, 32768)],
+    [
+        (8192, 2048),
+        (8192, 4096),
+        (16384, 2048),
+        (32768, 4096),
+        (65536, 8192),
+        (131072, 32768),
+    ],
 )
 def test_load_is_five_times_steadier_than_laying_end_to_end(size: int, seq_len: int) -> None:
     batches = (1 << 21) // size
