@@ -20,6 +20,15 @@ class ModelConfig:
     tie_embeddings: bool = setting(True, "one matrix for the embedding and the output head")
     init_std: float = setting(0.02, "standard deviation of the initial weights")
     norm_eps: float = setting(1e-6, "epsilon of every RMSNorm")
+    zero_centered_norms: bool = setting(
+        False, "norms of blocks, of q and k, and the last scale by 1 + weight, as in Qwen3-Next"
+    )
+    post_norm: list[str] = setting(
+        [], "mixers whose blocks norm what mixer and MLP give, not what they take, as in OLMo 2"
+    )
+    mup_base_dim: int | None = setting(
+        None, "μP: width at which lr and init_std were tuned; both follow dim from there (null: no)"
+    )
     z_loss: float = setting(0.0, "weight of logsumexp² of the logits in the loss")
     checkpoint_activations: bool = setting(
         False, "keep only each block's input for the backward pass, and compute the rest again"
@@ -29,9 +38,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        for key in ("layers", "dim"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
+        require_positive(self, "layers", "dim", "mlp_dim", "mup_base_dim", prefix="model.")
         if self.dim % 8:
             raise ConfigError(f"model.dim is {self.dim}; it must be a multiple of 8")
         if not self.pattern:
@@ -41,3 +48,11 @@ class ModelConfig:
     def blocks(self) -> list[str]:
         """The mixer's name of every block."""
         return [self.pattern[i % len(self.pattern)] for i in range(self.layers)]
+
+
+def require_positive(config: object, *keys: str, prefix: str = "") -> None:
+    """Raises ConfigError for the first of these settings that is given and below 1."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{prefix}{key} is {value}; it must be at least 1")

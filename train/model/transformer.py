@@ -1,7 +1,7 @@
 """The model: embedding, blocks of mixer and MLP, and a head that is the loss.
 
-x ← x + mixer(norm(x))
-x ← x + mlp(norm(x))
+x ← x + mixer(norm(x))          x ← x + norm(mixer(x))
+x ← x + mlp(norm(x))       or   x ← x + norm(mlp(x))       where post_norm names the mixer
 """
 
 from __future__ import annotations
@@ -19,18 +19,10 @@ import kernels
 from parallel import Shard
 from train.model import mixers
 from train.model.config import ModelConfig
+from train.model.mixers._parts import LowRank
+from train.model.norm import RMSNorm
 
 Cache = list[dict[str, Tensor]]
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, eps=self.eps)
 
 
 class MLP(nn.Module):
@@ -50,12 +42,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         hidden = config.mlp_dim or 64 * math.ceil(config.dim * 8 / 3 / 64)
-        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixer = mixers.make(config.blocks[layer], config, layer)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        name = config.blocks[layer]
+        self.post_norm = name in config.post_norm
+        self.mixer_norm = RMSNorm(config.dim, config.norm_eps, config.zero_centered_norms)
+        self.mixer = mixers.make(name, config, layer)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps, config.zero_centered_norms)
         self.mlp = MLP(config.dim, hidden)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        if self.post_norm:
+            x = x + self.mixer_norm(self.mixer(x, shard, cache))
+            return x + self.mlp_norm(self.mlp(x))
         x = x + self.mixer(self.mixer_norm(x), shard, cache)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -84,7 +81,7 @@ class Model(nn.Module):
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(config, layer) for layer in range(config.layers)
         )
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps, config.zero_centered_norms)
         self.head = Head(vocab_size, config.dim, config.z_loss)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -93,19 +90,46 @@ class Model(nn.Module):
         self.matmul_parameters = sum(
             parameter.numel()
             for name, parameter in self.named_parameters(remove_duplicate=False)
-            if parameter.dim() == 2 and name != "embedding.weight"
+            if parameter.dim() >= 2 and name != "embedding.weight"
         )
 
     def _initialise(self) -> None:
         """Normal weights; what writes to the residual stream is scaled down with the depth."""
         std = self.config.init_std
+        multipliers = self.lr_multipliers()
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding, Head)):
                 writes_residual = name.endswith(".out")
                 scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
+                # μP: sums over m times as many inputs, so a variance of 1/m.
+                scale *= multipliers.get(f"{name}.weight", 1.0) ** 0.5
                 nn.init.normal_(module.weight, std=std * scale)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for block in self.blocks:
             block.mixer.reset_parameters()
+
+    @property
+    def width(self) -> float:
+        """How many times wider the residual stream is than where it was tuned; 1 without μP."""
+        return self.config.dim / (self.config.mup_base_dim or self.config.dim)
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """Factors on the learning rate by parameter name; 1 for those that are not named.
+
+        μP for Adam (Yang et al. 2022, arXiv 2203.03466): matrices inside the blocks learn at
+        1/m of the rate of embeddings, norms and other vectors, where m is `width`; their
+        initial variance is 1/m, and so is the factor on the logits. So is nothing whose number
+        of inputs stays as the model grows: heads have a width of their own.
+        """
+        if self.width == 1:
+            return {}
+        narrow = {id(part.up) for part in self.modules() if isinstance(part, LowRank)}
+        return {
+            f"{name}.weight": 1 / self.width
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear) and id(module) not in narrow
+        }
 
     def forward(
         self, tokens: Tensor, labels: Tensor | None, shard: Shard, cache: Cache | None = None
@@ -128,7 +152,8 @@ class Model(nn.Module):
                 x = checkpoint(block, x, shard, use_reentrant=False)
             else:
                 x = block(x, shard, None if cache is None else cache[layer])
-        return self.head(self.norm(x).squeeze(0), labels)
+        hidden = self.norm(x).squeeze(0)
+        return self.head(hidden if self.width == 1 else hidden / self.width, labels)
 
     def new_cache(self) -> Cache:
         return [{} for _ in self.blocks]

@@ -3,7 +3,8 @@
 A mixer's file holds `Config`, a dataclass of its settings (read from
 `model.mixers.<name>`), and `Mixer`, a subclass of the one below. The name in
 `model.pattern` is the file's. A name may also be made up in `model.mixers`, with `kind`
-naming the file: two kinds of attention in one model, say.
+naming the file: two kinds of attention in one model, say. Files whose names begin with an
+underscore are no mixers: `_parts.py` has what several of them share.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ class Mixer(nn.Module, ABC):
     """What a block expects of its mixer."""
 
     @abstractmethod
-    def __init__(self, dim: int, config: Any, layer: int, layers: int) -> None:
+    def __init__(self, model: ModelConfig, config: Any, layer: int) -> None:
+        """The mixer of block `layer`, counted from 0; `config` is its file's `Config`."""
         super().__init__()
 
     def reset_parameters(self) -> None:
-        """Initialise what is not a Linear's weight; those the model has drawn already."""
+        """Initialise what is no Linear's weight or bias; those the model has set already."""
 
     @abstractmethod
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
@@ -48,7 +50,8 @@ class Mixer(nn.Module, ABC):
 
 def names() -> list[str]:
     """Every mixer there is a file for."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 def resolve(name: str, config: ModelConfig) -> tuple[ModuleType, Any]:
@@ -77,15 +80,16 @@ def check(config: ModelConfig) -> None:
     """
     for name in dict.fromkeys(config.pattern):
         resolve(name, config)
-    for name in config.mixers:
+    given = {f"model.mixers.{name} is set": name for name in config.mixers}
+    given |= {f"model.post_norm names {name!r}": name for name in config.post_norm}
+    for said, name in given.items():
         if name not in config.pattern:
             raise ConfigError(
-                f"model.mixers.{name} is set, but model.pattern names only "
-                f"{', '.join(dict.fromkeys(config.pattern))}"
+                f"{said}, but model.pattern names only {', '.join(dict.fromkeys(config.pattern))}"
             )
 
 
 def make(name: str, config: ModelConfig, layer: int) -> Mixer:
     """The mixer called `name` for block `layer`."""
     module, settings = resolve(name, config)
-    return module.Mixer(config.dim, settings, layer, config.layers)
+    return module.Mixer(config, settings, layer)

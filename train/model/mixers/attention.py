@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,57 +16,80 @@ from data.settings import ConfigError, setting
 from kernels import flops
 from parallel import Shard
 from train.model import mixers
+from train.model.config import ModelConfig, require_positive
+from train.model.norm import RMSNorm
 
 
 @dataclass
-class Config:
+class Projections:
     heads: int = setting(4, "query heads")
     kv_heads: int | None = setting(None, "key and value heads, a divisor of heads (null: heads)")
     head_dim: int = setting(64, "width of a head")
     rotary_fraction: float = setting(1.0, "share of a head that rotary embedding turns; 0 for none")
     rotary_theta: float = setting(10000.0, "base of the rotary wavelengths")
-    qk_norm: bool = setting(True, "RMSNorm on each head of q and k")
+    qk_norm: bool = setting(True, "RMSNorm on q and k")
+    qk_norm_over: Literal["head", "heads"] = setting(
+        "head", "what that norm covers: each head by itself, or all together as in OLMo 2"
+    )
+    qkv_bias: bool = setting(False, "biases on the projections to q, k and v, as in Qwen2")
     output_gate: bool = setting(True, "sigmoid gate on the output, from the block's input")
-    window: int | None = setting(None, "tokens that a token sees, itself included (null: all)")
 
     def __post_init__(self) -> None:
-        self.kv_heads = self.kv_heads or self.heads
+        self.kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        require_positive(self, "heads", "kv_heads", "head_dim")
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"kv_heads is {self.kv_heads}; it must be a divisor of heads, {self.heads}"
             )
         if not 0 <= self.rotary_fraction <= 1:
             raise ConfigError(f"rotary_fraction is {self.rotary_fraction}; it must be in [0, 1]")
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"window is {self.window}; it must be at least 1, or null")
 
 
-class Mixer(mixers.Mixer):
-    """Causal attention within each sequence."""
+@dataclass
+class Config(Projections):
+    window: int | None = setting(None, "tokens that a token sees, itself included (null: all)")
 
-    def __init__(self, dim: int, config: Config, layer: int, layers: int) -> None:
-        super().__init__(dim, config, layer, layers)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "window")
+
+
+class ProjectedMixer(mixers.Mixer):
+    """The projections of softmax attention, with or without the softmax between them."""
+
+    def __init__(self, model: ModelConfig, config: Projections, layer: int) -> None:
+        super().__init__(model, config, layer)
         self.heads, self.head_dim = config.heads, config.head_dim
         self.kv_heads = config.kv_heads or config.heads
         # Rotary turns pairs, so an even number of dimensions.
         self.rotary_dim = 2 * round(config.rotary_fraction * config.head_dim / 2)
-        self.rotary_theta, self.window = config.rotary_theta, config.window
+        self.rotary_theta = config.rotary_theta
         query_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.widths = [query_dim, kv_dim, kv_dim]
 
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
-        self.gate = nn.Linear(dim, query_dim, bias=False) if config.output_gate else None
-        self.q_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
-        self.k_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
-        self.out = nn.Linear(query_dim, dim, bias=False)
+        self.qkv = nn.Linear(model.dim, sum(self.widths), bias=config.qkv_bias)
+        self.gate = nn.Linear(model.dim, query_dim, bias=False) if config.output_gate else None
+        self.norm_over = config.qk_norm_over if config.qk_norm else None
+        if self.norm_over is not None:
+            over_head = self.norm_over == "head"
+            self.q_norm, self.k_norm = (
+                RMSNorm(
+                    self.head_dim if over_head else width,
+                    model.norm_eps,
+                    model.zero_centered_norms,
+                )
+                for width in (query_dim, kv_dim)
+            )
+        self.out = nn.Linear(query_dim, model.dim, bias=False)
 
-    def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim))
-            for part in self.qkv(x).split(self.widths, dim=-1)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = kernels.rms_norm(q, self.q_norm), kernels.rms_norm(k, self.k_norm)
+    def project(self, x: Tensor, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
+        """q (1, T, heads, D), k and v (1, T, kv_heads, D), normed and turned."""
+        q, k, v = self.qkv(x).split(self.widths, dim=-1)
+        if self.norm_over == "heads":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.norm_over == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary_dim:
             q, k = (
                 kernels.rotary_embedding(
@@ -73,22 +97,48 @@ class Mixer(mixers.Mixer):
                 )
                 for head in (q, k)
             )
-        cu_seqlens_k = None
-        if cache is not None:
-            if "k" in cache:
-                k, v = torch.cat([cache["k"], k], dim=1), torch.cat([cache["v"], v], dim=1)
-            # What a window has passed by is never seen again.
-            kept = 0 if self.window is None else max(0, k.shape[1] - self.window + 1)
-            cache.update(k=k[:, kept:], v=v[:, kept:])
-            cu_seqlens_k = torch.tensor([0, k.shape[1]], dtype=torch.int32, device=k.device)
-        o = parallel.softmax_attention(
-            q, k, v, shard, window=self.window, cu_seqlens_k=cu_seqlens_k
-        ).flatten(-2)
+        return q, k, v
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """From o (1, T, heads, D) of the block's input `x` to the residual stream."""
+        o = o.flatten(-2)
         if self.gate is not None:
             o = o * self.gate(x).sigmoid()
         return self.out(o)
+
+
+class Mixer(ProjectedMixer):
+    """Causal attention within each sequence."""
+
+    def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
+        super().__init__(model, config, layer)
+        self.window = config.window
+
+    def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        q, k, v = self.project(x, shard)
+        return self.finish(attend(q, k, v, shard, cache, self.window), x)
 
     def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
         return flops.softmax_attention(
             lengths, self.heads, self.head_dim, self.head_dim, self.window
         )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: Shard,
+    cache: dict[str, Tensor] | None,
+    window: int | None,
+) -> Tensor:
+    """o of `kernels.softmax_attention`, to the keys and values in the cache too."""
+    cu_seqlens_k = None
+    if cache is not None:
+        if "k" in cache:
+            k, v = torch.cat([cache["k"], k], dim=1), torch.cat([cache["v"], v], dim=1)
+        # What a window has passed by is never seen again.
+        kept = 0 if window is None else max(0, k.shape[1] - window + 1)
+        cache.update(k=k[:, kept:], v=v[:, kept:])
+        cu_seqlens_k = torch.tensor([0, k.shape[1]], dtype=torch.int32, device=k.device)
+    return parallel.softmax_attention(q, k, v, shard, window=window, cu_seqlens_k=cu_seqlens_k)

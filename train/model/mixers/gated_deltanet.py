@@ -2,112 +2,56 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import kernels
-import parallel
-from data.settings import ConfigError, setting
-from kernels import flops
+from data.settings import setting
 from parallel import Shard
-from train.model import mixers
+from train.model.config import ModelConfig
+from train.model.mixers._parts import (
+    ConvolvedHeads,
+    LinearMixer,
+    by_head,
+    full,
+    recur,
+    reset_decay,
+    unit_length,
+)
+from train.model.norm import RMSNorm
 
 
 @dataclass
-class Config:
-    heads: int = setting(4, "heads of q and k")
-    value_heads: int | None = setting(None, "heads of v, a multiple of heads (null: as many)")
-    head_dim: int = setting(64, "width of a head of q and k")
-    value_head_dim: int | None = setting(None, "width of a head of v (null: head_dim)")
-    conv_size: int = setting(4, "tokens under the short convolution")
-
-    def __post_init__(self) -> None:
-        self.value_heads = self.value_heads or self.heads
-        self.value_head_dim = self.value_head_dim or self.head_dim
-        if self.value_heads % self.heads:
-            raise ConfigError(
-                f"value_heads is {self.value_heads}; it must be a multiple of heads, {self.heads}"
-            )
+class Config(ConvolvedHeads):
+    negative_eigenvalues: bool = setting(False, "β in (0, 2), not (0, 1), as in OLMo Hybrid")
+    norm_eps: float | None = setting(None, "epsilon of the output's norm (null: model.norm_eps)")
 
 
-def _unit_length(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6).to(x.dtype)
-
-
-class Mixer(mixers.Mixer):
+class Mixer(LinearMixer):
     """Projections, a short convolution, the recurrence, a gated norm."""
 
-    def __init__(self, dim: int, config: Config, layer: int, layers: int) -> None:
-        super().__init__(dim, config, layer, layers)
-        self.heads, self.head_dim = config.heads, config.head_dim
-        self.value_heads = config.value_heads or config.heads
-        self.value_head_dim = config.value_head_dim or config.head_dim
-        key_dim = self.heads * self.head_dim
-        value_dim = self.value_heads * self.value_head_dim
-        self.widths = [key_dim, key_dim, value_dim]
+    delta = True
 
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
-        self.gate = nn.Linear(dim, value_dim, bias=False)
+    def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
+        super().__init__(model, config, layer, config.conv_size)
+        self.largest_beta = 2 if config.negative_eigenvalues else 1
+        self.gate = nn.Linear(model.dim, self.value_dim, bias=False)
         # β and the input-dependent part of the decay: a number each, a token and head.
-        self.beta_decay = nn.Linear(dim, 2 * self.value_heads, bias=False)
-        self.conv = nn.Parameter(torch.empty(sum(self.widths), config.conv_size))
+        self.beta_decay = nn.Linear(model.dim, 2 * self.value_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
-        self.norm = nn.Parameter(torch.ones(self.value_head_dim))
-        self.out = nn.Linear(value_dim, dim, bias=False)
+        self.norm = RMSNorm(self.value_head_dim, config.norm_eps or model.norm_eps)
 
     def reset_parameters(self) -> None:
-        """Mamba's ranges: decay rates up to 16, time steps log-uniform in [0.001, 0.1]."""
-        bound = self.conv.shape[1] ** -0.5
-        nn.init.uniform_(self.conv, -bound, bound)
-        with torch.no_grad():
-            self.A_log.uniform_(1e-3, 16).log_()
-            dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_()
-            # The inverse of softplus, so that softplus(dt_bias) is dt.
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        super().reset_parameters()
+        reset_decay(self.A_log, self.dt_bias, slowest=1e-3)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
-        batch, tokens, _ = x.shape
-        before = cache or {}
-        qkv, halo = parallel.short_convolution(
-            self.qkv(x),
-            self.conv,
-            shard,
-            initial_state=before.get("conv"),
-            output_final_state=cache is not None,
-        )
-        q, k, v = (
-            part.unflatten(-1, (heads, -1))
-            for part, heads in zip(
-                qkv.split(self.widths, dim=-1),
-                (self.heads, self.heads, self.value_heads),
-                strict=True,
-            )
-        )
-        beta, dt = self.beta_decay(x).float().chunk(2, dim=-1)
-        decay = -self.A_log.float().exp() * F.softplus(dt + self.dt_bias.float())
-        o, state = parallel.linear_attention(
-            _unit_length(q),
-            _unit_length(k),
-            v,
-            decay,
-            beta.sigmoid(),
-            shard,
-            initial_state=before.get("state"),
-            output_final_state=cache is not None,
-        )
-        if cache is not None and halo is not None and state is not None:
-            cache.update(conv=halo, state=state)
-        gate = self.gate(x).unflatten(-1, (self.value_heads, -1))
-        return self.out(kernels.rms_norm(o, self.norm, gate=gate).reshape(batch, tokens, -1))
-
-    def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
-        return flops.linear_attention(
-            lengths, self.value_heads, self.head_dim, self.value_head_dim, delta=True
-        )
+        q, k, v = self.project(x, shard, cache)
+        beta, dt = full(self.beta_decay(x)).chunk(2, dim=-1)
+        decay = -full(self.A_log).exp() * F.softplus(dt + full(self.dt_bias))
+        beta = self.largest_beta * beta.sigmoid()
+        o = recur(unit_length(q), unit_length(k), v, decay, beta, shard, cache)
+        return self.out(self.norm(o, by_head(self.gate(x), self.value_heads)).flatten(-2))

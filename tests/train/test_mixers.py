@@ -1,0 +1,195 @@
+"""Every mixer there is a file for: what a block and a run expect of it.
+
+A new file is tested by being there. Models are fp64, so agreement is to 1e-9.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data.settings import ConfigError
+from parallel import World, distribute, shard
+from tests.streams import streams
+from train.model import mixers
+from train.model.config import ModelConfig
+from train.model.transformer import Cache, Model
+
+VOCABULARY = 31
+# Small values of settings by their names, for every mixer that has them.
+TINY = {
+    "heads": 2,
+    "kv_heads": 1,
+    "value_heads": 4,
+    "head_dim": 8,
+    "value_head_dim": 6,
+    "state_dim": 10,
+    "rank": 3,
+    "gate_rank": 3,
+    "block": 5,
+}
+# What the defaults leave out.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "attention-window": {"window": 5, "rotary_fraction": 0.5, "qk_norm_over": "heads"},
+    "attention-nope": {"rotary_fraction": 0.0, "output_gate": False, "qkv_bias": True},
+    "deltanet-gate": {"output_gate": True, "negative_eigenvalues": True},
+    "gated_deltanet-bare": {"conv_size": 0, "negative_eigenvalues": True},
+    "linear_attention-sum": {"output_norm": "sum", "feature_map": "softmax"},
+    "mamba2-groups": {"groups": 2, "heads": 4},
+}
+KINDS = [*mixers.names(), *OPTIONS]
+GROWING = {"attention", "attention-nope"}  # their cache holds every token
+
+
+def config(kind: str, **changes: Any) -> ModelConfig:
+    """Two blocks of one mixer: settings may depend on the depth."""
+    name = kind.partition("-")[0]
+    module, _ = mixers.resolve(name, ModelConfig(pattern=[name]))
+    known = {field.name for field in dataclasses.fields(module.Config)}
+    settings = {key: value for key, value in TINY.items() if key in known}
+    return ModelConfig(
+        pattern=[name],
+        layers=2,
+        dim=16,
+        # Larger weights than a fresh model's, so that every part has its say.
+        init_std=0.3,
+        mixers={name: settings | OPTIONS.get(kind, {})},
+        **changes,
+    )
+
+
+def make(kind: str) -> Model:
+    torch.manual_seed(1)
+    return Model(config(kind), VOCABULARY).double()
+
+
+def tokens(length: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Model, ids: Tensor, *lengths: int) -> Tensor:
+    with torch.no_grad():
+        return model(ids, None, shard(lengths, "cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_are_as_if_alone(kind: str) -> None:
+    model, lengths = make(kind), (1, 33, 2, 67, 3)
+    ids = tokens(sum(lengths))
+    packed = logits(model, ids, *lengths)
+    for alone, part in zip(ids.split(lengths), packed.split(lengths), strict=True):
+        torch.testing.assert_close(part, logits(model, alone, len(alone)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_later_token_changes_no_earlier_output(kind: str) -> None:
+    model, ids = make(kind), tokens(70)
+    changed = ids.clone()
+    changed[40] = (changed[40] + 1) % VOCABULARY
+    before, after = logits(model, ids, 70), logits(model, changed, 70)
+    assert torch.equal(before[:40], after[:40])
+    assert not torch.allclose(before[40:], after[40:])
+    assert not torch.allclose(before[41], after[41])  # the next token knows of it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_by_pieces_gives_the_logits_of_one_forward(kind: str) -> None:
+    """Prefill in chunks, then one token at a time, then a piece; the state does not grow."""
+    model, ids = make(kind), tokens(70)
+    whole = logits(model, ids, 70)
+    cache, seen, parts, sizes = model.new_cache(), 0, [], []
+    with torch.no_grad():
+        for size in (1, 32, 17, *[1] * 16, 4):
+            here = shard([size], "cpu", start=seen)
+            parts.append(model(ids[seen : seen + size], None, here, cache))
+            seen += size
+            sizes.append(elements(cache))
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-9)
+    assert (sizes[1] == sizes[-1]) == (kind not in GROWING)
+
+
+def elements(cache: Cache) -> int:
+    return sum(part.numel() for block in cache for part in block.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns(kind: str) -> None:
+    model = make(kind)
+    (stream,) = streams([[1, 40, 9]], VOCABULARY)
+    loss, _ = model(*distribute(*stream, World(0, 1, 0, torch.device("cpu"))))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flops_are_counted_sequence_by_sequence(kind: str) -> None:
+    mixer = make(kind).blocks[0].mixer
+    assert mixer.mixing_flops([3, 64]) > 0
+    assert mixer.mixing_flops(np.array([3, 64])) == pytest.approx(
+        mixer.mixing_flops([3]) + mixer.mixing_flops([64])
+    )
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_a_wrong_setting_is_named_on_one_line(name: str) -> None:
+    module, filled = mixers.resolve(name, ModelConfig(pattern=[name]))
+    for field in dataclasses.fields(module.Config):
+        assert field.metadata["help"], field.name
+        wrong: list[Any] = ["nonsense"]
+        if type(getattr(filled, field.name)) is int:
+            wrong.append(-1)
+        for value in wrong:
+            with pytest.raises(ConfigError) as error:
+                mixers.check(ModelConfig(pattern=[name], mixers={name: {field.name: value}}))
+            message = str(error.value)
+            assert "\n" not in message
+            assert f"model.mixers.{name}" in message
+            assert field.name in message
+            assert str(value) in message
+
+
+def test_a_sum_needs_features_that_are_not_negative() -> None:
+    settings = {"output_norm": "sum", "feature_map": "silu"}
+    with pytest.raises(ConfigError, match="output_norm is sum"):
+        mixers.check(
+            ModelConfig(pattern=["linear_attention"], mixers={"linear_attention": settings})
+        )
+
+
+STREAMS = [[67], [3, 1, 2, 40, 1, 7, 5, 2], [5]]
+
+
+def shared(world: World) -> dict[str, float]:
+    """On each rank: the largest error of loss and gradients against those of one rank."""
+    errors = {}
+    for kind in KINDS:
+        error = 0.0
+        for stream in streams(STREAMS, VOCABULARY):
+            alone = gradients(kind, World(0, 1, 0, torch.device("cpu")), stream)
+            here = gradients(kind, world, stream)
+            for name, wanted in alone.items():
+                scale = max(1.0, float(wanted.abs().max()))
+                error = max(error, float((world.sum(here[name]) - wanted).abs().max()) / scale)
+        errors[kind] = error
+    return errors
+
+
+def gradients(kind: str, world: World, stream: Any) -> dict[str, Tensor]:
+    model = make(kind)
+    loss, _ = model(*distribute(*stream, world))
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": loss.detach()} | {n: g for n, g in found.items() if g is not None}
+
+
+def test_several_ranks_give_the_gradients_of_one(ranks) -> None:
+    for errors in ranks(3).run(shared):
+        assert max(errors.values()) < 1e-9, errors

@@ -1,0 +1,209 @@
+"""Parts that several mixers are made of; a mixer's own file holds what is its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import parallel
+from data.settings import ConfigError, setting
+from kernels import flops
+from kernels.packing import accumulation_dtype
+from parallel import Shard
+from train.model import mixers
+from train.model.config import ModelConfig, require_positive
+
+
+@dataclass
+class Heads:
+    """Settings of every mixer whose state is a matrix a head."""
+
+    heads: int = setting(4, "heads of q and k")
+    value_heads: int | None = setting(None, "heads of v, a multiple of heads (null: as many)")
+    head_dim: int = setting(64, "width of a head of q and k")
+    value_head_dim: int | None = setting(None, "width of a head of v (null: head_dim)")
+
+    def __post_init__(self) -> None:
+        self.value_heads = self.heads if self.value_heads is None else self.value_heads
+        self.value_head_dim = self.head_dim if self.value_head_dim is None else self.value_head_dim
+        require_positive(self, "heads", "value_heads", "head_dim", "value_head_dim")
+        if self.value_heads % self.heads:
+            raise ConfigError(
+                f"value_heads is {self.value_heads}; it must be a multiple of heads, {self.heads}"
+            )
+
+
+@dataclass
+class ConvolvedHeads(Heads):
+    """Those, and a short convolution over q, k and v."""
+
+    conv_size: int = setting(4, "tokens under the short convolution; 0 for none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.conv_size < 0:
+            raise ConfigError(f"conv_size is {self.conv_size}; it must not be negative")
+
+
+class LinearMixer(mixers.Mixer):
+    """A mixer on the one recurrence, with its projections to q, k, v and from the output.
+
+    A subclass adds what makes decay, β and gates, and a `forward` that reads as its equation.
+    """
+
+    delta = False  # whether the recurrence is the delta rule
+
+    def __init__(self, model: ModelConfig, config: Heads, layer: int, conv_size: int = 0) -> None:
+        super().__init__(model, config, layer)
+        assert config.value_heads is not None
+        assert config.value_head_dim is not None
+        self.heads, self.value_heads = config.heads, config.value_heads
+        self.head_dim, self.value_head_dim = config.head_dim, config.value_head_dim
+        key_dim, self.value_dim = self.heads * self.head_dim, self.value_heads * self.value_head_dim
+        self.widths = [key_dim, key_dim, self.value_dim]
+
+        self.qkv = nn.Linear(model.dim, sum(self.widths), bias=False)
+        self.conv = nn.Parameter(torch.empty(sum(self.widths), conv_size)) if conv_size else None
+        self.conv_bias: nn.Parameter | None = None
+        self.out = nn.Linear(self.value_dim, model.dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        if self.conv is not None:
+            bound = self.conv.shape[1] ** -0.5
+            nn.init.uniform_(self.conv, -bound, bound)
+
+    def project(
+        self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v by head, after the short convolution and SiLU if there is one."""
+        qkv = self.qkv(x)
+        if self.conv is not None:
+            qkv, halo = parallel.short_convolution(
+                qkv,
+                self.conv,
+                shard,
+                bias=self.conv_bias,
+                initial_state=None if cache is None else cache.get("conv"),
+                output_final_state=cache is not None,
+            )
+            if cache is not None and halo is not None:
+                cache["conv"] = halo
+        q, k, v = qkv.split(self.widths, dim=-1)
+        return by_head(q, self.heads), by_head(k, self.heads), by_head(v, self.value_heads)
+
+    def to_value_heads(self, decay: Tensor) -> Tensor:
+        """(…, heads, D) to (…, value_heads, D): value heads of one key head decay alike."""
+        return decay.repeat_interleave(self.value_heads // self.heads, dim=-2)
+
+    def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
+        return flops.linear_attention(
+            lengths, self.value_heads, self.head_dim, self.value_head_dim, self.delta
+        )
+
+
+def recur(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    shard: Shard,
+    cache: dict[str, Tensor] | None,
+    scale: float | None = None,
+) -> Tensor:
+    """o of `kernels.linear_attention`, from the cache's state if there is a cache."""
+    o, state = parallel.linear_attention(
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        shard,
+        scale=scale,
+        initial_state=None if cache is None else cache.get("state"),
+        output_final_state=cache is not None,
+    )
+    if cache is not None and state is not None:
+        cache["state"] = state
+    return o
+
+
+def average(
+    q: Tensor, k: Tensor, v: Tensor, shard: Shard, cache: dict[str, Tensor] | None
+) -> Tensor:
+    """Σ_j ⟨q_i, k_j⟩ v_j / Σ_j ⟨q_i, k_j⟩ over j ≤ i, for q and k that are never negative.
+
+    The sum of the weights comes from one more column of values, all ones.
+    """
+    o = recur(q, k, F.pad(v, (0, 1), value=1.0), None, None, shard, cache, scale=1.0)
+    total = o[..., -1:]
+    return o[..., :-1] / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+class LowRank(nn.Module):
+    """A projection through `rank` channels."""
+
+    def __init__(self, dim: int, rank: int, out: int, bias: bool = False) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.up = nn.Linear(rank, out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class BoundedForgetGate(nn.Module):
+    """a = γ + (1 − γ) σ(f): HGRN's forget gate, whose lower bound γ grows with the depth.
+
+    The papers tie the bounds of all layers by one cumulative softmax over the depth. Here
+    each layer learns its own from where that softmax starts, layer / layers, so that a layer
+    needs no other; the first has none, as there.
+    """
+
+    def __init__(self, dim: int, layer: int, layers: int) -> None:
+        super().__init__()
+        # γ = σ(bound)
+        start = math.log(layer / (layers - layer)) if layer else 0.0
+        self.bound = nn.Parameter(torch.full((dim,), start)) if layer else None
+
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """log a and 1 − a, each in a form that is exact near 0."""
+        f = full(f)
+        if self.bound is None:
+            return F.logsigmoid(f), torch.sigmoid(-f)
+        bound = full(self.bound)
+        log_a = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(f))
+        return log_a, torch.sigmoid(-bound) * torch.sigmoid(-f)
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(…, heads · D) to (…, heads, D)."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def full(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is if that is fp64: for what goes into an exponent."""
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """`x` with rows of length 1."""
+    return x * torch.rsqrt(full(x).square().sum(-1, keepdim=True) + 1e-6).to(x.dtype)
+
+
+def reset_decay(A_log: Tensor, dt_bias: Tensor, slowest: float = 1.0) -> None:
+    """Mamba's ranges for decay = −exp(A_log) · softplus(… + dt_bias).
+
+    Rates are uniform from `slowest` to 16, time steps log-uniform in [0.001, 0.1].
+    """
+    with torch.no_grad():
+        A_log.uniform_(slowest, 16).log_()
+        dt = dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_()
+        # The inverse of softplus, so that softplus(dt_bias) is dt.
+        dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))

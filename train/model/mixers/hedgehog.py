@@ -1,0 +1,56 @@
+"""Hedgehog (Zhang et al. 2024, arXiv 2402.04347): learned features that mimic softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kernels import flops
+from parallel import Shard
+from train.model.config import ModelConfig
+from train.model.mixers._parts import average
+from train.model.mixers.attention import ProjectedMixer, Projections
+
+
+@dataclass
+class Config(Projections):
+    """Those of the attention layer that it stands in for."""
+
+
+class Mixer(ProjectedMixer):
+    """o_i = Σ_j w_ij v_j / Σ_j w_ij, w_ij = ⟨φ_q(q_i), φ_k(k_j)⟩, φ(x) = softmax([2Wx, −2Wx]).
+
+    Its projections are attention's, so that it can be made of one: then W, a matrix a head
+    that begins as the identity, is what distillation has to learn.
+    """
+
+    def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
+        super().__init__(model, config, layer)
+        self.q_map = nn.Parameter(torch.empty(self.heads, self.head_dim, self.head_dim))
+        self.k_map = nn.Parameter(torch.empty(self.heads, self.head_dim, self.head_dim))
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            for weight in (self.q_map, self.k_map):
+                weight.copy_(torch.eye(self.head_dim))
+
+    def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        q, k, v = self.project(x, shard)
+        k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=2) for part in (k, v))
+        q, k = features(q, self.q_map), features(k, self.k_map)
+        return self.finish(average(q, k, v, shard, cache), x)
+
+    def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
+        return flops.linear_attention(
+            lengths, self.heads, 2 * self.head_dim, self.head_dim + 1, delta=False
+        )
+
+
+def features(x: Tensor, weight: Tensor) -> Tensor:
+    """φ(x) (…, heads, 2 D) of x (…, heads, D) for a weight (heads, D, D): positive, sum 1."""
+    y = 2 * torch.einsum("...hi,hoi->...ho", x, weight)
+    return torch.cat([y, -y], dim=-1).softmax(-1)

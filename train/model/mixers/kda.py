@@ -1,0 +1,61 @@
+"""Kimi Delta Attention (arXiv 2510.26692): the delta rule with a decay a channel of k."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.settings import setting
+from parallel import Shard
+from train.model.config import ModelConfig, require_positive
+from train.model.mixers._parts import (
+    ConvolvedHeads,
+    LinearMixer,
+    LowRank,
+    by_head,
+    full,
+    recur,
+    reset_decay,
+    unit_length,
+)
+from train.model.norm import RMSNorm
+
+
+@dataclass
+class Config(ConvolvedHeads):
+    rank: int | None = setting(None, "rank of the projections to decay and gate (null: head_dim)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "rank")
+
+
+class Mixer(LinearMixer):
+    """Gated DeltaNet with a finer decay, and a sigmoid for the output's gate."""
+
+    delta = True
+
+    def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
+        super().__init__(model, config, layer, config.conv_size)
+        rank, decay_dim = config.rank or self.head_dim, self.value_heads * self.head_dim
+        self.beta = nn.Linear(model.dim, self.value_heads, bias=False)
+        self.decay = LowRank(model.dim, rank, decay_dim)
+        self.gate = LowRank(model.dim, rank, self.value_dim)
+        self.A_log = nn.Parameter(torch.empty(self.value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(decay_dim))
+        self.norm = RMSNorm(self.value_head_dim, model.norm_eps)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        reset_decay(self.A_log, self.dt_bias)
+
+    def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        q, k, v = self.project(x, shard, cache)
+        beta = full(self.beta(x)).sigmoid()
+        step = F.softplus(full(self.decay(x)) + full(self.dt_bias))
+        decay = -full(self.A_log).exp().unsqueeze(-1) * by_head(step, self.value_heads)
+        o = recur(unit_length(q), unit_length(k), v, decay, beta, shard, cache)
+        return self.out(self.norm(o).flatten(-2) * self.gate(x).sigmoid())

@@ -1,0 +1,60 @@
+"""LightNet (Qin et al. 2024, arXiv 2405.21022): an additive recurrence made multiplicative."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import parallel
+from data.settings import setting
+from parallel import Shard
+from train.model.config import ModelConfig, require_positive
+from train.model.mixers._parts import Heads, LinearMixer, LowRank, by_head, full, recur
+from train.model.norm import RMSNorm
+
+# Logits of k beyond are cut: a million of e^40 summed are a long way from the end of fp32.
+LARGEST = 40.0
+
+
+@dataclass
+class Config(Heads):
+    gate_rank: int = setting(128, "rank of the projection to the output's gate")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "gate_rank")
+
+
+class Mixer(LinearMixer):
+    """k_t = exp(l_t − z_t) and log a_t = z_{t−1} − z_t, where z_t = log Σ_{s ≤ t} exp(l_s).
+
+    So k = 1 − a: keys are weights of a softmax over the tokens so far.
+    """
+
+    def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
+        super().__init__(model, config, layer)
+        self.gate = LowRank(model.dim, config.gate_rank, self.value_dim)
+        self.norm = RMSNorm(self.value_dim, model.norm_eps)
+
+    def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        q, logits, v = self.project(x, shard, cache)
+        new = full(logits.flatten(-2)).clamp(-LARGEST, LARGEST).exp()
+        total, sums = parallel.diagonal_scan(
+            new,
+            torch.zeros_like(new),
+            shard,
+            initial_state=None if cache is None else cache.get("sums"),
+            output_final_state=cache is not None,
+        )
+        if cache is not None and sums is not None:
+            cache["sums"] = sums
+        # From the ratio, for z itself soon has no digits left for a small difference. A
+        # sequence's first token has nothing to forget, so any finite decay will do.
+        k = (new / total).clamp_max(1 - torch.finfo(new.dtype).eps)
+        decay = self.to_value_heads(by_head(torch.log1p(-k), self.heads))
+        k = by_head(k, self.heads).to(q.dtype)
+        o = recur(F.silu(q), k, v, decay, None, shard, cache)
+        return self.out(self.norm(o.flatten(-2), self.gate(x)))

@@ -1,0 +1,42 @@
+"""Lightning attention of MiniMax-01 (arXiv 2501.08313; Qin et al. 2024, arXiv 2401.04658)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.packing import accumulation_dtype
+from parallel import Shard
+from train.model.config import ModelConfig
+from train.model.mixers._parts import Heads, LinearMixer, recur
+from train.model.norm import RMSNorm
+
+
+@dataclass
+class Config(Heads):
+    pass
+
+
+class Mixer(LinearMixer):
+    """A constant decay a head, slower in deeper layers; SiLU on q, k, v; a gated norm.
+
+    slope = 2^(−8 (h + 1) / heads) · (1 − layer / (layers − 1) + 1e-5) for head h
+    """
+
+    def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
+        super().__init__(model, config, layer)
+        self.depth = 1 - layer / max(model.layers - 1, 1) + 1e-5
+        self.gate = nn.Linear(model.dim, self.value_dim, bias=False)
+        self.norm = RMSNorm(self.value_dim, model.norm_eps)
+
+    def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        q, k, v = (F.silu(part) for part in self.project(x, shard, cache))
+        head = torch.arange(
+            1, self.value_heads + 1, device=x.device, dtype=accumulation_dtype(x.dtype)
+        )
+        slope = torch.exp2(-8 * head / self.value_heads) * self.depth
+        o = recur(q, k, v, -slope, None, shard, cache, scale=1.0)
+        return self.out(self.norm(o.flatten(-2)) * self.gate(x).sigmoid())

@@ -1,0 +1,62 @@
+"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): state space duality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from data.settings import ConfigError, setting
+from parallel import Shard
+from train.model.config import ModelConfig, require_positive
+from train.model.mixers._parts import Heads, LinearMixer, full, recur, reset_decay
+
+
+@dataclass
+class Config:
+    heads: int = setting(8, "heads of x; usually 2 model.dim / head_dim")
+    head_dim: int = setting(64, "width of a head of x")
+    groups: int = setting(1, "groups of heads that share B and C, and groups of the output's norm")
+    state_dim: int = setting(128, "width of B and C")
+    conv_size: int = setting(4, "tokens under the short convolution")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "heads", "head_dim", "groups", "state_dim", "conv_size")
+        if self.heads % self.groups:
+            raise ConfigError(f"groups is {self.groups}; it must divide heads, {self.heads}")
+
+
+class Mixer(LinearMixer):
+    """S_t = exp(dt_t A) S_{t−1} + B_t (dt_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t; q is C, k is B."""
+
+    def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
+        heads = config.heads
+        shape = Heads(config.groups, heads, config.state_dim, config.head_dim)
+        super().__init__(model, shape, layer, config.conv_size)
+        self.conv_bias = nn.Parameter(torch.empty(sum(self.widths)))
+        self.dt = nn.Linear(model.dim, heads, bias=False)
+        self.gate = nn.Linear(model.dim, self.value_dim, bias=False)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = nn.Parameter(torch.ones(self.value_dim))
+        self.norm_eps = model.norm_eps
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        reset_decay(self.A_log, self.dt_bias)
+        assert self.conv_bias is not None
+        nn.init.zeros_(self.conv_bias)
+
+    def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        C, B, values = self.project(x, shard, cache)
+        dt = F.softplus(full(self.dt(x)) + full(self.dt_bias))
+        decay = -full(self.A_log).exp() * dt
+        taken = values * dt.unsqueeze(-1).to(values.dtype)
+        y = recur(C, B, taken, decay, None, shard, cache, scale=1.0)
+        y = (y + self.D.unsqueeze(-1) * values).flatten(-2) * F.silu(self.gate(x))
+        normed = kernels.rms_norm(y.unflatten(-1, (self.heads, -1)), None, eps=self.norm_eps)
+        return self.out(normed.flatten(-2) * self.norm)
