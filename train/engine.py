@@ -8,6 +8,7 @@ of ranks or stages.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,6 +70,10 @@ class Engine:
         self._engine = _quietly_initialise(model, adamw, settings, world)
         wrapper = self._engine.optimizer
         self._adamw: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
+        self._adamw.step = self._if_good(self._adamw.step)
+        self._good: Callable[[float], bool] = lambda norm: True
+        self._verdict: bool | None = None
+        self._norm = 0.0
         self._create_optimizer_state()
         self.set_optimizer_step(0)
         self._masters = self._unsharded_weights() if self.stage == 0 else {}
@@ -84,23 +89,30 @@ class Engine:
         """Add this batch's gradients; they are averaged over ranks and accumulation."""
         self._engine.backward(loss)
 
-    def step(self, learning_rate: float) -> float | None:
+    def step(
+        self, learning_rate: float, good: Callable[[float], bool] = lambda norm: True
+    ) -> float | None:
         """End a batch. At the last one of a step update the weights and return the gradient norm.
 
-        The norm is that over all parameters before clipping.
+        Args:
+            good: asked once a step, with the gradient norm over all parameters before
+                clipping, on all ranks together. If it says no, weights and optimiser stay
+                as they are, to the last bit; the gradients are gone.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
-        norm = None
+        self._good, self._verdict = good, None
         if self._weights_are_masters:
             # Nothing wraps the optimiser then, and DeepSpeed keeps no norm.
             grads = [p.grad for p in self.names if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
+            self._norm = float(torch.nn.utils.get_total_norm(grads))
         self._engine.step()
-        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+        # DeepSpeed itself gives up most of the steps whose norm is not finite.
+        self._may_update()
+        return self._norm
 
     def eval(self) -> None:
         self._engine.eval()
@@ -132,6 +144,19 @@ class Engine:
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """The full shape, also where ZeRO 3 has left this rank a part."""
         return getattr(parameter, "ds_shape", parameter.shape)
+
+    def _if_good(self, update: Callable[[], Any]) -> Callable[[], Any]:
+        """The optimiser's step, which DeepSpeed calls for each group of parameters."""
+        return lambda *_: update() if self._may_update() else None
+
+    def _may_update(self) -> bool:
+        if self._verdict is None:
+            if not self._weights_are_masters:
+                norm = float(self._engine.optimizer._global_grad_norm)
+                # One that is not finite may come as -1.
+                self._norm = norm if norm >= 0 else math.nan
+            self._verdict = self._good(self._norm)
+        return self._verdict
 
     @property
     def _weights_are_masters(self) -> bool:

@@ -1,9 +1,15 @@
-"""Steps that went wrong: noticed by every rank alike, undone, and kept to be looked at.
+"""Steps that went wrong: noticed by every rank alike before they change a weight, and kept.
 
 A step is bad if its loss or its gradient norm is not finite, or if its loss is
-`faults.spike` times the median of the steps before. Its weights are given up: the run goes
-back to its last checkpoint, makes the steps since then again, and passes over the batches
-of the bad step. `faults/step-….npz` in the run's folder holds them.
+`faults.spike` times the median of the steps before. Weights and optimiser stay as they
+were, to the last bit, and then, by `faults.action`:
+
+    skip        the step is made again with the batches after the bad ones
+    roll back   the run goes back to its last checkpoint, makes the steps since then again,
+                and passes over the bad batches: for spikes, which weights lead to
+    stop        the run ends
+
+`faults/step-….npz` in the run's folder holds the batches, for `python -m train replay`.
 """
 
 from __future__ import annotations
@@ -27,11 +33,13 @@ _WINDOW, _ENOUGH = 64, 16  # losses that a spike is compared with, at most and a
 
 @dataclass
 class FaultsConfig:
-    action: Literal["roll back", "stop"] = setting(
-        "roll back", "after a bad step: go back to the last checkpoint and skip it, or end the run"
+    action: Literal["skip", "roll back", "stop"] = setting(
+        "skip",
+        "after a bad step: make it with the next batches, go back to the last checkpoint and "
+        "pass over its batches, or end the run",
     )
     spike: float = setting(0.0, "a loss of so many times the recent median is bad; 0: any is good")
-    most: int = setting(5, "bad steps after one checkpoint that end the run")
+    most: int = setting(5, "bad steps in a row, or after one checkpoint, that the run survives")
 
     def __post_init__(self) -> None:
         if self.spike and self.spike <= 1:
@@ -49,9 +57,8 @@ class Judge:
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._count, self._since = 0, -1
 
-    def fault(self, row: dict[str, float]) -> str | None:
-        """What is wrong with a step, by its row of metrics; None if nothing."""
-        loss, norm = row["loss"], row["grad_norm"]
+    def fault(self, loss: float, norm: float) -> str | None:
+        """What is wrong with a step, by its loss and gradient norm; None if nothing."""
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         if not math.isfinite(norm):
@@ -63,17 +70,20 @@ class Judge:
         self._losses.append(loss)
         return None
 
-    def skip(self, batches: Sequence[Batch], step: int) -> bool:
-        """Pass over these batches from now on; false if that has happened too often.
+    def pass_over(self, batches: Sequence[Batch], step: int) -> bool:
+        """Leave these batches out from now on; false if that has happened too often.
 
         Args:
-            step: of the checkpoint that the run goes back to.
+            step: that the run goes on from; only bad steps after the same one are counted.
         """
         self._count = self._count + 1 if step == self._since else 1
         self._since = step
         self.skipped |= {batch.cursor.batches for batch in batches}
-        self._losses.clear()
         return self._count <= self.config.most
+
+    def forget(self) -> None:
+        """The losses so far: their steps will be made again."""
+        self._losses.clear()
 
 
 def keep(folder: Path, step: int, batches: Sequence[Batch], skipped: set[int]) -> Path:
@@ -93,5 +103,7 @@ def keep(folder: Path, step: int, batches: Sequence[Batch], skipped: set[int]) -
         for name in ("tokens", "labels", "cu_seqlens")
     }
     arrays["skipped"] = np.array(sorted(skipped), dtype=np.int64)
-    np.savez(path, **arrays)
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **arrays)
+    part.replace(path)
     return path

@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import time
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -45,6 +44,7 @@ class Trainer:
         self.folder, self.checkpoints = folder, folder / manifest.CHECKPOINTS
         self.judge = faults.Judge(config.faults)
         self.cause = Cause.NONE
+        self.wrong: str | None = None  # with the last step
 
         notes: list[str] = []
         found = world.on_first(lambda: manifest.newest(self.checkpoints, notes.append))
@@ -90,8 +90,8 @@ class Trainer:
         self._evaluate_if_due()
         while self.step < config.train.steps and not self.cause:
             row = self.train_step()
-            if row is not None and (wrong := self._fault(row)):
-                self._roll_back(wrong)
+            if self.wrong:
+                self._pass_over(self.step + 1, self.wrong)
                 continue
             if row is not None:
                 self.watch.step_done()
@@ -116,18 +116,26 @@ class Trainer:
         """One optimiser step over `train.accumulate` batches; None if it had to be given up.
 
         The gradient is that of the mean over all target tokens of the step. DeepSpeed
-        averages over ranks and batches, so each loss is multiplied by their number.
+        averages over ranks and batches, so each loss is multiplied by their number. A bad
+        step changes no weight and does not count; `wrong` says then what it was.
         """
         config, world, engine = self.config.train, self.world, self.engine
-        began = time.monotonic()
-        good = (b for b in self.stream if b.cursor.batches not in self.judge.skipped)
-        self.batches = batches = list(islice(good, config.accumulate))
+        began, self.wrong = time.monotonic(), None
+        wanted = (b for b in self.stream if b.cursor.batches not in self.judge.skipped)
+        self.batches = batches = list(islice(wanted, config.accumulate))
         targets = max(1, sum(batch.targets for batch in batches))
         rate = learning_rate(self.config.optim, self.step, config.steps)
         # Chance is a function of the step, so that a resumed run needs no saved generator.
         torch.manual_seed((config.seed * world.size + world.rank) << 32 | self.step)
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
-        norm = None
+        norm, loss = None, 0.0
+
+        def is_good(norm: float) -> bool:
+            nonlocal loss
+            loss = float(world.sum(nats)) / targets
+            self.wrong = self._fault(loss, norm)
+            return self.wrong is None
+
         for batch in batches:
             if self._stopping():
                 self.next_batch = batches[0].digest
@@ -135,25 +143,24 @@ class Trainer:
             tokens, labels, shard = distribute(
                 batch.tokens, batch.labels, batch.cu_seqlens, world, self.config.parallel
             )
-            loss, cross_entropy = engine(tokens, labels, shard)
-            engine.backward(loss * (world.size * config.accumulate / targets))
-            norm = engine.step(rate)
+            scaled, cross_entropy = engine(tokens, labels, shard)
+            engine.backward(scaled * (world.size * config.accumulate / targets))
             nats += cross_entropy
-        total = float(world.sum(nats))
+            norm = engine.step(rate, is_good)
 
-        self.step += 1
-        self.tokens += config.batch_tokens * config.accumulate
         self.cursor = batches[-1].cursor
         self.next_batch = self.stream.peek().digest
+        if self.wrong is None:
+            self.step += 1
+            self.tokens += config.batch_tokens * config.accumulate
         seconds = time.monotonic() - began
         # A backward pass is twice the work of a forward pass.
         work = 3 * sum(engine.model.flops(np.diff(batch.cu_seqlens)) for batch in batches)
         return {
             "step": self.step,
-            "loss": total / targets,
+            "loss": loss,
             "lr": rate,
-            # DeepSpeed gives a norm that is not finite as -1.
-            "grad_norm": float("nan") if norm is None or norm < 0 else norm,
+            "grad_norm": float("nan") if norm is None else norm,
             "tokens": self.tokens,
             "seconds": seconds,
             "tokens_per_second": config.batch_tokens * config.accumulate / seconds,
@@ -225,46 +232,62 @@ class Trainer:
             keep = self.config.checkpoint
             manifest.prune(self.checkpoints, keep.keep, keep.keep_every)
 
-    def _fault(self, row: dict[str, float]) -> str | None:
+    def _fault(self, loss: float, norm: float) -> str | None:
         """What is wrong with a step, on every rank as soon as on one."""
-        wrong = self.judge.fault(row)
+        wrong = self.judge.fault(loss, norm)
         bad = float(self.world.sum(torch.tensor(float(wrong is not None))))
         return wrong or ("another rank finds it bad" if bad else None)
 
-    def _roll_back(self, wrong: str) -> None:
-        """To the last checkpoint after a bad step, whose batches are passed over then.
+    def _pass_over(self, bad: int, wrong: str) -> None:
+        """Go on after a bad step, without its batches.
 
         Raises:
-            ConfigError: there is none, it has happened too often, or it is not wanted.
+            ConfigError: it has happened too often, or going on is not wanted.
         """
-        bad, config = self.step, self.config
-        self._saved(self.saver.finish())
-        if self.world.is_first:
-            with suppress(OSError):
+        config = self.config.faults
+        self.say(f"step {bad} is bad: {wrong}")
+        if self.recorder:
+            with self.recorder.harmless("keeping the batches of a bad step"):
                 faults.keep(self.folder, bad, self.batches, self.judge.skipped)
+            self.recorder.text("faults", f"step {bad}: {wrong}", bad)
+        if config.action == "stop":
+            raise ConfigError(f"stopped by the bad step {bad}: {wrong}; see faults.action")
+        if config.action == "roll back":
+            self._roll_back()
+        elif not self.judge.pass_over(self.batches, self.step):
+            raise ConfigError(
+                f"stopped: step {bad} was bad {config.most + 1} times in a row, the last time "
+                f"with {wrong}; lower optim.lr, or set faults.action='roll back' or faults.most"
+            )
+        self.say(f"going on after step {self.step} without the batches of the bad step {bad}")
+
+    def _roll_back(self) -> None:
+        """To the last checkpoint, to make the steps since then without the bad batches."""
+        self._saved(self.saver.finish())
         found = self.world.on_first(lambda: manifest.newest(self.checkpoints, self.say))
         saved = manifest.progress(found) if found else None
-        self.say(f"step {bad} is bad: {wrong}")
-        if saved is None or config.faults.action == "stop":
-            raise ConfigError(f"stopped by the bad step {bad}: {wrong}; see train/faults.py")
-        if not self.judge.skip(self.batches, saved.step):
+        if found is None or saved is None:
             raise ConfigError(
-                f"stopped: {config.faults.most + 1} bad steps after step {saved.step}, the last "
-                f"with {wrong}; lower optim.lr, or raise faults.most"
+                "stopped: there is no checkpoint yet to roll back to; set faults.action=skip, "
+                "or a smaller checkpoint.every"
             )
-        assert found is not None
+        if not self.judge.pass_over(self.batches, saved.step):
+            raise ConfigError(
+                f"stopped: {self.config.faults.most + 1} bad steps after step {saved.step}; "
+                "lower optim.lr, or raise faults.most"
+            )
+        self.judge.forget()
         checkpoint.load(found, self.engine)
         self.step = self.saved_step = saved.step
         self.tokens, self.cursor = saved.tokens, data.Cursor.from_dict(saved.cursor)
         self.stream.close()
-        self.stream = data.Batches(self.corpus, config.train, config.data, self.cursor)
+        self.stream = data.Batches(self.corpus, self.config.train, self.config.data, self.cursor)
         self.next_batch = self.stream.peek().digest
         self.evaluated = {step for step in self.evaluated if step <= self.step}
         self.watch.pause()
-        self.say(f"rolled back to step {self.step}; the batches of step {bad} will be skipped")
         if self.recorder:
             self.recorder.rewind(self.step)
-            self.recorder.text("faults", f"step {bad}: {wrong}", self.step)
+        self.say(f"rolled back to step {self.step}")
 
     def _evaluate_if_due(self) -> None:
         """At every `eval.every`-th step and the last one, unless a run before did."""

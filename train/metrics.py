@@ -49,17 +49,17 @@ class Recorder:
         self._board: Any = None
         self.rewind(step)
         self._bar: tqdm[Any] | None = None
-        with self._harmless("the progress bar"):
+        with self.harmless("the progress bar"):
             if sys.stderr.isatty():
                 self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
         self._first, self._spent, self._last_line = step, 0.0, 0.0
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step: it will be made again."""
-        with self._harmless("metrics.jsonl"):
+        with self.harmless("metrics.jsonl"):
             self._rows.close()
             self._drop_rows_after(step)
-        with self._harmless("TensorBoard"):
+        with self.harmless("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter
 
             if self._board is not None:
@@ -67,10 +67,16 @@ class Recorder:
             self._board = SummaryWriter(str(self._board_folder), purge_step=step + 1)
 
     def say(self, line: str) -> None:
-        """One line on the terminal and in the log."""
-        with self._harmless("the terminal"):
-            tqdm.write(line)
-        with self._harmless("log.txt"):
+        """One line on the terminal and in the log, now: a job's log is a file to watch."""
+        with self.harmless("the terminal"):
+            try:
+                tqdm.write(line)
+                sys.stdout.flush()
+            except OSError:
+                # Python would flush it once more at its end, and make the fault its exit code.
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                raise
+        with self.harmless("log.txt"):
             self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def step(self, row: dict[str, float]) -> None:
@@ -81,7 +87,7 @@ class Recorder:
             if name not in ("step", "seconds"):
                 self.scalar(f"train/{name}", value, step)
         speed = row["tokens_per_second"]
-        with self._harmless("the progress bar"):
+        with self.harmless("the progress bar"):
             if self._bar is not None:
                 self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
                 self._bar.update(step - self._bar.n)
@@ -112,12 +118,12 @@ class Recorder:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """A point of a curve in TensorBoard."""
-        with self._harmless("TensorBoard"):
+        with self.harmless("TensorBoard"):
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
 
     def text(self, name: str, text: str, step: int) -> None:
-        with self._harmless("TensorBoard"):
+        with self.harmless("TensorBoard"):
             if self._board is not None:
                 self._board.add_text(name, text, step)
 
@@ -127,23 +133,23 @@ class Recorder:
 
         indented = "\n".join(f"    {line}" for line in stats.text(report).splitlines())
         self.text("data/stats", indented, 0)
-        with self._harmless("TensorBoard"):
+        with self.harmless("TensorBoard"):
             if self._board is not None:
                 self._board.add_figure("data/stats", stats.figure(report), 0)
 
     def close(self) -> None:
-        with self._harmless("the progress bar"):
+        with self.harmless("the progress bar"):
             if self._bar is not None:
                 self._bar.close()
-        with self._harmless("TensorBoard"):
+        with self.harmless("TensorBoard"):
             if self._board is not None:
                 self._board.close()
         for lines in (self._rows, self._log):
-            with self._harmless(lines.path.name):
+            with self.harmless(lines.path.name):
                 lines.close()
 
     @contextmanager
-    def _harmless(self, what: str) -> Iterator[None]:
+    def harmless(self, what: str) -> Iterator[None]:
         """Tell the first fault of each kind; raise none."""
         try:
             yield
@@ -156,7 +162,7 @@ class Recorder:
             self._told.discard(what)
 
     def _write(self, row: dict[str, float]) -> None:
-        with self._harmless("metrics.jsonl"):
+        with self.harmless("metrics.jsonl"):
             self._rows.add(json.dumps(row) + "\n")
 
     def _drop_rows_after(self, step: int) -> None:

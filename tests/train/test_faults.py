@@ -10,40 +10,43 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.train.test_run import STEPS, config, losses, rows, undisturbed, world  # noqa: F401
+from parallel import World, distribute
+from tests.streams import streams
+from tests.train.runs import STEPS, losses, rows
+from tests.train.test_engine import LENGTHS, MODEL, OPTIM, VOCABULARY
 from train.__main__ import main
+from train.config import ZeroConfig
 from train.engine import Engine
 from train.faults import FaultsConfig, Judge
+from train.model.transformer import Model
 
 BAD = 5  # the step whose batches are poisoned
-
-
-def row(loss: float, norm: float = 1.0) -> dict[str, float]:
-    return {"loss": loss, "grad_norm": norm}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_bad(value: float) -> None:
     judge = Judge(FaultsConfig())
-    assert judge.fault(row(2.0)) is None
-    assert judge.fault(row(value)) is not None
-    assert judge.fault(row(2.0, value)) is not None
+    assert judge.fault(2.0, 1.0) is None
+    assert judge.fault(value, 1.0) is not None
+    assert judge.fault(2.0, value) is not None
 
 
 def test_a_spike_is_measured_by_the_median_of_good_steps() -> None:
     judge = Judge(FaultsConfig(spike=1.5))
-    assert judge.fault(row(100.0)) is None  # nothing to compare with yet
+    assert judge.fault(100.0, 1.0) is None  # nothing to compare with yet
     for _ in range(20):
-        assert judge.fault(row(4.0)) is None
-    assert judge.fault(row(5.9)) is None
+        assert judge.fault(4.0, 1.0) is None
+    assert judge.fault(5.9, 1.0) is None
     for _ in range(50):
-        assert judge.fault(row(6.1)) is not None  # a bad loss never becomes usual
-    assert Judge(FaultsConfig()).fault(row(1e9)) is None
+        assert judge.fault(6.1, 1.0) is not None  # a bad loss never becomes usual
+    assert Judge(FaultsConfig()).fault(1e9, 1.0) is None
 
 
 @pytest.fixture
-def poison(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:  # noqa: F811
+def poison(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Makes the gradients of the given forward passes NaN, each batch known by its tokens."""
     seen: list[bytes] = []
     chosen: set[bytes] = set()
@@ -67,12 +70,12 @@ def poison(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.usefixtures("poison")
 def test_a_bad_step_is_rolled_back_skipped_kept_and_made_again(
-    config: Path,  # noqa: F811
-    undisturbed: Path,  # noqa: F811
+    config: Path,
+    undisturbed: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main([str(config), f"run.root={tmp_path}"]) == 0
+    assert main([str(config), f"run.root={tmp_path}", "faults.action=roll back"]) == 0
     output = capsys.readouterr().out
     assert re.search(f"step {BAD} is bad: its gradient norm is (nan|inf)", output)
     assert "rolled back to step 4" in output
@@ -96,12 +99,88 @@ def test_a_bad_step_is_rolled_back_skipped_kept_and_made_again(
     assert f"loss {wanted[BAD - 1]:.6f}" in capsys.readouterr().out
     assert losses(folder) == got
 
+    # Passed over in place, without a way back, the losses are the very same.
+    skipping = ("run.name=skipping", "faults.action=skip", "checkpoint.every=100")
+    assert main([str(config), f"run.root={tmp_path}", *skipping]) == 0
+    output = capsys.readouterr().out
+    assert re.search(f"step {BAD} is bad: its gradient norm is (nan|inf)", output)
+    assert "rolled back" not in output
+    assert losses(tmp_path / "skipping") == got
+    assert (tmp_path / "skipping" / "faults" / f"step-{BAD:08d}.npz").exists()
+    board = EventAccumulator(str(tmp_path / "skipping" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Tensors("faults/text_summary")] == [BAD]
+
 
 @pytest.mark.usefixtures("poison")
 def test_a_bad_step_stops_the_run_where_that_is_asked_for(
-    config: Path,  # noqa: F811
+    config: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([str(config), f"run.root={tmp_path}", "faults.action=stop"]) == 2
     assert f"stopped by the bad step {BAD}: its gradient norm is" in capsys.readouterr().err
+
+
+def steps_with_bad_ones(world: World, stage: int, dtype: torch.dtype) -> tuple[list[str], bool]:
+    """Two good steps of two batches, with a refused one and one of NaN on the last rank between.
+
+    Returns:
+        What a bad step changed, and whether the second good step ended as if none had been.
+    """
+    torch.manual_seed(0)
+    ends, changed = [], []
+    for bad in (False, True):
+        torch.manual_seed(0)
+        model = Model(MODEL, VOCABULARY)
+        engine = Engine(model, OPTIM, ZeroConfig(stage=stage), world, dtype, 2)
+        first, refused, poisoned, last = zip(*[iter(streams(LENGTHS, VOCABULARY))] * 2, strict=True)
+        make(engine, world, first, 1.0, True)
+        if bad:
+            before = state(engine)
+            make(engine, world, refused, 1.0, False)
+            changed += [
+                name for name, full in state(engine).items() if not same(full, before[name])
+            ]
+            factor = math.nan if world.rank == world.size - 1 else 1.0
+            norm = make(engine, world, poisoned, factor, None)
+            assert not math.isfinite(norm)
+            changed += [
+                name for name, full in state(engine).items() if not same(full, before[name])
+            ]
+        make(engine, world, last, 1.0, True)
+        ends.append(state(engine))
+    return changed, all(same(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def make(engine: Engine, world: World, batches: Any, factor: float, verdict: bool | None) -> float:
+    """A step; its gradient norm. verdict: None asks whether the norm is finite."""
+    norm = None
+    for batch in batches:
+        loss, _ = engine(*distribute(batch.tokens, batch.labels, batch.cu_seqlens, world))
+        engine.backward(loss * factor)
+        norm = engine.step(1e-2, lambda norm: math.isfinite(norm) if verdict is None else verdict)
+    assert norm is not None
+    return norm
+
+
+def state(engine: Engine) -> dict[str, torch.Tensor]:
+    held = {f"{name}|{key}": full.clone() for name, key, full in engine.gather()}
+    if engine.stage < 3:
+        held |= {name: parameter.detach().clone() for parameter, name in engine.names.items()}
+    counts = [entry["step"].clone() for entry in engine._adamw.state.values()]
+    return held | {"steps": torch.stack(counts)}
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "stage"), [(1, 0), (1, 1), (2, 0), (2, 2), (2, 3)])
+def test_a_bad_step_changes_no_bit_on_any_rank(
+    ranks, size: int, stage: int, dtype: torch.dtype
+) -> None:
+    for changed, as_if_none_had_been in ranks(size).run(steps_with_bad_ones, stage, dtype):
+        assert changed == []
+        assert as_if_none_had_been

@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_run import (  # noqa: F401
-    config,
-    losses,
-    start,
-    undisturbed,
-    wait_for_step,
-    world,
-)
+from tests.train.runs import losses, start, wait_for_step
 from train.__main__ import main
 
 
@@ -25,8 +18,8 @@ from train.__main__ import main
     "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 50))]
 )
 def test_a_kill_at_any_point_changes_no_loss(
-    config: Path,  # noqa: F811
-    undisturbed: Path,  # noqa: F811
+    config: Path,
+    undisturbed: Path,
     tmp_path: Path,
     seed: int,
 ) -> None:
@@ -44,8 +37,8 @@ def test_a_kill_at_any_point_changes_no_loss(
 # Once, beside the other worker's tests, the signal ended the process as if nobody listened.
 @pytest.mark.slow
 def test_a_run_told_to_end_while_text_is_prepared_goes_on(
-    config: Path,  # noqa: F811
-    undisturbed: Path,  # noqa: F811
+    config: Path,
+    undisturbed: Path,
     tmp_path: Path,
 ) -> None:
     command = [str(config), f"run.root={tmp_path}", f"data.root={tmp_path}/corpora"]
@@ -63,7 +56,7 @@ def test_a_run_told_to_end_while_text_is_prepared_goes_on(
 
 
 def test_a_warning_during_an_evaluation_ends_it_to_be_made_again(
-    config: Path,  # noqa: F811
+    config: Path,
     tmp_path: Path,
 ) -> None:
     """SIGUSR1 exits with 75, also inside an evaluation that would take minutes."""

@@ -2,85 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from parallel import World, join
-from tests import tiny
+from tests.train.runs import ROOT, STEPS, losses, rows, start, wait_for_step
 from train.__main__ import main
-
-ROOT = Path(__file__).parents[2]
-STEPS = 8
-
-
-@pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model on a few of the checkout's own sources; the corpus is prepared once."""
-    folder = tmp_path_factory.mktemp("run")
-    return tiny.write(
-        folder / "tiny.yaml",
-        f"""
-train: {{steps: {STEPS}, batch_tokens: 512, seq_len: 192, accumulate: 2}}
-eval: {{every: 4, tokens: 2048, sample_tokens: 5}}
-checkpoint: {{every: 2, keep: 0}}
-""",
-    )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def world() -> Iterator[World]:
-    """One world of one for every run that this process makes."""
-    with join() as one:
-        yield one
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    """Loss by step; every step must be there once."""
-    steps = [(int(row["step"]), row["loss"]) for row in rows(folder) if "loss" in row]
-    assert len(dict(steps)) == len(steps)
-    return dict(steps)
-
-
-@pytest.fixture(scope="session")
-def undisturbed(config: Path) -> Path:
-    """The folder of a run that nothing happened to."""
-    root = config.parent / "undisturbed"
-    assert main([str(config), f"run.root={root}"]) == 0
-    return root / "tiny"
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until the run has written the row of a step."""
-    path = folder / "metrics.jsonl"
-    for _ in range(6000):
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise TimeoutError(f"no step {step} after two minutes")
 
 
 def test_a_run_leaves_everything_in_its_folder(undisturbed: Path) -> None:
