@@ -7,11 +7,13 @@ The files, in the order that text passes through them: `sources` reads documents
 picks what the `tokenizer` learns from, `encode` codes in many processes, `store` writes so
 that nothing is lost, `prepare` runs these; `corpus` maps what is stored, `order` says
 which document is next, `mixture` from which source, `packing` and `balance` which batch its
-pieces lie in, `stream` gives out the batches. `python -m data` shows it at work.
+pieces lie in, `stream` gives out the batches. `recall` makes batches of a synthetic task
+instead; `material` is whichever a run names. `python -m data` shows it at work.
 """
 
 from data.config import DataConfig, StreamConfig
 from data.corpus import Corpus
+from data.material import Material, material
 from data.prepare import prepare
 from data.settings import ConfigError
 from data.stream import Batch, Batches, Cursor, validation_batches
@@ -23,7 +25,9 @@ __all__ = [
     "Corpus",
     "Cursor",
     "DataConfig",
+    "Material",
     "StreamConfig",
+    "material",
     "prepare",
     "validation_batches",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data.settings import ConfigError, setting
@@ -17,11 +17,42 @@ _STAGE_KEYS: dict[str, Any] = {
 
 
 @dataclass
+class RecallConfig:
+    """The task of `data.source: recall` (keys `data.recall.*`)."""
+
+    pairs: int = setting(32, "pairs of key and value that a sequence begins with")
+    fewest: int | None = setting(
+        None, "training: sequences have from so many pairs on (null: all have as many)"
+    )
+    queries: int = setting(32, "pairs of them that are asked for")
+    keys: int = setting(64, "different keys")
+    values: int = setting(64, "different values")
+    power: float | None = setting(
+        None, "asked soon: a query's place has probability place^(power − 1) (null: anywhere)"
+    )
+
+    def __post_init__(self) -> None:
+        for key, most in (("pairs", "keys"), ("queries", "pairs"), ("fewest", "pairs")):
+            value, limit = getattr(self, key), getattr(self, most)
+            if value is not None and not 1 <= value <= limit:
+                raise ConfigError(
+                    f"data.recall.{key} is {value}; it must be from 1 to data.recall.{most}, "
+                    f"{limit}"
+                )
+        if self.values < 2:
+            raise ConfigError(f"data.recall.values is {self.values}; it must be at least 2")
+        if self.power is not None and self.power <= 0:
+            raise ConfigError(f"data.recall.power is {self.power}; it must be above 0, or null")
+
+
+@dataclass
 class DataConfig:
     """Which text, which tokenizer, where the prepared corpus lives (keys `data.*`)."""
 
     source: str | list[Any] | dict[str, Any] = setting(
-        "stdlib", "stdlib, a file, folder or glob, a hub data set, or a list of mappings: see data/"
+        "stdlib",
+        "stdlib, a file, folder or glob, a hub data set, or a list of mappings: see data/; "
+        "or recall, a synthetic task",
     )
     text_field: str = setting("text", "column of JSONL, Parquet and hub sources with the text")
     root: str = setting("corpora", "folder of prepared corpora, shared by all runs")
@@ -44,6 +75,7 @@ class DataConfig:
     stages: list[dict[str, Any]] = setting(
         [], "changes at a step: mappings of step, and seq_len, weights (by source) or long_weight"
     )
+    recall: RecallConfig = field(default_factory=RecallConfig)
 
     def __post_init__(self) -> None:
         if self.vocab_size < 512:

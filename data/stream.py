@@ -82,10 +82,10 @@ class Batch:
         digest.update(self.cu_seqlens.data)
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def targets(self) -> int:
         """Labels that count."""
-        return len(self.tokens) - len(self.cu_seqlens) + 1
+        return int(np.count_nonzero(self.labels != IGNORED))
 
 
 @dataclass(frozen=True)

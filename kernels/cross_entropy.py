@@ -66,17 +66,20 @@ def linear_cross_entropy(
 @torch.no_grad()
 def token_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: Backend = "auto"
-) -> Tensor:
-    """Cross-entropy of each token: (T,) fp32, 0 where the label is −100; no gradient.
+) -> tuple[Tensor, Tensor]:
+    """Each token's cross-entropy, (T,) fp32, and whether its label is the likeliest, (T,) bool.
 
-    Arguments and memory as in `linear_cross_entropy`.
+    Where the label is −100 they are 0 and false. No gradient. Arguments and memory as in
+    `linear_cross_entropy`.
     """
     _check(hidden, weight, labels)
     losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+    likeliest = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     triton = use_triton(backend, hidden)
     for rows, _, logits, targets in _chunks(hidden, _operand(weight), labels, triton):
+        likeliest[rows] = logits.argmax(1) == targets
         losses[rows] = _losses(logits, targets, 0.0, False, hidden.dtype, triton)[1].float()
-    return losses
+    return losses, likeliest
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

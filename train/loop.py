@@ -13,15 +13,14 @@ import numpy as np
 import torch
 
 import data
-from data import stats
 from data.settings import ConfigError
 from parallel import World, distribute
 from train import checkpoint, faults, manifest
 from train.config import Config, differences
 from train.engine import Engine
-from train.evaluate import compressed_bits_per_byte, evaluate
+from train.evaluate import evaluate
 from train.generate import generate
-from train.metrics import Recorder, peak_flops, peak_memory
+from train.metrics import METRICS, Recorder, peak_flops, peak_memory
 from train.model.transformer import Model
 from train.optim import learning_rate
 from train.stop import START_AGAIN, Cause, Watch
@@ -57,16 +56,14 @@ class Trainer:
         for line in [*notes, *_surroundings(world)]:
             self.say(line)
 
-        self.corpus = data.prepare(config.data, log=self.say)
+        self.material = data.material(config.data, config.train, log=self.say)
         self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
-        self.stream = data.Batches(self.corpus, config.train, config.data, self.cursor)
+        self.stream = self.material.batches(self.cursor)
         if self.recorder and not saved:
-            self.recorder.corpus(stats.report(self.corpus, config.train, config.data))
-        self.validation = list(
-            data.validation_batches(self.corpus, config.train, config.eval.tokens)
-        )
+            self.recorder.material(*self.material.report())
+        self.validation = list(self.material.validation(config.eval.tokens))
         torch.manual_seed(config.train.seed)
-        model = Model(config.model, self.corpus.tokenizer.vocab_size)
+        model = Model(config.model, self.material.tokenizer.vocab_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model: {', '.join(config.model.blocks)}; {parameters:,} parameters")
         self.engine = Engine(
@@ -281,7 +278,7 @@ class Trainer:
         self.step = self.saved_step = saved.step
         self.tokens, self.cursor = saved.tokens, data.Cursor.from_dict(saved.cursor)
         self.stream.close()
-        self.stream = data.Batches(self.corpus, self.config.train, self.config.data, self.cursor)
+        self.stream = self.material.batches(self.cursor)
         self.next_batch = self.stream.peek().digest
         self.evaluated = {step for step in self.evaluated if step <= self.step}
         self.watch.pause()
@@ -295,7 +292,7 @@ class Trainer:
         due = last or self.step % self.config.eval.every == 0
         if not self.validation or not due or self.step in self.evaluated:
             return
-        lengths = self.corpus.tokenizer.byte_lengths()
+        lengths = self.material.tokenizer.byte_lengths()
         row = evaluate(
             self.engine,
             self.validation,
@@ -318,7 +315,7 @@ class Trainer:
             self.engine.eval()
             sample = generate(
                 self.engine.model,
-                self.corpus.tokenizer,
+                self.material.tokenizer,
                 config.prompt,
                 config.sample_tokens,
                 config.temperature,
@@ -337,18 +334,16 @@ class Trainer:
         )
 
     def _compare(self, recorder: Recorder) -> None:
-        """The validation set as the untrained model, xz and the trained model see it."""
+        """The validation set as the untrained model, a known bar and the trained model see it."""
         rows = recorder.evaluations()
         if not rows:
             return
-        bar = compressed_bits_per_byte(
-            self.corpus.validation_text(self.config.eval.tokens).encode()
-        )
+        metric, who, bar = self.material.bar(self.config.eval.tokens)
         self.say(
-            "validation, bits per byte\n"
-            f"  untrained  {rows[0]['val_bpb']:.3f}\n"
-            f"  xz -9      {bar:.3f}\n"
-            f"  trained    {rows[-1]['val_bpb']:.3f}"
+            f"validation, {METRICS[metric]}\n"
+            f"  untrained  {rows[0][metric]:.3f}\n"
+            f"  {who:<9}  {bar:.3f}\n"
+            f"  trained    {rows[-1][metric]:.3f}"
             f"  after {self.step} steps, {self.tokens:,} tokens"
         )
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from train import figures
+
 # Peak dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name.
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -25,6 +27,17 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "B200": 2250e12,
     "MI300X": 1307e12,
+}
+# What an evaluation tells, by the key of its row.
+METRICS = {
+    "val_loss": "validation loss",
+    "val_bpb": "bits per byte",
+    "val_accuracy": "accuracy",
+}
+_CURVES = {
+    "val_loss": "eval/loss",
+    "val_bpb": "eval/bits_per_byte",
+    "val_accuracy": "eval/accuracy",
 }
 PLAIN_LINE_EVERY_S = 5.0
 
@@ -44,7 +57,7 @@ class Recorder:
         self._told: set[str] = set()
         self._rows = _Lines(folder / "metrics.jsonl")
         self._log = _Lines(folder / "log.txt")
-        self._evaluations: list[dict[str, float]] = []
+        self._evaluations: list[dict[str, Any]] = []
         self._board_folder = folder / "tensorboard"
         self._board: Any = None
         self.rewind(step)
@@ -101,18 +114,23 @@ class Recorder:
                 f"grad_norm {row['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.0f} s left"
             )
 
-    def evaluation(self, row: dict[str, float]) -> None:
-        """An evaluation's row: `step`, `val_loss` in nats a token, `val_bpb`."""
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """An evaluation's row: `step` and what `train.evaluate.evaluate` gives."""
+        step = int(row["step"])
         self._write(row)
         self._evaluations.append(row)
-        self.scalar("eval/loss", row["val_loss"], int(row["step"]))
-        self.scalar("eval/bits_per_byte", row["val_bpb"], int(row["step"]))
-        self.say(
-            f"step {int(row['step'])}  validation loss {row['val_loss']:.4f}  "
-            f"bits per byte {row['val_bpb']:.4f}"
-        )
+        told = {key: words for key, words in METRICS.items() if key in row}
+        for key in told:
+            self.scalar(_CURVES[key], row[key], step)
+        if by_position := row.get("val_loss_by_position"):
+            for first, loss in by_position.items():
+                self.scalar(f"eval/loss_from_position/{first}", loss, step)
+            with self.harmless("a figure"):
+                drawn = figures.curves({f"step {step}": by_position}, "position", "loss in nats")
+                self.figure("eval/loss_by_position", drawn, step)
+        self.say("  ".join([f"step {step}", *(f"{told[key]} {row[key]:.4f}" for key in told)]))
 
-    def evaluations(self) -> list[dict[str, float]]:
+    def evaluations(self) -> list[dict[str, Any]]:
         """Every evaluation of the run so far, also from before it was resumed."""
         return list(self._evaluations)
 
@@ -127,15 +145,17 @@ class Recorder:
             if self._board is not None:
                 self._board.add_text(name, text, step)
 
-    def corpus(self, report: dict[str, Any]) -> None:
-        """What the corpus holds and how it is packed (`data.stats.report`), in TensorBoard."""
-        from data import stats
-
-        indented = "\n".join(f"    {line}" for line in stats.text(report).splitlines())
-        self.text("data/stats", indented, 0)
+    def figure(self, name: str, figure: Any, step: int) -> None:
+        """A matplotlib figure in TensorBoard."""
         with self.harmless("TensorBoard"):
             if self._board is not None:
-                self._board.add_figure("data/stats", stats.figure(report), 0)
+                self._board.add_figure(name, figure, step)
+
+    def material(self, words: str, figure: Any) -> None:
+        """What there is to learn from (`data.Material.report`), in TensorBoard."""
+        self.text("data/stats", "\n".join(f"    {line}" for line in words.splitlines()), 0)
+        if figure is not None:
+            self.figure("data/stats", figure, 0)
 
     def close(self) -> None:
         with self.harmless("the progress bar"):
@@ -179,7 +199,7 @@ class Recorder:
                 continue
             if row["step"] <= step:
                 kept.append(line + "\n")
-                if "val_bpb" in row:
+                if "val_loss" in row:
                     self._evaluations.append(row)
         rewritten = path.with_suffix(".new")
         rewritten.write_text("".join(kept), encoding="utf-8")

@@ -80,12 +80,13 @@ def test_tokens_get_their_own_cross_entropy(backend, dtype, T, chunks, poisoned_
     labels = labels_of(T, 300, 0.3)
     hidden, weight = (torch.randn(n, 16, dtype=torch.float64).to(dtype) for n in (T, 300))
     device = device_of(backend)
-    losses = token_cross_entropy(
+    losses, likeliest = token_cross_entropy(
         hidden.to(device), weight.to(device), labels.to(device), backend=backend
     )
     log_softmax = torch.log_softmax(hidden.double() @ weight.double().t(), 1)
     expected = -log_softmax.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     expected[labels == IGNORED] = 0
+    assert torch.equal(likeliest.cpu(), log_softmax.argmax(1) == labels)
     assert losses.dtype == torch.float32
     assert_close(losses, expected, max(dtype, torch.float32, key=lambda d: d.itemsize == 4), "ce")
 

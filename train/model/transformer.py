@@ -58,7 +58,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The output matrix. With labels it is the loss, without it is the logits."""
+    """The output matrix. Without labels it gives the logits, with labels the loss: its sum in
+    training, that of each token in evaluation."""
 
     def __init__(self, vocab_size: int, dim: int, z_loss: float) -> None:
         super().__init__()
@@ -68,6 +69,8 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         if labels is None:
             return F.linear(hidden, self.weight)
+        if not self.training:
+            return kernels.token_cross_entropy(hidden, self.weight, labels)
         return kernels.linear_cross_entropy(hidden, self.weight, labels, z_loss=self.z_loss)
 
 
@@ -143,8 +146,10 @@ class Model(nn.Module):
             cache: one dict a block, for a sequence that goes on from the call before.
 
         Returns:
-            With labels (loss, cross_entropy), fp32 sums over the targets, z-loss in the
-            first one only; without, the logits (T, vocabulary).
+            Without labels, the logits (T, vocabulary). With labels, in training, (loss,
+            cross_entropy), fp32 sums over the targets, z-loss in the first one only; in
+            evaluation (cross_entropy, likeliest), (T,) fp32 and (T,) bool, each token's own
+            and whether its label is the likeliest token; 0 and false without a label.
         """
         x = self.embedding(tokens).unsqueeze(0)
         for layer, block in enumerate(self.blocks):

@@ -1,0 +1,120 @@
+"""What a run trains on: prepared text, or a task whose batches are made on the spot.
+
+Both are a stream of batches that goes on from any cursor, a validation set and a tokenizer;
+whoever trains or evaluates need not know which it is.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from data.config import DataConfig, StreamConfig
+from data.corpus import Corpus
+from data.prepare import Log, prepare
+from data.recall import SOURCE, Recall
+from data.stream import Batch, Batches, Cursor, validation_batches
+from data.tokenizer import Tokenizer
+
+
+class Stream(Protocol):
+    """An endless iterator of batches."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def peek(self) -> Batch:
+        """The next batch, left where it is."""
+
+    def close(self) -> None:
+        """Let go of what is held; the iterator cannot be used afterwards."""
+
+
+class Material(Protocol):
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, all different, for keys and for values of a probe of the memory."""
+
+    def batches(self, start: Cursor) -> Stream:
+        """The training batches that follow `start`.
+
+        Raises:
+            ConfigError: `start` belongs to another stream.
+        """
+
+    def validation(self, max_tokens: int, seq_len: int | None = None) -> Iterator[Batch]:
+        """Up to `max_tokens` that training never sees, in sequences of up to `seq_len` tokens
+        (None: those of training)."""
+
+    def bar(self, max_tokens: int) -> tuple[str, str, float]:
+        """What a known bar makes of `validation`: the metric, who, and how much."""
+
+    def report(self) -> tuple[str, Any]:
+        """What there is to learn from, in words and as a matplotlib figure, if there is one."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prepared corpus under given settings."""
+
+    corpus: Corpus
+    stream: StreamConfig
+    data: DataConfig
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.corpus.tokenizer
+
+    @property
+    def words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pieces that are a word of three letters or more, dealt out by turns.
+
+        They are the commonest ones of a tokenizer that was trained here.
+        """
+        lengths = self.tokenizer.byte_lengths()
+        long = np.flatnonzero(lengths >= 3).tolist()
+        found = np.array(
+            [token for token in long if self.tokenizer.decode([token]).strip().isalpha()],
+            dtype=np.int64,
+        )
+        return found[::2], found[1::2]
+
+    def batches(self, start: Cursor) -> Batches:
+        return Batches(self.corpus, self.stream, self.data, start)
+
+    def validation(self, max_tokens: int, seq_len: int | None = None) -> Iterator[Batch]:
+        length = seq_len or self.stream.seq_len
+        size = max(self.stream.batch_tokens, length)
+        return validation_batches(
+            self.corpus, replace(self.stream, batch_tokens=size, seq_len=length), max_tokens
+        )
+
+    def bar(self, max_tokens: int) -> tuple[str, str, float]:
+        """Bits a byte of the validation text under `xz -9`, which everyone knows."""
+        text = self.corpus.validation_text(max_tokens).encode()
+        return "val_bpb", "xz -9", 8 * len(lzma.compress(text, preset=9)) / max(len(text), 1)
+
+    def report(self) -> tuple[str, Any]:
+        from data import stats
+
+        made = stats.report(self.corpus, self.stream, self.data)
+        return stats.text(made), stats.figure(made)
+
+
+def material(data: DataConfig, stream: StreamConfig, log: Log = lambda line: None) -> Material:
+    """What the settings name, prepared if it is text that was not.
+
+    Raises:
+        ConfigError: as `prepare` or `Recall`.
+    """
+    if data.source == SOURCE:
+        return Recall(data.recall, stream)
+    return Text(prepare(data, log), stream, data)
