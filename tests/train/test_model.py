@@ -141,6 +141,7 @@ def test_flops_follow_from_the_matrices_and_the_lengths() -> None:
         ({"mixers": {"attention": {"hedas": 2}}}, "hedas: no such key; did you mean heads?"),
         ({"mixers": {"attention": {"heads": 3, "kv_heads": 2}}}, "kv_heads is 2"),
         ({"mixers": {"retnet": {}}}, "model.mixers.retnet is set, but"),
+        ({"post_norm": ["gla"]}, "model.post_norm names 'gla', but model.pattern names only att"),
     ],
 )
 def test_wrong_mixer_settings_name_the_right_ones(changes: dict, message: str) -> None:
@@ -149,3 +150,73 @@ def test_wrong_mixer_settings_name_the_right_ones(changes: dict, message: str) -
         mixers.check(config)
     assert "\n" not in str(error.value)
     assert message in str(error.value)
+
+
+def test_zero_centred_norms_keep_their_weight_less_one() -> None:
+    plain, centred = make(), make(zero_centered_norms=True)
+    moved = 0
+    for (name, weight), other in zip(plain.named_parameters(), centred.parameters(), strict=True):
+        if not torch.equal(weight, other):
+            assert name.endswith("norm.weight")
+            torch.testing.assert_close(weight, 1 + other)
+            moved += 1
+    # Two a block, q and k of the attention that has such norms, and the last; not the norm
+    # on Gated DeltaNet's output.
+    assert moved == 3 * 2 + 2 + 1
+    ids = tokens(9)
+    torch.testing.assert_close(logits(plain, ids, 9), logits(centred, ids, 9))
+
+
+def wide(dim: int, base: int | None) -> Model:
+    torch.manual_seed(0)
+    heads = {"heads": dim // 16, "head_dim": 16}
+    pattern = ["attention", "gla"]
+    return Model(
+        ModelConfig(
+            pattern=pattern,
+            layers=2,
+            dim=dim,
+            init_std=0.05,
+            mup_base_dim=base,
+            mixers={name: heads for name in pattern},
+        ),
+        VOCABULARY,
+    )
+
+
+def test_mup_scales_matrices_by_their_inputs() -> None:
+    plain, scaled = wide(64, None), wide(64, 16)
+    assert plain.lr_multipliers() == {}
+    multipliers = scaled.lr_multipliers()
+    assert set(multipliers.values()) == {1 / 4}
+    others = {name for name, _ in scaled.named_parameters() if name not in multipliers}
+    matrices = {name for name in others if dict(scaled.named_parameters())[name].dim() == 2}
+    # The last reads as many channels at every width.
+    assert matrices == {"embedding.weight", "blocks.1.mixer.decay.up.weight"}
+    for (name, one), other in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(other, one / 2 if name in multipliers else one)
+    # Logits are divided by what the width is more.
+    plain.load_state_dict(scaled.state_dict())
+    ids = tokens(9)
+    torch.testing.assert_close(logits(plain, ids, 9) / 4, logits(scaled, ids, 9))
+
+
+def movement(dim: int, base: int | None) -> float:
+    """How far three steps of Adam move the logits."""
+    model, ids, part = wide(dim, base), tokens(65), shard([64], "cpu")
+    factor = model.lr_multipliers()
+    adam = torch.optim.Adam(
+        [{"params": [p], "lr": 1e-2 * factor.get(n, 1)} for n, p in model.named_parameters()]
+    )
+    before = logits(model, ids[:-1], 64)
+    for _ in range(3):
+        model(ids[:-1], ids[1:], part)[0].div(64).backward()
+        adam.step()
+        adam.zero_grad()
+    return float((logits(model, ids[:-1], 64) - before).std())
+
+
+def test_under_mup_a_step_moves_the_logits_alike_at_any_width() -> None:
+    small = movement(64, None)
+    assert 0.6 < movement(256, 64) / small < 1.6
+    assert movement(256, None) / small > 2
