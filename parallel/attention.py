@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from parallel.exchange import Table, move, parcels, to_device
+from parallel.exchange import Parcels, Table, move, parcels, to_device
+from parallel.heads import split
 from parallel.layout import Moves
 from parallel.rings import Share, ring_attention, share
 from parallel.stream import Shard, View
@@ -41,71 +43,161 @@ def _fetch(q: Tensor, k: Tensor, v: Tensor, shard: Shard, view: View, window: in
     table = view.halo(int(view.plan.cu_seqlens[-1]) if window is None else window - 1)
     before = move([k[0], v[0]], [table, table], view.rank, view.group)
     k, v = (torch.cat([more, x[0]]).unsqueeze(0) for more, x in zip(before, (k, v), strict=True))
-    return _whole(
-        q, k, v, shard.cu_seqlens, F.pad(shard.cu_seqlens[1:] + table.rows, (1, 0)), window
+    o = kernels.softmax_attention(
+        q,
+        k,
+        v,
+        cu_seqlens=shard.cu_seqlens,
+        cu_seqlens_k=F.pad(shard.cu_seqlens[1:] + table.rows, (1, 0)),
+        window=window,
+        max_seqlen=max(shard.lengths),
+        max_seqlen_k=max(shard.lengths[0] + table.rows, *shard.lengths),
     )
+    assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
+    return o
+
+
+class _Block(NamedTuple):
+    """A run of a rank's buffer: its tokens in a ring, or, last, those of whole sequences.
+
+    Attributes:
+        heads, kv_heads: that the rank has of each token.
+        share: its part in the ring.
+    """
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    share: Share | None
 
 
 class _Tables(NamedTuple):
-    """From the stream's layout to the plan's, and what this rank does there."""
+    """From the stream's layout to the plan's, and what this rank does there.
 
-    to_attention: Table
-    to_stream: Table
-    shares: list[Share]
-    ring_tokens: int
+    Tables are of units: one head of one token where the plan splits heads, else a token.
+    """
+
+    q: Table
+    kv: Table
+    o: Table
+    blocks: list[_Block]
     whole: Tensor  # cu_seqlens of the sequences that lie on this rank alone
+    max_seqlen: int  # of these
 
 
 def _planned(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     """Move tokens to where the plan wants them, attend on rings and on single ranks, move back."""
-    tables = view.once("planned", lambda: _tables(view))
-    moved = move([q, k, v], [tables.to_attention] * 3, view.rank, view.group)
-    sizes = [tables.ring_tokens, len(moved[0]) - tables.ring_tokens]
-    (ring_q, q), (ring_k, k), (ring_v, v) = (x.split(sizes) for x in moved)
+    (t, heads, _), kv_heads, by_head = q.shape, k.shape[1], view.plan.sliced
+    tables = view.once(("planned", heads, kv_heads), lambda: _tables(view, heads, kv_heads))
+    units = [x.flatten(0, 1) if by_head else x for x in (q, k, v)]
+    moved = move(units, [tables.q, tables.kv, tables.kv], view.rank, view.group)
+
+    *shared, alone = zip(
+        _blocks(moved[0], tables.blocks, by_head, "heads"),
+        _blocks(moved[1], tables.blocks, by_head, "kv_heads"),
+        _blocks(moved[2], tables.blocks, by_head, "kv_heads"),
+        strict=True,
+    )
     parts = []
-    if tables.shares:  # also where no token of a ring is here: a member hands others' keys on
-        parts.append(ring_attention(ring_q, ring_k, ring_v, tables.shares, view.group))
-    if sizes[1] or not tables.shares:
-        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-        parts.append(_whole(q, k, v, tables.whole, tables.whole, None)[0])
-    (o,) = move([torch.cat(parts)], [tables.to_stream], view.rank, view.group)
-    return o
+    if shared:  # also where no token of a ring is here: a member hands others' keys on
+        shares = [block.share for block in tables.blocks if block.share is not None]
+        parts += ring_attention(shares, shared, view.group)
+    if tables.blocks[-1].tokens or not shared:
+        q, k, v = (x.unsqueeze(0) for x in alone)
+        o = kernels.softmax_attention(
+            q, k, v, cu_seqlens=tables.whole, max_seqlen=tables.max_seqlen
+        )
+        assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
+        parts.append(o[0])
+    together = torch.cat([o.flatten(0, 1) if by_head else o for o in parts])
+    (o,) = move([together], [tables.o], view.rank, view.group)
+    return o.unflatten(0, (t, heads)) if by_head else o
 
 
-def _tables(view: View) -> _Tables:
-    plan, rank = view.plan, view.rank
-    rings = plan.rings_of(rank)
+def _blocks(x: Tensor, blocks: list[_Block], by_head: bool, which: str) -> Iterator[Tensor]:
+    """The rank's buffer, block by block: (tokens, heads, channels) each."""
+    sizes = [(block.tokens, getattr(block, which)) for block in blocks]
+    parts = x.split([tokens * heads if by_head else tokens for tokens, heads in sizes])
+    for part, size in zip(parts, sizes, strict=True):
+        yield part.unflatten(0, size) if by_head else part
+
+
+def _tables(view: View, heads: int, kv_heads: int) -> _Tables:
+    plan, rank, device = view.plan, view.rank, view.device
     rows = plan.whole(rank)
-    whole = np.concatenate([[0], np.cumsum((plan.attention.end - plan.attention.start)[rows])])
+    lengths = (plan.attention.end - plan.attention.start)[rows]
+    blocks = []
+    for ring, member in plan.rings_of(rank):
+        seat, piece = divmod(member, ring.slices)
+        (a, b), (c, d) = split(heads, kv_heads, ring.slices)[piece]
+        tokens = int(ring.tokens[seat])
+        blocks.append(_Block(tokens, b - a, d - c, share(ring, member, device)))
+    blocks.append(_Block(int(lengths.sum()), heads, kv_heads, None))
+    unit = (heads, kv_heads) if plan.sliced else (1, 1)
+    q, kv = (_table(view, blocks, unit, which) for which in (0, 1))
     return _Tables(
-        to_attention=_table(plan.to_attention, rank, int(plan.attention.tokens[rank]), view.device),
-        to_stream=_table(plan.to_stream, rank, int(plan.stream.tokens[rank]), view.device),
-        shares=[share(ring, member, view.device) for ring, member in rings],
-        ring_tokens=sum(int(ring.tokens[member]) for ring, member in rings),
-        whole=to_device(whole.astype(np.int32), view.device),
+        q=q,
+        kv=kv,
+        o=q.reversed(int(plan.stream.tokens[rank]) * unit[0]),
+        blocks=blocks,
+        whole=to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device),
+        max_seqlen=int(lengths.max(initial=0)),
     )
 
 
-def _table(moves: Moves, rank: int, rows: int, device: torch.device) -> Table:
+def _table(view: View, blocks: list[_Block], heads: tuple[int, int], which: int) -> Table:
+    """The units of q (`which` is 0) or of k and v (1) from the stream into this rank's blocks.
+
+    Args:
+        heads: units of a token in the stream, of q and of k and v.
+    """
+    moves, rank = view.plan.to_attention, view.rank
+    tokens = np.array([block.tokens for block in blocks])
+    held = np.array([(block.heads, block.kv_heads)[which] for block in blocks])
+    if not view.plan.sliced:
+        held[:] = 1
+    begin, first_unit = (np.cumsum(x) - x for x in (tokens, tokens * held))
+
     gives, takes = moves.sent(rank), moves.received(rank)
+    first, count = _heads(moves, gives, heads, which)
+    left = moves.source_offset[gives] * heads[which] + first
+    offset = moves.target_offset[takes]
+    block = np.searchsorted(begin, offset, side="right") - 1
+    arrived = first_unit[block] + (offset - begin[block]) * held[block]
     return Table(
-        parcels(moves.target[gives], moves.source_offset[gives], moves.tokens[gives], device),
-        parcels(moves.source[takes], moves.target_offset[takes], moves.tokens[takes], device),
-        rows,
+        _parcels(moves.target[gives], left, heads[which], count, moves.tokens[gives], view.device),
+        _parcels(
+            moves.source[takes], arrived, held[block], held[block], moves.tokens[takes], view.device
+        ),
+        int((tokens * held).sum()),
     )
 
 
-def _whole(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor,
-    window: int | None,
-) -> Tensor:
-    """Attention of sequences whose keys are all here."""
-    o = kernels.softmax_attention(
-        q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, window=window
-    )
-    assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
-    return o
+def _heads(
+    moves: Moves, rows: np.ndarray, heads: tuple[int, int], which: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first of the heads that go with each row of moves, and how many go."""
+    first, count = np.zeros_like(rows), np.full_like(rows, heads[which])
+    for slices in np.unique(moves.slices[rows]):
+        runs = np.array([piece[which] for piece in split(*heads, int(slices))])
+        these = moves.slices[rows] == slices
+        first[these], end = runs[moves.piece[rows][these]].T
+        count[these] = end - first[these]
+    return first, count
+
+
+def _parcels(
+    peer: np.ndarray,
+    start: np.ndarray,
+    stride: np.ndarray | int,
+    count: np.ndarray,
+    tokens: np.ndarray,
+    device: torch.device,
+) -> Parcels:
+    """Parcels of `count` units from `start`, of as many again a stride further on, and so on."""
+    apart = np.asarray(stride) != count
+    pieces = np.where(apart, tokens, 1)
+    row = np.repeat(np.arange(len(peer)), pieces)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = start[row] + nth * np.broadcast_to(stride, count.shape)[row]
+    return parcels(peer[row], begin, np.where(apart, count, count * tokens)[row], device)

@@ -5,6 +5,8 @@ Kept simple enough to be checked by hand, and the same for every strategy:
 - Attention on a run of L queries costs `pair` seconds for each query-key pair that the
   causal mask leaves, times (L + half) / L: short runs fill tiles and processors badly.
   Backward is 2.5 times forward (five matrix products for two).
+- Ranks that split heads have each its part of the arithmetic, and of what a ring passes on;
+  key heads that several slices need are passed on, and moved, once for each of them.
 - A ring's rounds overlap transfer and arithmetic, so a ring takes the longer of the two.
   Transfers pass one block of keys and values a round; backward they are twice as much
   (the gradients of keys and values travel with them). A rank works through its rings one
@@ -27,8 +29,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parallel.heads import fractions
+
 if TYPE_CHECKING:
-    from parallel.layout import Array, Moves, Plan, Ring, Topology
+    from parallel.layout import Array, Layout, Moves, Plan, Ring, Topology
 
 BACKWARD = np.array([1.0, 2.5])  # arithmetic of attention: forward, backward
 TRAVEL = np.array([1.0, 2.0])  # what goes round a ring: forward, backward
@@ -47,6 +51,7 @@ class Costs:
         half: tokens of a run at which half of the arithmetic's speed is reached.
         q_bytes: bytes of one token's queries (its outputs are as many).
         kv_bytes: bytes of one token's keys and values.
+        heads, kv_heads: of queries, of keys. Ranks may split them; one head stays together.
         inside: bytes a second of one rank to others on its node.
         between: bytes a second of one node to the others.
         nic: bytes a second of one NIC.
@@ -58,6 +63,8 @@ class Costs:
     half: float = 256.0
     q_bytes: float = 2 * 32 * 128
     kv_bytes: float = 2 * 2 * 8 * 128
+    heads: int = 1
+    kv_heads: int = 1
     inside: float = 160e9
     between: float = 8 * 50e9 * 0.85
     nic: float = 50e9 * 0.85
@@ -68,31 +75,51 @@ class Costs:
     def without_routing(self) -> Costs:
         return replace(self, routed=False)
 
+    def with_heads_together(self) -> Costs:
+        return replace(self, heads=1, kv_heads=1)
+
     def attention(self, start: Array, end: Array) -> Array:
         """Seconds, forward, of queries [start, end) of a sequence against all keys up to them."""
         length = end - start
         pairs = (end * (end + 1.0) - start * (start + 1.0)) / 2
         return self.pair * pairs * (1 + self.half / np.maximum(length, 1))
 
-    def inside_node(self, n: Array, size: Array | int) -> Array:
-        """Seconds, forward and backward, on each of `size` ranks that share n tokens."""
-        work = self.pair * n * (n + 1.0) / 2 / size * (1 + self.half * _chunks(size) / (n + 1e-9))
-        travel = (size - 1) * (n / size * self.kv_bytes / self.inside + self.latency_inside)
-        return np.maximum(work, travel) + np.maximum(BACKWARD[1] * work, TRAVEL[1] * travel)
+    def sliced(self, slices: int) -> tuple[float, float]:
+        """The share of queries' heads, and of keys', in the largest of so many slices."""
+        queries, keys = fractions(self.heads, self.kv_heads, slices)
+        return float(queries.max()), float(keys.max())
 
-    def between_nodes(self, n: Array | float, nodes: Array | int, each: int) -> Array:
-        """The same on each rank of `nodes` nodes of `each` ranks."""
-        size = nodes * each
-        work = self.pair * n * (n + 1.0) / 2 / size * (1 + self.half * 2 * size / n)
-        inner = (size - 1) * (n / size * self.kv_bytes / self.inside + self.latency_inside)
-        outer = (nodes - 1) * (n / nodes * self.kv_bytes / self.between + self.latency_between)
-        travel = np.maximum(inner, outer)
-        return np.maximum(work, travel) + np.maximum(BACKWARD[1] * work, TRAVEL[1] * travel)
+    def ways(self, each: int) -> list[int]:
+        """Into how many slices a group of ranks, `each` on a node, may split heads."""
+        powers = [1 << i for i in range(self.heads.bit_length())]
+        return [h for h in powers if each % h == 0 or h % each == 0]
 
+    def shared(self, n: Array, nodes: Array | int, each: int, slices: int, settled: bool) -> Array:
+        """Seconds, forward and backward, on each of `nodes` · `each` ranks that share n tokens.
 
-def _chunks(size: Array | int) -> Array:
-    """Into how many chunks a ring of `size` cuts a sequence; 1 where it stays whole."""
-    return np.where(np.equal(size, 1), 1, 2 * np.asarray(size))
+        An estimate for one sequence on a ring with `slices` ranks a seat; `price` has the last
+        word. Tokens are at home in their seat, spread over its ranks, if `settled`; else they
+        lie in order, and the zigzag finds about half of them in their seat.
+        """
+        n = np.maximum(n, 1e-9)
+        seats, over = nodes * each // slices, max(1, slices // each)
+        queries, keys = self.sliced(slices)
+        chunks = np.where(np.equal(seats, 1), 1, 2 * np.asarray(seats))
+        work = self.pair * n * (n + 1.0) / 2 / seats * queries * (1 + self.half * chunks / n)
+        block = n / seats * keys * self.kv_bytes
+        inner = nodes * (max(1, each // slices) - 1)
+        outer = nodes // over - 1
+        travel = np.maximum(
+            inner * (self.latency_inside + block / self.inside),
+            outer * (self.latency_between + each * block / self.between),
+        )
+        kept = np.where(settled | np.equal(seats, 1), 1.0, 0.5)
+        far = 1 - np.where(np.equal(outer, 0), 1.0, kept) / over
+        near = 1 - kept / slices - far
+        moved = n * (2 * self.q_bytes + self.kv_bytes * keys * slices)
+        move = np.maximum(near / each / self.inside, far / self.between) * moved / nodes
+        seconds = np.maximum(work, travel) + np.maximum(BACKWARD[1] * work, TRAVEL[1] * travel)
+        return seconds + 2 * move
 
 
 @dataclass(frozen=True)
@@ -146,7 +173,10 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
     """Price one full-attention layer of a plan."""
     ranks = plan.topology.ranks
     layout = plan.attention
-    work = np.bincount(layout.rank, costs.attention(layout.start, layout.end), minlength=ranks)
+    spans = costs.attention(layout.start, layout.end)
+    if plan.sliced:
+        spans = spans * _heads(layout, costs)[0]
+    work = np.bincount(layout.rank, spans, minlength=ranks)
     whole = work.copy()
     free = np.zeros((2, ranks))
     rings = []
@@ -167,24 +197,36 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
     return LayerPrice(BACKWARD[:, None] * work, finish, remap, rings, traffic + moved)
 
 
+def _heads(spans: Layout | Moves, costs: Costs) -> tuple[Array, Array]:
+    """float64 (spans,): the share of the queries' heads, and of the keys', in each span."""
+    queries, keys = np.ones(len(spans.piece)), np.ones(len(spans.piece))
+    for slices in np.unique(spans.slices).tolist():
+        these = spans.slices == slices
+        q, k = fractions(costs.heads, costs.kv_heads, slices)
+        queries[these], keys[these] = q[spans.piece[these]], k[spans.piece[these]]
+    return queries, keys
+
+
 def ring_work(ring: Ring, costs: Costs) -> Array:
-    """Seconds of arithmetic, forward, of each member of a ring: float64 (G,)."""
+    """Seconds of arithmetic, forward, of each member of a ring: float64 (members,)."""
     seconds = costs.attention(ring.chunks[:, :-1], ring.chunks[:, 1:]).sum(axis=0)
-    size = ring.ranks.size
-    return seconds[:size] + seconds[: size - 1 : -1]
+    seats = ring.seats
+    queries, _ = fractions(costs.heads, costs.kv_heads, ring.slices)
+    return np.outer(seconds[:seats] + seconds[: seats - 1 : -1], queries).reshape(-1)
 
 
 def ring_travel(ring: Ring, topology: Topology, costs: Costs) -> tuple[float, Traffic]:
     """Seconds that a ring's transfers take forward, and the bytes that its members send."""
-    nodes, each = ring.ranks.shape
-    block = (ring.tokens * costs.kv_bytes).reshape(nodes, each)
+    nodes, each, slices = ring.ranks.shape
+    _, keys = fractions(costs.heads, costs.kv_heads, slices)
+    block = ring.tokens.reshape(nodes, each, 1) * keys * costs.kv_bytes
     biggest = float(block.max(initial=0))
     node = ring.ranks // topology.ranks_per_node
     crosses = node != np.roll(node, -1, axis=1)
     # On the inner ring a member hands on all blocks but those of the member that it hands
     # them to; on the outer one, those of its peers on all nodes but the next.
     column = block.sum(axis=0)
-    inner = np.broadcast_to(column.sum() - np.roll(column, -1), (nodes, each))
+    inner = np.broadcast_to(column.sum(axis=0) - np.roll(column, -1, axis=0), block.shape)
     outer = column - np.roll(block, -1, axis=0)
     sent = Traffic(
         np.where(crosses, 0.0, inner).reshape(-1),
@@ -200,37 +242,40 @@ def ring_travel(ring: Ring, topology: Topology, costs: Costs) -> tuple[float, Tr
     else:
         travel = hops * (costs.latency_inside + biggest / costs.inside)
     if nodes > 1:
-        mine = 1.0 if costs.routed else each / topology.ranks_per_node
-        a_hop = each * biggest / (costs.between * mine)
+        on_node = min(each * slices, topology.ranks_per_node)
+        mine = 1.0 if costs.routed else on_node / topology.ranks_per_node
+        a_hop = on_node * biggest / (costs.between * mine)
         travel = max(travel, (nodes - 1) * (costs.latency_between + a_hop))
     return float(travel), sent
 
 
 def _remap(plan: Plan, costs: Costs) -> tuple[Array, Traffic]:
-    """Seconds (forward, backward) of both moves, and what they send."""
-    inward, traffic_in = move_time(plan.to_attention, plan.topology, costs)
-    outward, traffic_out = move_time(plan.to_stream, plan.topology, costs)
-    qkv = costs.q_bytes + costs.kv_bytes
-    forward = _sum_moves(inward, qkv, outward, costs.q_bytes, costs)
-    backward = _sum_moves(inward, costs.q_bytes, outward, qkv, costs)
-    once = traffic_in * (qkv + costs.q_bytes) + traffic_out * (qkv + costs.q_bytes)
-    return np.array([forward, backward]), once
+    """Seconds (forward, backward) of both moves, and what they send.
 
-
-def _sum_moves(
-    inward: float, bytes_in: float, outward: float, bytes_out: float, costs: Costs
-) -> float:
-    moving = [(inward, bytes_in), (outward, bytes_out)]
-    return sum(each * size + costs.latency_between for each, size in moving if each > 0)
-
-
-def move_time(moves: Moves, topology: Topology, costs: Costs) -> tuple[float, Traffic]:
-    """Seconds for each byte of a token that moves take, and tokens that each rank sends."""
-    ranks = topology.ranks
+    Either pass moves q, k and v one way, or their gradients back, and o or its gradient the
+    other way.
+    """
+    moves = plan.to_attention
     away = moves.source != moves.target
-    source, target, tokens = moves.source[away], moves.target[away], moves.tokens[away]
+    source, target = moves.source[away], moves.target[away]
+    queries, keys = _heads(moves, costs)
+    q_bytes = (moves.tokens * queries)[away] * costs.q_bytes
+    kv_bytes = (moves.tokens * keys)[away] * costs.kv_bytes
+    seconds, traffic = 0.0, Traffic(np.zeros(plan.topology.ranks), np.zeros(plan.topology.ranks))
+    for a, b, amount in ((source, target, q_bytes + kv_bytes), (target, source, q_bytes)):
+        taken, sent, got = move_time(a, b, amount, plan.topology, costs)
+        seconds += taken + costs.latency_between * (taken > 0)
+        traffic += sent + got  # the other pass sends back what this one got
+    return np.array([seconds, seconds]), traffic
+
+
+def move_time(
+    source: Array, target: Array, amount: Array, topology: Topology, costs: Costs
+) -> tuple[float, Traffic, Traffic]:
+    """Seconds that transfers of `amount` bytes between ranks take; what each sends, and gets."""
+    ranks = topology.ranks
     crosses = topology.node(source) != topology.node(target)
-    near, far = tokens * ~crosses, tokens * crosses
+    near, far = amount * ~crosses, amount * crosses
     sent, got = (
         Traffic(np.bincount(rank, near, ranks), np.bincount(rank, far, ranks))
         for rank in (source, target)
@@ -242,4 +287,4 @@ def move_time(moves: Moves, topology: Topology, costs: Costs) -> tuple[float, Tr
     if not costs.routed:
         share = min(costs.nic, costs.between / topology.ranks_per_node)
         between = max(between, max(sent.between.max(), got.between.max()) / share)
-    return float(max(inside, between)), sent
+    return float(max(inside, between)), sent, got

@@ -45,7 +45,9 @@ class Layout:
     Attributes:
         sequence, start, end, rank, offset: int64 (spans,). Positions [start, end) of
             `sequence` lie at [offset, offset + end - start) of the buffer of `rank`.
-        tokens: int64 (ranks,), how many tokens each rank holds.
+        piece, slices: int64 (spans,). The rank has that one of so many slices of the tokens'
+            heads (`parallel.heads`); piece 0 of 1 is all of them.
+        tokens: int64 (ranks,), how many tokens each rank holds, all heads of them or some.
     """
 
     sequence: Array
@@ -53,18 +55,37 @@ class Layout:
     end: Array
     rank: Array
     offset: Array
+    piece: Array
+    slices: Array
     tokens: Array
 
     @staticmethod
-    def stack(sequence: Array, start: Array, end: Array, rank: Array, ranks: int) -> Layout:
+    def stack(
+        sequence: Array,
+        start: Array,
+        end: Array,
+        rank: Array,
+        ranks: int,
+        piece: Array | None = None,
+        slices: Array | None = None,
+    ) -> Layout:
         """The layout in which each rank's spans follow one another in the given order."""
+        piece = np.zeros_like(rank) if piece is None else piece
+        slices = np.ones_like(rank) if slices is None else slices
         kept = np.flatnonzero(end > start)
         kept = kept[np.argsort(rank[kept], kind="stable")]
-        sequence, start, end, rank = sequence[kept], start[kept], end[kept], rank[kept]
+        sequence, start, end, rank, piece, slices = (
+            column[kept] for column in (sequence, start, end, rank, piece, slices)
+        )
         size = end - start
         tokens = np.bincount(rank, size, ranks).astype(np.int64)
-        before = np.cumsum(tokens) - tokens
-        return Layout(sequence, start, end, rank, np.cumsum(size) - size - before[rank], tokens)
+        offset = np.cumsum(size) - size - (np.cumsum(tokens) - tokens)[rank]
+        return Layout(sequence, start, end, rank, offset, piece, slices, tokens)
+
+    @cached_property
+    def load(self) -> Array:
+        """float64 (ranks,): tokens of each rank, one of h slices counted as 1/h of a token."""
+        return np.bincount(self.rank, (self.end - self.start) / self.slices, len(self.tokens))
 
     @cached_property
     def bounds(self) -> Array:
@@ -86,6 +107,7 @@ class Moves:
 
     Attributes:
         source, source_offset, target, target_offset, tokens: int64 (moves,).
+        piece, slices: int64 (moves,), which of the tokens' heads go: see `Layout`.
         ranks: how many ranks there are.
     """
 
@@ -94,6 +116,8 @@ class Moves:
     target: Array
     target_offset: Array
     tokens: Array
+    piece: Array
+    slices: Array
     ranks: int
 
     def sent(self, rank: int) -> Array:
@@ -105,53 +129,51 @@ class Moves:
         """Rows that come to `rank` (copies included), by source."""
         return np.flatnonzero(self.target == rank)
 
-    def counts(self) -> Array:
-        """int64 (ranks, ranks): tokens that [source, target] sends, copies on the diagonal."""
-        pair = self.source * self.ranks + self.target
-        flat = np.bincount(pair, self.tokens, self.ranks * self.ranks).astype(np.int64)
-        return flat.reshape(self.ranks, self.ranks)
 
-
-def moves(source: Layout, target: Layout, cu_seqlens: Array) -> Moves:
-    """What must go where so that tokens laid out as `source` come to lie as `target`.
+def moves(stream: Layout, attention: Layout, cu_seqlens: Array) -> Moves:
+    """What must go where so that tokens laid out as `stream` come to lie as `attention`.
 
     Args:
+        stream: holds every token once, with all its heads.
+        attention: holds every slice of every token once.
         cu_seqlens: int64 (N + 1,), the stream's sequences in cumulative form.
     """
-    sides = []
-    for layout in (source, target):
-        first = cu_seqlens[layout.sequence] + layout.start
-        by_place = np.argsort(first, kind="stable")
-        sides.append((by_place, first[by_place]))
-    (by_source, source_first), (by_target, target_first) = sides
-    # Both tables cover the stream, so the union of their cuts cuts it into runs that lie
-    # unbroken on both sides.
-    first = np.union1d(source_first, target_first)
-    tokens = np.diff(first, append=cu_seqlens[-1])
-    a = np.searchsorted(source_first, first, side="right") - 1
-    b = np.searchsorted(target_first, first, side="right") - 1
-    source_offset = source.offset[by_source[a]] + first - source_first[a]
-    target_offset = target.offset[by_target[b]] + first - target_first[b]
-    source_rank, target_rank = source.rank[by_source[a]], target.rank[by_target[b]]
-    order = np.lexsort((source_offset, target_rank, source_rank))
+    held = cu_seqlens[stream.sequence] + stream.start
+    by_place = np.argsort(held, kind="stable")
+    held = held[by_place]
+    first = cu_seqlens[attention.sequence] + attention.start
+    end = first + attention.end - attention.start
+    # Each span of `attention` is cut where spans of `stream` begin inside it.
+    begin = np.searchsorted(held, first, side="right") - 1
+    pieces = np.searchsorted(held, end, side="left") - begin
+    span = np.repeat(np.arange(len(first)), pieces)
+    a = np.arange(len(span)) - np.repeat(np.cumsum(pieces) - pieces - begin, pieces)
+    start = np.maximum(first[span], held[a])
+    stop = np.minimum(end[span], np.append(held, cu_seqlens[-1])[a + 1])
+    source_offset = stream.offset[by_place[a]] + start - held[a]
+    target_offset = attention.offset[span] + start - first[span]
+    source, target = stream.rank[by_place[a]], attention.rank[span]
+    order = np.lexsort((source_offset, target, source))
     return Moves(
-        source_rank[order],
+        source[order],
         source_offset[order],
-        target_rank[order],
+        target[order],
         target_offset[order],
-        tokens[order],
-        len(source.tokens),
+        (stop - start)[order],
+        attention.piece[span][order],
+        attention.slices[span][order],
+        len(stream.tokens),
     )
 
 
 @dataclass(frozen=True)
 class Round:
-    """One step of a ring's exchange; each array is int64 (members,), of member numbers.
+    """One step of a ring's exchange; each array is int64 (seats,), of seats.
 
     Attributes:
-        block: whose keys and values each member works on.
-        source: the member that hands them over (itself in round 0).
-        ready: the round since which that member has held them: the transfer may begin as
+        block: whose keys and values each seat works on.
+        source: the seat that hands them over (itself in round 0).
+        ready: the round since which that seat has held them: the transfer may begin as
             soon as that round begins.
     """
 
@@ -162,21 +184,27 @@ class Round:
 
 @dataclass(frozen=True)
 class Ring:
-    """Ranks that share some sequences' attention, zigzag.
+    """Ranks that share some sequences' attention: tokens over seats, heads inside a seat.
 
-    A sequence is cut into 2G chunks for the G members; member i holds chunk i, its *early*
-    one, and chunk 2G − 1 − i, its *late* one, so that all have the same causal work
-    (Zeppelin, arXiv 2509.21841, section 3.1). In a member's buffer the ring's tokens are one
-    block: the early chunks of all its sequences, then the late ones. Against the block of
-    an earlier member, all queries meet its early keys and none its late ones; against that
-    of a later one, the late queries meet all its keys.
+    A sequence is cut into 2G chunks for the G seats; seat i has chunk i, its *early* one, and
+    chunk 2G − 1 − i, its *late* one, so that all have the same causal work (Zeppelin, arXiv
+    2509.21841, section 3.1). In a buffer the ring's tokens are one block: the early chunks of
+    all its sequences, then the late ones. Against the block of an earlier seat, all queries
+    meet its early keys and none its late ones; against that of a later one, the late queries
+    meet all its keys.
+
+    On a seat sits one rank, or several that split its heads (USP, arXiv 2405.07719): then
+    each has all of the seat's tokens, and the ring turns for each slice of heads by itself. A
+    ring of one seat is Ulysses (arXiv 2309.14509).
 
     Attributes:
-        ranks: int64 (nodes, members a node); member x·(members a node) + l is ranks[x, l].
+        ranks: int64 (nodes, seats a node, slices); seat x·(seats a node) + l is ranks[x, l].
+            Slices may reach over nodes: then "a node" is as many as a seat needs.
         sequences: int64 (S,), by place in the stream.
         chunks: int64 (S, 2G + 1), where each sequence's chunks begin and end. Sizes differ
-            by one at most; a sequence shorter than 2G has empty ones.
-        offset: int64 (G,), where the ring's block begins in each member's buffer.
+            by one at most; a sequence shorter than 2G has empty ones. Where there is one
+            seat, all of a sequence is its early chunk.
+        offset: int64 (G · slices,), where the ring's block begins in each member's buffer.
     """
 
     ranks: Array
@@ -185,33 +213,42 @@ class Ring:
     offset: Array
 
     @property
+    def seats(self) -> int:
+        """G."""
+        return self.ranks.shape[0] * self.ranks.shape[1]
+
+    @property
+    def slices(self) -> int:
+        return self.ranks.shape[2]
+
+    @property
     def members(self) -> Array:
-        """int64 (G,): the ranks in member order."""
+        """int64 (G · slices,): the ranks; member m is on seat m // slices, slice m % slices."""
         return self.ranks.reshape(-1)
 
     @cached_property
     def early(self) -> Array:
-        """int64 (G, S): tokens of each member's early chunks."""
-        return np.diff(self.chunks, axis=1)[:, : self.ranks.size].T
+        """int64 (G, S): tokens of each seat's early chunks."""
+        return np.diff(self.chunks, axis=1)[:, : self.seats].T
 
     @cached_property
     def late(self) -> Array:
-        """int64 (G, S): tokens of each member's late chunks."""
-        return np.diff(self.chunks, axis=1)[:, : self.ranks.size - 1 : -1].T
+        """int64 (G, S): tokens of each seat's late chunks."""
+        return np.diff(self.chunks, axis=1)[:, : self.seats - 1 : -1].T
 
     @cached_property
     def tokens(self) -> Array:
-        """int64 (G,): tokens of each member's block."""
+        """int64 (G,): tokens of each seat's block."""
         return (self.early + self.late).sum(axis=1)
 
     def rounds(self) -> list[Round]:
-        """The exchange: every member meets every block once, its own first.
+        """The exchange: every seat meets every block once, its own first.
 
-        Two rings in one. On the outer one, each member passes its block to its peer on the
+        Two rings in one. On the outer one, each seat passes its block to its peer on the
         next node, so that traffic between nodes is spread over the node's ranks and NICs
         and enters each node once; on the inner one, blocks go round inside the node.
         """
-        nodes, each = self.ranks.shape
+        nodes, each, _ = self.ranks.shape
         node, local = np.divmod(np.arange(nodes * each), each)
         rounds: list[Round] = []
         for outer in range(nodes):
@@ -243,7 +280,8 @@ class Plan:
             their order, then the sequences that it holds whole, in order of the stream.
         rings: those between nodes first, then by falling size; every rank works through
             its own in this order, so no two ranks wait for each other in a circle.
-        to_attention, to_stream: the moves from the one layout to the other, and back.
+        to_attention: the moves from the stream's layout to that of attention; read backwards,
+            the way of o to the stream.
     """
 
     topology: Topology
@@ -254,7 +292,11 @@ class Plan:
     attention: Layout
     rings: tuple[Ring, ...]
     to_attention: Moves
-    to_stream: Moves
+
+    @property
+    def sliced(self) -> bool:
+        """Whether any rank holds some heads only."""
+        return any(ring.slices > 1 for ring in self.rings)
 
     def rings_of(self, rank: int) -> list[tuple[Ring, int]]:
         """The rings that `rank` is in, with its member number, in the order of work."""
@@ -264,6 +306,6 @@ class Plan:
     def whole(self, rank: int) -> slice:
         """Rows of `attention` with the sequences that `rank` holds whole."""
         rows = self.attention.rows(rank)
-        blocks = sum(int(ring.tokens[member]) for ring, member in self.rings_of(rank))
+        blocks = sum(int(ring.tokens[m // ring.slices]) for ring, m in self.rings_of(rank))
         here = self.attention.offset[rows]
         return slice(rows.start + int(np.searchsorted(here, blocks)), rows.stop)

@@ -70,73 +70,79 @@ def _spare(lengths: Array, node: Array, ranks: int) -> Array:
 
 
 def seat(owners: Owners, cu_seqlens: Array, stream: Layout) -> Owners:
-    """The same rings with members in the seats that keep the most tokens where they lie.
+    """The same rings with ranks in the seats that keep the most tokens where they lie.
 
-    Which rank is which member of a ring is free. Seat c gets chunks c and 2G − 1 − c of
-    every sequence; ranks choose seats greedily by the tokens of those that they hold
-    already. The seats of a row stay with the ranks of one node.
+    Which ranks sit on which seat of a ring is free. Seat c gets chunks c and 2G − 1 − c of
+    every sequence; runs of as many ranks as sit on a seat choose greedily by the tokens of
+    those that they hold already. The seats of a row stay with the ranks of one node.
     """
     grids = list(owners.grids)
     bounds = np.concatenate([[0], np.cumsum(stream.tokens)])
     for g in np.unique(-1 - owners.owner[owners.owner < 0]):
+        nodes, each, slices = grids[g].shape
+        if nodes * each == 1:
+            continue
         sequences = np.flatnonzero(owners.owner == -1 - g)
-        grids[g] = _choose(cu_seqlens, sequences, bounds, np.sort(grids[g]))
+        runs = np.sort(grids[g], axis=None).reshape(-1, slices)
+        order = _choose(cu_seqlens, sequences, bounds, runs, (nodes, each))
+        grids[g] = runs[order].reshape(nodes, each, slices)
     return Owners(owners.owner, grids)
 
 
-def _choose(cu_seqlens: Array, sequences: Array, bounds: Array, grid: Array) -> Array:
-    """The ranks of `grid`, each row's in a row: the largest overlap first, the rest in order."""
-    members, each = grid.reshape(-1), grid.shape[1]
-    size = len(members)
+def _choose(
+    cu_seqlens: Array, sequences: Array, bounds: Array, runs: Array, shape: tuple[int, int]
+) -> Array:
+    """For each seat the number of its run of ranks: the largest overlap first, then the rest."""
+    (rows, each), size = shape, len(runs)
     begin, end = cu_seqlens[sequences, None], cu_seqlens[sequences + 1, None]
     chunks = (begin + np.arange(2 * size) * (end - begin) // (2 * size)).reshape(-1)
-    # Runs of tokens that lie in one chunk and on one rank.
-    first, last = bounds[members[0]], bounds[members[-1] + 1]
-    cuts = bounds[members]
-    runs = np.unique(np.concatenate([chunks, cuts, [first, last], end.reshape(-1)]))
-    tokens = np.diff(runs)
-    runs = runs[:-1]
-    chunk = np.searchsorted(chunks, runs, side="right") - 1
-    rank = np.searchsorted(cuts, runs, side="right") - 1
-    here = (chunk >= 0) & (rank >= 0) & (runs < last)
-    here &= runs < end.reshape(-1)[np.maximum(chunk, 0) // (2 * size)]
+    # Pieces of the stream that lie in one chunk and on one run of ranks.
+    first, last = bounds[runs[0, 0]], bounds[runs[-1, -1] + 1]
+    cuts = bounds[runs[:, 0]]
+    pieces = np.unique(np.concatenate([chunks, cuts, [first, last], end.reshape(-1)]))
+    tokens = np.diff(pieces)
+    pieces = pieces[:-1]
+    chunk = np.searchsorted(chunks, pieces, side="right") - 1
+    run = np.searchsorted(cuts, pieces, side="right") - 1
+    here = (chunk >= 0) & (run >= 0) & (pieces < last)
+    here &= pieces < end.reshape(-1)[np.maximum(chunk, 0) // (2 * size)]
     at = chunk[here] % (2 * size)
-    pair = rank[here] * size + np.minimum(at, 2 * size - 1 - at)
+    pair = run[here] * size + np.minimum(at, 2 * size - 1 - at)
     pairs, which = np.unique(pair, return_inverse=True)
     overlap = np.bincount(which, tokens[here])
     seats = np.full(size, -1)
     free = np.ones(size, bool)
-    row_of, node_of = np.full(len(grid), -1), np.full(len(grid), -1)
+    row_of, node_of = np.full(rows, -1), np.full(rows, -1)
     for flat in pairs[np.argsort(-overlap, kind="stable")].tolist():
-        rank_at, seat_at = divmod(flat, size)
-        node, row = rank_at // each, seat_at // each
+        run_at, seat_at = divmod(flat, size)
+        node, row = run_at // each, seat_at // each
         if row_of[node] < 0 and node_of[row] < 0:
             row_of[node], node_of[row] = row, node
-        if seats[seat_at] < 0 and free[rank_at] and row_of[node] == row:
-            seats[seat_at], free[rank_at] = members[rank_at], False
+        if seats[seat_at] < 0 and free[run_at] and row_of[node] == row:
+            seats[seat_at], free[run_at] = run_at, False
     node_of[node_of < 0] = np.flatnonzero(row_of < 0)
-    by_row, free_of = seats.reshape(grid.shape), free.reshape(grid.shape)
+    by_row, free_of = seats.reshape(rows, each), free.reshape(rows, each)
     for row, node in enumerate(node_of):
-        by_row[row, by_row[row] < 0] = grid[node, free_of[node]]
-    return by_row
+        by_row[row, by_row[row] < 0] = node * each + np.flatnonzero(free_of[node])
+    return seats
 
 
-def resident(attention: Layout, topology: Topology) -> Layout:
-    """Even shards that leave tokens where attention has them, but for each rank's surplus.
+def resident(home: Layout, topology: Topology) -> Layout:
+    """Even shards that leave tokens where attention wants them, but for each rank's surplus.
 
     The last tokens of a rank's buffer go where tokens are missing: first on its own node,
     then on others.
     """
     ranks = topology.ranks
-    total = int(attention.tokens.sum())
+    total = int(home.tokens.sum())
     share = np.diff(np.arange(ranks + 1) * total // ranks)
     # The larger shares go to the ranks that hold the most, so that fewer tokens move.
     even = np.empty_like(share)
-    even[np.argsort(-attention.tokens, kind="stable")] = -np.sort(-share)
-    surplus = np.maximum(attention.tokens - even, 0)
-    missing = np.maximum(even - attention.tokens, 0)
+    even[np.argsort(-home.tokens, kind="stable")] = -np.sort(-share)
+    surplus = np.maximum(home.tokens - even, 0)
+    missing = np.maximum(even - home.tokens, 0)
     if not surplus.any():
-        return attention
+        return home
     node = np.arange(ranks) // topology.ranks_per_node
     inside = np.minimum(np.bincount(node, surplus), np.bincount(node, missing)).astype(np.int64)
     giver, given = _queue(surplus, node, inside)
@@ -150,18 +156,18 @@ def resident(attention: Layout, topology: Topology) -> Layout:
     source, target, amount = source[by_source], target[by_source], amount[by_source]
     before = np.cumsum(amount) - amount
     first_of = np.searchsorted(source, source)
-    gift = np.minimum(attention.tokens, even)[source] + before - before[first_of]
-    begin = np.concatenate([np.cumsum(attention.tokens) - attention.tokens, [total]])
+    gift = np.minimum(home.tokens, even)[source] + before - before[first_of]
+    begin = np.concatenate([np.cumsum(home.tokens) - home.tokens, [total]])
     cuts = begin[source] + gift
-    spans = begin[attention.rank] + attention.offset
+    spans = begin[home.rank] + home.offset
     edges = np.unique(np.concatenate([spans, cuts, [total]]))
     row = np.searchsorted(spans, edges[:-1], side="right") - 1
-    start = attention.start[row] + edges[:-1] - spans[row]
-    holder = attention.rank[row].copy()
+    start = home.start[row] + edges[:-1] - spans[row]
+    holder = home.rank[row].copy()
     given_to = np.searchsorted(cuts, edges[:-1], side="right") - 1
     gone = (given_to >= 0) & (edges[:-1] < (cuts + amount)[np.maximum(given_to, 0)])
     holder[gone] = target[given_to[gone]]
-    return Layout.stack(attention.sequence[row], start, start + np.diff(edges), holder, ranks)
+    return Layout.stack(home.sequence[row], start, start + np.diff(edges), holder, ranks)
 
 
 def _queue(amount: Array, node: Array, inside: Array) -> tuple[Array, Array]:

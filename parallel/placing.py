@@ -9,6 +9,8 @@ each node. At both, three rules decide:
   a ring over adjacent nodes.
 - Rings inside a node are the node's ranks, their halves, the halves' halves: nested, so
   that rings seldom wait for each other and sequences of one group share one exchange.
+- A ring splits heads into as many slices as make it quickest (`Costs.shared`): keys of many
+  heads are faster told apart inside a node, where links are fast, than sent all the way round.
 - Among equals it goes where time is missing most, counted after the share that the free
   room will bring by itself (R tokens of room will hold sequences of the kind still in
   hand). That is longest-processing-time scheduling (Graham, 1969) with two resources.
@@ -26,6 +28,8 @@ from parallel.layout import Array, Topology
 
 _SINGLY = 24  # sequences a node that are placed one by one; the shorter rest is dealt in sweeps
 
+_NEARLY = 1.05  # of the quickest: where no spread is quick enough, one with fewer nodes will do
+
 _LEVEL = 1.05  # time weighs a little more than room: of equal sequences, the idlest gets the next
 
 
@@ -36,7 +40,7 @@ class Owners:
     Attributes:
         owner: int64 (N,), by place in the batch: a rank that holds the sequence whole, or
             −1 − i for ring i.
-        grids: the ranks of each ring, int64 (nodes, members a node).
+        grids: the ranks of each ring, int64 (nodes, seats a node, slices): see `Ring`.
         seconds: of the busiest rank in one layer, forward and backward, by estimate.
     """
 
@@ -63,10 +67,12 @@ def where_they_lie(lengths: Array, bounds: Array, topology: Topology) -> Owners:
     return Owners(owner, [grid(np.arange(a, b + 1), topology) for a, b in rings])
 
 
-def grid(ranks: Array, topology: Topology) -> Array:
-    """Ranks of a ring as (nodes, members a node); one row where nodes give unequal numbers."""
+def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:
+    """Ranks of a ring as `Ring` has them; one row where nodes give unequal numbers."""
     _, counts = np.unique(topology.node(ranks), return_counts=True)
-    return ranks.reshape(len(counts), -1) if (counts == counts[0]).all() else ranks[None]
+    rows = len(counts) if (counts == counts[0]).all() else 1
+    each = max(1, len(ranks) // rows // slices)
+    return ranks.reshape(-1, each, slices)
 
 
 class Limits(NamedTuple):
@@ -82,16 +88,58 @@ class Limits(NamedTuple):
     tokens: float
 
 
-def balanced(
-    lengths: Array, topology: Topology, costs: Costs, room: float, limits: Limits
-) -> Owners:
+class Prices:
+    """What sequences cost on the groups of ranks that a batch may be placed on; made once.
+
+    Attributes:
+        alone: float64 (N,), seconds of each sequence on one rank.
+        level: seconds of a rank if all were even.
+    """
+
+    def __init__(self, lengths: Array, topology: Topology, costs: Costs, settled: bool) -> None:
+        self.lengths, self.topology, self.costs, self.settled = lengths, topology, costs, settled
+        self.alone, _ = self.on(lengths, 1, 1)
+        self.level = float(self.alone.sum()) / topology.ranks
+        self._inside: dict[int, tuple[Array, Array]] = {}
+        self._over: dict[int, tuple[Array, Array]] = {}
+
+    def on(self, n: Array, nodes: Array | int, each: int) -> tuple[Array, Array]:
+        """Seconds of n tokens on nodes · each ranks, and the slices that make them fewest."""
+        size = nodes * np.asarray(each)
+        found = []
+        ways = self.costs.ways(each)
+        for h in ways:
+            fits = (size % h == 0) & (size >= h)
+            rounded = np.where(fits, nodes, max(1, h // each))
+            seconds = self.costs.shared(n, rounded, each, h, self.settled)
+            found.append(np.where(fits, seconds, np.inf))
+        seconds = np.stack(found)
+        best = seconds.argmin(axis=0)
+        return np.take_along_axis(seconds, best[None], axis=0)[0], np.array(ways)[best]
+
+    def inside(self, size: int) -> tuple[Array, Array]:
+        """Of each sequence on `size` ranks of one node: seconds and slices, (N,) each."""
+        if size not in self._inside:
+            self._inside[size] = self.on(self.lengths, 1, size)
+        return self._inside[size]
+
+    def over(self, i: int) -> tuple[Array, Array]:
+        """Of sequence i on 1, 2, 3, … nodes: seconds and slices, (nodes,) each."""
+        n = int(self.lengths[i])
+        if n not in self._over:
+            nodes = np.arange(1, self.topology.nodes + 1)
+            self._over[n] = self.on(np.array(n), nodes, self.topology.ranks_per_node)
+        return self._over[n]
+
+
+def balanced(prices: Prices, room: float, limits: Limits) -> Owners:
     """Place every sequence; see the head of this file.
 
     Args:
-        lengths: int64 (N,).
         room: tokens that a rank should not exceed. Not a promise: the caller checks.
     """
-    placing = _Placing(lengths, topology, costs, room)
+    lengths, topology = prices.lengths, prices.topology
+    placing = _Placing(prices, room)
     share = float(lengths.sum()) / topology.ranks
     node_room, reach = min(room, limits.tokens * share), limits.ranks
     by_length = np.argsort(-lengths, kind="stable")
@@ -110,25 +158,26 @@ def balanced(
 class _Placing:
     """Loads while sequences are placed: seconds and tokens of every rank."""
 
-    def __init__(self, lengths: Array, topology: Topology, costs: Costs, room: float) -> None:
-        self.lengths, self.topology, self.costs, self.room = lengths, topology, costs, room
-        self.alone = costs.inside_node(lengths, 1)
+    def __init__(self, prices: Prices, room: float) -> None:
+        self.prices, self.room = prices, room
+        self.lengths, self.topology, self.alone = prices.lengths, prices.topology, prices.alone
+        self.level = prices.level
+        topology = prices.topology
         self.seconds = np.zeros(topology.ranks)
         self.tokens = np.zeros(topology.ranks)
-        self.owner = np.zeros(len(lengths), np.int64)
+        self.owner = np.zeros(len(self.lengths), np.int64)
         self.grids: list[Array] = []
-        self.rings: dict[tuple[int, int], int] = {}
-        self.level = float(self.alone.sum()) / topology.ranks
+        self.rings: dict[tuple[int, int, int], int] = {}
         self.sizes = np.diff(
             np.minimum(np.arange(topology.nodes + 1) * topology.ranks_per_node, topology.ranks)
         )
 
-    def ring(self, first: int, end: int) -> int:
+    def ring(self, first: int, end: int, slices: int) -> int:
         """The number of the ring over ranks [first, end), as `owner` has it."""
-        if (first, end) not in self.rings:
-            self.rings[first, end] = len(self.grids)
-            self.grids.append(grid(np.arange(first, end), self.topology))
-        return -1 - self.rings[first, end]
+        if (first, end, slices) not in self.rings:
+            self.rings[first, end, slices] = len(self.grids)
+            self.grids.append(grid(np.arange(first, end), self.topology, slices))
+        return -1 - self.rings[first, end, slices]
 
     def over_nodes(self, by_length: Array, reach: float, node_room: float) -> Array:
         """Put the longest on rings over nodes; the node of each other one, −1 for those."""
@@ -144,7 +193,7 @@ class _Placing:
             i = int(by_length[at])
             n, alone = float(self.lengths[i]), float(self.alone[i])
             if wide:
-                spread = self._nodes_for(n, alone, reach)
+                spread = self._nodes_for(i, reach)
                 wide = spread > 1
             need = _LEVEL * (wanted - load) - (room - held) * worth[at]
             need[held + n > room] = -np.inf
@@ -163,8 +212,10 @@ class _Placing:
                 continue
             b = a + spread
             first, end = a * each, min(b * each, self.topology.ranks)
-            seconds = float(self.costs.between_nodes(n, spread, each))
-            self.owner[i] = self.ring(first, end)
+            all_seconds, slices = self.prices.over(i)
+            seconds = float(all_seconds[spread - 1])
+            even = end == b * each  # the last node may be a smaller one
+            self.owner[i] = self.ring(first, end, int(slices[spread - 1]) if even else 1)
             self.seconds[first:end] += seconds
             self.tokens[first:end] += n / (end - first)
             load[a:b] += seconds * self.sizes[a:b]
@@ -173,16 +224,16 @@ class _Placing:
         node[rest] = _sweep(np.maximum(room - held, 0.0), len(rest))
         return node
 
-    def _nodes_for(self, n: float, alone: float, reach: float) -> int:
-        """On how many nodes a sequence of n tokens keeps within the even share."""
+    def _nodes_for(self, i: int, reach: float) -> int:
+        """The fewest nodes on which sequence i keeps within the even share, or nearly so."""
         each, nodes = self.topology.ranks_per_node, self.topology.nodes
-        least = min(nodes, max(1, int(np.ceil(n / (each * self.room)))))
-        if least == 1 and alone <= reach * self.level * each:
+        least = min(nodes, max(1, int(np.ceil(self.lengths[i] / (each * self.room)))))
+        if least == 1 and self.alone[i] <= reach * self.level * each:
             return 1
-        spread = np.arange(least, nodes + 1)
-        seconds = self.costs.between_nodes(n, spread, each)
-        within = np.flatnonzero(seconds <= reach * self.level)
-        return int(spread[within[0] if len(within) else seconds.argmin()])
+        seconds, _ = self.prices.over(i)
+        seconds = seconds[least - 1 :]
+        within = seconds <= max(reach * self.level, _NEARLY * seconds.min())
+        return least + int(within.argmax())
 
     @staticmethod
     def _window(load: Array, filled: Array, spread: int) -> int:
@@ -225,6 +276,9 @@ class _Placing:
         groups = _halves(each, least)
         size = groups.sum(axis=1)
         singly = min(steps, max(_SINGLY * each, 64))
+        # (nodes, singly, groups): what a sequence costs each rank of a group.
+        by_size = {int(s): self.prices.inside(int(s))[0] for s in np.unique(size)}
+        costs = np.stack([by_size[int(s)][table[:, :singly]] for s in size], axis=2)
         every = np.arange(len(nodes))
         for step in range(singly):
             length, present = n[:, step, None], table[:, step] >= 0
@@ -243,10 +297,10 @@ class _Placing:
                     need[shared],
                     reach * level[shared],
                     groups,
+                    costs[shared, step],
                 )
             taken = groups[chosen] & present[:, None]
-            share = self.costs.inside_node(length, size[chosen, None])
-            seconds += np.where(taken, share, 0.0)
+            seconds += np.where(taken, costs[every, step, chosen][:, None], 0.0)
             tokens += np.where(taken, length / size[chosen, None], 0.0)
             self._own(table[:, step], chosen, groups, first)
         tail = table[:, singly:]
@@ -263,16 +317,24 @@ class _Placing:
             self.inside_nodes(node, nodes[over], each, reach, min(2 * least, each))
 
     def _share(
-        self, length: Array, seconds: Array, tokens: Array, need: Array, limit: Array, groups: Array
+        self,
+        length: Array,
+        seconds: Array,
+        tokens: Array,
+        need: Array,
+        limit: Array,
+        groups: Array,
+        costs: Array,
     ) -> Array:
         """The group of ranks for one sequence of each node: fitting first, then few, then needy.
 
-        `length` and `limit` are (nodes, 1); seconds, tokens and need (nodes, ranks).
+        `length` and `limit` are (nodes, 1); seconds, tokens and need (nodes, ranks), costs
+        (nodes, groups).
         """
         size = groups.sum(axis=1)
         # (nodes, groups): what the fullest member of each group would come to.
         late = np.where(groups, seconds[:, None, :], 0).max(axis=2)
-        late = late + self.costs.inside_node(length, size)
+        late = late + costs
         full = np.where(groups, tokens[:, None, :], 0).max(axis=2) + length / size
         fits = full <= self.room
         good = fits & (late <= limit)
@@ -289,8 +351,8 @@ class _Placing:
         whole = (size[chosen] == 1) & (sequence >= 0)
         self.owner[sequence[whole]] = (first + begin[chosen])[whole]
         for at in np.flatnonzero((size[chosen] > 1) & (sequence >= 0)):
-            a = int(first[at] + begin[chosen[at]])
-            self.owner[sequence[at]] = self.ring(a, a + int(size[chosen[at]]))
+            i, a, count = sequence[at], int(first[at] + begin[chosen[at]]), int(size[chosen[at]])
+            self.owner[i] = self.ring(a, a + count, int(self.prices.inside(count)[1][i]))
 
 
 def _halves(each: int, least: int) -> Array:

@@ -90,11 +90,11 @@ def _cheapest(
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
     room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
-    enough = _ENOUGH * 3.5 * costs.attention(lengths * 0, lengths).sum() / topology.ranks
+    prices = placing.Prices(lengths, topology, costs, settled=not contiguous)
+    enough = _ENOUGH * prices.level
     many = len(lengths) > _MANY
     placed = [
-        placing.balanced(lengths, topology, costs, room, limits)
-        for limits in (_LIMITS[:3] if many else _LIMITS)
+        placing.balanced(prices, room, limits) for limits in (_LIMITS[:3] if many else _LIMITS)
     ]
     placed.sort(key=lambda owners: owners.seconds)
     if not many:
@@ -123,7 +123,7 @@ def _fits(found: Plan, room: float) -> bool:
     rounding = np.zeros(found.topology.ranks)
     for ring in found.rings:
         rounding[ring.members] += 2 * len(ring.sequences)
-    return bool((found.attention.tokens <= room + rounding).all())
+    return bool((found.attention.load <= room + rounding).all())
 
 
 def build(
@@ -144,9 +144,9 @@ def build(
         placed = Owners(owners.owner[order], owners.grids)
         if contiguous:
             placed = seat(placed, cu_seqlens, stream)
-        attention, rings = _attend(lengths[order], placed, ranks)
+        attention, home, rings = _attend(lengths[order], placed, ranks)
         if not contiguous:
-            stream = resident(attention, topology)
+            stream = resident(home, topology)
     return Plan(
         topology=topology,
         strategy=strategy,
@@ -156,7 +156,6 @@ def build(
         attention=attention,
         rings=rings,
         to_attention=moves(stream, attention, cu_seqlens),
-        to_stream=moves(attention, stream, cu_seqlens),
     )
 
 
@@ -177,8 +176,10 @@ def cut(cu_seqlens: Array, ranks: int) -> Layout:
     )
 
 
-def _attend(lengths: Array, owners: Owners, ranks: int) -> tuple[Layout, tuple[Ring, ...]]:
-    """The attention layout of sequences in stream order, and its rings."""
+def _attend(lengths: Array, owners: Owners, ranks: int) -> tuple[Layout, Layout, tuple[Ring, ...]]:
+    """The attention layout of sequences in stream order, where its tokens are at home with all
+    their heads, and its rings.
+    """
     owner = owners.owner
     on_ring = np.flatnonzero((owner < 0) & (lengths > 0))
     on_ring = on_ring[np.argsort(-owner[on_ring], kind="stable")]
@@ -186,27 +187,40 @@ def _attend(lengths: Array, owners: Owners, ranks: int) -> tuple[Layout, tuple[R
     parts = dict(zip(used.tolist(), np.split(on_ring, first[1:]), strict=bool(len(used))))
     held = np.zeros(ranks, np.int64)
     rings = []
-    whole = np.flatnonzero(owner >= 0)
-    columns: list[list[Array]] = [[], [], [], []]
+    spans, homes = [], []
     for g in sorted(parts, key=lambda g: (-len(owners.grids[g]), -owners.grids[g].size, g)):
         sequences, grid = parts[g], owners.grids[g]
-        members = grid.reshape(-1)
-        size = len(members)
+        seats, slices = grid.shape[0] * grid.shape[1], grid.shape[2]
         # Where a sequence's odd tokens go depends on what comes before it, so that those of
         # many short ones do not all fall on one rank.
-        lean = np.cumsum(lengths[sequences]) % (2 * size)
-        chunks = (np.arange(2 * size + 1) * lengths[sequences, None] + lean[:, None]) // (2 * size)
-        ring = Ring(grid, sequences, chunks, held[members])
-        held[members] += ring.tokens
+        lean = np.cumsum(lengths[sequences]) % (2 * seats)
+        chunks = np.arange(2 * seats + 1) * lengths[sequences, None] + lean[:, None]
+        chunks //= 2 * seats
+        if seats == 1:  # nothing to even out: all of it is early
+            chunks[:, 1] = lengths[sequences]
+        ring = Ring(grid, sequences, chunks, held[grid.reshape(-1)])
+        held[ring.members] += np.repeat(ring.tokens, slices)
         rings.append(ring)
-        for half in (np.arange(size), np.arange(2 * size - 1, size - 1, -1)):
-            columns[0].append(np.tile(sequences, size))
-            columns[1].append(chunks[:, half].T.reshape(-1))
-            columns[2].append(chunks[:, half + 1].T.reshape(-1))
-            columns[3].append(np.repeat(members, len(sequences)))
-    for column, values in zip(
-        columns, (whole, np.zeros_like(whole), lengths[whole], owner[whole]), strict=True
-    ):
-        column.append(values)
-    sequence, start, end, rank = (np.concatenate(column) for column in columns)
-    return Layout.stack(sequence, start, end, rank, ranks), tuple(rings)
+        for half in (np.arange(seats), np.arange(2 * seats - 1, seats - 1, -1)):
+            # (seats, slices, S) each.
+            start, end = (
+                np.repeat(ring.chunks[:, at].T[:, None], slices, axis=1) for at in (half, half + 1)
+            )
+            sequence = np.broadcast_to(sequences, start.shape)
+            piece = np.broadcast_to(np.arange(slices)[:, None], start.shape)
+            rank = np.broadcast_to(grid.reshape(seats, slices, 1), start.shape)
+            spans.append((sequence, start, end, rank, piece, np.full_like(piece, slices)))
+            edges = [start + (end - start) * (piece + i) // slices for i in (0, 1)]
+            homes.append((sequence, *edges, rank))
+    whole = np.flatnonzero(owner >= 0)
+    alone = (whole, np.zeros_like(whole), lengths[whole], owner[whole])
+    spans.append((*alone, np.zeros_like(whole), np.ones_like(whole)))
+    homes.append(alone)
+    sequence, start, end, rank, piece, slices = _columns(spans)
+    attention = Layout.stack(sequence, start, end, rank, ranks, piece, slices)
+    sequence, start, end, rank = _columns(homes)
+    return attention, Layout.stack(sequence, start, end, rank, ranks), tuple(rings)
+
+
+def _columns(rows: Sequence[tuple[Array, ...]]) -> list[Array]:
+    return [np.concatenate([x.reshape(-1) for x in column]) for column in zip(*rows, strict=True)]

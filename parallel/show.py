@@ -111,7 +111,9 @@ def _holders(plan: Plan) -> list[str]:
             held = plan.attention.rank[plan.attention.sequence == i]
             found[i] = f"ranks {_ranks(held)}" if len(held) else found[i]
     for ring in plan.rings:
-        over = "a ring over nodes" if len(ring.ranks) > 1 else "a ring"
+        over = (
+            "a ring over nodes" if len(ring.ranks) > 1 else "a ring" if ring.seats > 1 else "heads"
+        )
         for i in ring.sequences:
             found[i] = f"{over}, ranks {_ranks(ring.members)}"
     return found

@@ -143,7 +143,7 @@ def price_plan(case: Case, made: Plan) -> Outcome:
     layer = price(made, case.costs())
     states, inside, between = _states(case, made)
     seconds = case.linear_seconds(float(made.stream.tokens.max())) + full * layer.seconds
-    mixing = (full * made.attention.tokens + model.linear_layers * made.stream.tokens).max()
+    mixing = (full * made.attention.load + model.linear_layers * made.stream.tokens).max()
     return Outcome(
         float(seconds + model.linear_layers * states),
         full * layer.arithmetic.sum(axis=0) + case.linear_seconds(made.stream.tokens),
@@ -232,6 +232,7 @@ def allgather(case: Case) -> Outcome:
 def hybrid_dp(case: Case) -> Outcome:
     topology, full, weigh = case.topology, case.model.full_layers, case.costs()
     ranks, each = topology.ranks, topology.ranks_per_node
+    weigh = weigh.with_heads_together()
     busy, ready = np.zeros(ranks), np.zeros(ranks)
     tokens = np.zeros(ranks)
     inside = between = fullest = 0.0
@@ -243,10 +244,7 @@ def hybrid_dp(case: Case) -> Outcome:
         groups = ready[: ranks // size * size].reshape(-1, size).max(axis=1)
         mine = slice(int(groups.argmin()) * size, (int(groups.argmin()) + 1) * size)
         nodes = max(1, size // each)
-        if size > each:
-            seconds = float(weigh.between_nodes(n, nodes, each))
-        else:
-            seconds = float(weigh.inside_node(np.array(n), size))
+        seconds = float(weigh.shared(np.array(n), nodes, min(size, each), 1, True))
         chunks = 2 * size if size > 1 else 1
         work = BOTH * weigh.pair * n * (n + 1) / 2 / size * (1 + weigh.half * chunks / n)
         linear = float(case.linear_seconds(n / size))
@@ -271,14 +269,15 @@ def zeppelin_states(case: Case) -> Outcome:
 
 
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
-    model, weigh = case.model, case.costs()
+    model, weigh = case.model, case.costs().with_heads_together()
     room = (1 + case.slack) * case.share
     limits = placing.Limits(nodes=1.0, ranks=1.0, tokens=1.15)
-    owners = placing.balanced(case.lengths, case.topology, weigh, room, limits)
+    prices = placing.Prices(case.lengths, case.topology, weigh, settled=True)
+    owners = placing.balanced(prices, room, limits)
     order = arrange(case.lengths, owners, case.topology)
     made = build("zeppelin", case.lengths, owners, order, case.topology, contiguous=False)
     flat = tuple(
-        replace(ring, ranks=ring.ranks.reshape(1, -1)) if len(ring.ranks) > 1 else ring
+        replace(ring, ranks=ring.ranks.reshape(1, -1, 1)) if len(ring.ranks) > 1 else ring
         for ring in made.rings
     )
     made = replace(made, rings=flat)

@@ -15,16 +15,17 @@ from torch import Tensor
 
 import kernels
 from parallel.exchange import Table, move, parcels, to_device
+from parallel.heads import Run, shares
 from parallel.stream import View
 
 
 class Part(NamedTuple):
     """What one rank computes: the heads as [first, end), and so the queries and keys by token."""
 
-    heads: tuple[int, int]
-    kv_heads: tuple[int, int]
-    queries: tuple[int, int]
-    keys: tuple[int, int]
+    heads: Run
+    kv_heads: Run
+    queries: Run
+    keys: Run
 
 
 class Tables(NamedTuple):
@@ -36,6 +37,8 @@ class Tables(NamedTuple):
     part: Part
     cu_seqlens: Tensor
     cu_seqlens_k: Tensor
+    max_seqlen: int
+    max_seqlen_k: int
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
@@ -51,7 +54,13 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     widths = [b - a for a, b in (tables.part.heads, tables.part.kv_heads, tables.part.kv_heads)]
     q, k, v = (x.unflatten(0, (-1, n)).unsqueeze(0) for x, n in zip(moved, widths, strict=True))
     o = kernels.softmax_attention(
-        q, k, v, cu_seqlens=tables.cu_seqlens, cu_seqlens_k=tables.cu_seqlens_k
+        q,
+        k,
+        v,
+        cu_seqlens=tables.cu_seqlens,
+        cu_seqlens_k=tables.cu_seqlens_k,
+        max_seqlen=tables.max_seqlen,
+        max_seqlen_k=tables.max_seqlen_k,
     )
     assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
     (o,) = move([o[0].flatten(0, 1)], [tables.o], view.rank, view.group)
@@ -62,32 +71,20 @@ def parts(cu_seqlens: np.ndarray, ranks: int, heads: int, kv_heads: int) -> list
     """What each rank computes of a stream."""
     total = int(cu_seqlens[-1])
     found = []
-    for group, members in _shares(kv_heads, ranks):
+    for group, members in shares(kv_heads, ranks):
         if len(members) == 1:
             ratio = heads // kv_heads
             a, b = group
             found.append(Part((a * ratio, b * ratio), group, (0, total), (0, total)))
             continue
         first = group[0] * (heads // kv_heads)
-        for (a, b), sharers in _shares(heads // kv_heads, len(members)):
+        for (a, b), sharers in shares(heads // kv_heads, len(members)):
             for i in range(len(sharers)):
                 begin, end = (total * j // len(sharers) for j in (i, i + 1))
                 sequence = np.searchsorted(cu_seqlens, begin, side="right") - 1
                 keys = int(cu_seqlens[sequence]), end
                 found.append(Part((first + a, first + b), group, (begin, end), keys))
     return found
-
-
-def _shares(items: int, ranks: int) -> list[tuple[tuple[int, int], range]]:
-    """Runs of items, and the run of ranks that takes each: one rank a run, or one item a run."""
-    runs = min(items, ranks)
-    return [
-        (
-            (items * i // runs, items * (i + 1) // runs),
-            range(ranks * i // runs, ranks * (i + 1) // runs),
-        )
-        for i in range(runs)
-    ]
 
 
 def _tables(view: View, heads: int, kv_heads: int) -> Tables:
@@ -99,10 +96,16 @@ def _tables(view: View, heads: int, kv_heads: int) -> Tables:
     clipped = [np.clip(cu_seqlens, *tokens) - tokens[0] for tokens in (mine.queries, mine.keys)]
     bounds_q, bounds_k = (to_device(x.astype(np.int32), view.device) for x in clipped)
     own = int(bounds[view.rank + 1] - bounds[view.rank])
-    return Tables(q, kv, q.reversed(own * heads), mine, bounds_q, bounds_k)
+    return Tables(
+        q, kv, q.reversed(own * heads), mine, bounds_q, bounds_k, *(_longest(x) for x in clipped)
+    )
 
 
-def _table(view: View, heads: int, wanted: list[tuple[tuple[int, int], tuple[int, int]]]) -> Table:
+def _longest(cu_seqlens: np.ndarray) -> int:
+    return int(np.diff(cu_seqlens).max(initial=0))
+
+
+def _table(view: View, heads: int, wanted: list[tuple[Run, Run]]) -> Table:
     """From shards with all heads to the (tokens, heads) that each rank wants."""
     bounds, rank = view.bounds, view.rank
     begin, end = int(bounds[rank]), int(bounds[rank + 1])

@@ -18,7 +18,9 @@ import parallel
 from parallel import ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
 from parallel.exchange import sent_bytes
-from parallel.plan import Strategy, plan
+from parallel.layout import Plan, Topology
+from parallel.placing import Owners
+from parallel.plan import Strategy, build, plan
 from parallel.rings import ring_attention, share
 from tests.parallel.across import STREAMS, difference
 
@@ -100,6 +102,41 @@ def on_nodes(world: World, ranks_per_node: int, lengths: list[int], strategy: St
         return attention(world, lengths, "balanced")
 
 
+def on_slices(
+    world: World, ranks_per_node: int, grids: list[list], lengths: list[int], heads: tuple[int, int]
+) -> float:
+    """`attention` with sequence i on the i-th of some rings (the last one's for those beyond)."""
+    world = dataclasses.replace(world, ranks_per_node=ranks_per_node)
+
+    def planned(lengths: np.ndarray, topology: Topology, _: object) -> Plan:
+        number = np.minimum(np.arange(len(lengths)), len(grids) - 1)
+        owners = Owners(-1 - number, [np.array(grid) for grid in grids])
+        return build("rings", lengths, owners, np.arange(len(lengths)), topology, True)
+
+    with mock.patch("parallel.stream.plan", planned):
+        return attention(world, lengths, "balanced", None, *heads)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1), (5, 5), (4, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("ranks_per_node", "grids"),
+    [
+        (4, [[[[0, 1, 2, 3]]]]),  # one seat: Ulysses
+        (4, [[[[0, 1], [2, 3]]]]),  # two seats of two
+        (2, [[[[0, 1]], [[2, 3]]]]),  # the same over two nodes
+        (2, [[[[0, 2]], [[3, 1]]], [[[1, 2]]], [[[3], [0]]]]),  # rings of all kinds together
+    ],
+    ids=str,
+)
+def test_rings_split_heads(
+    ranks, ranks_per_node: int, grids: list[list], heads: tuple[int, int]
+) -> None:
+    """fp64: to 1e-10; heads that do not divide, keys that several slices need."""
+    for lengths in STREAMS:
+        got = ranks(4).run(on_slices, ranks_per_node, grids, lengths, heads)
+        assert max(got) < 1e-10
+
+
 @pytest.mark.parametrize("strategy", ["balanced", "even", "ring"])
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
 def test_rings_run_over_nodes(ranks, ranks_per_node: int, strategy: Strategy) -> None:
@@ -153,7 +190,8 @@ def sent_by_a_ring(world: World, ranks_per_node: int, length: int) -> int:
     shares = [share(ring, m, view.device) for ring, m in view.plan.rings_of(world.rank)]
     q, k, v = (torch.randn(length // 4, 2, DIM, requires_grad=True) for _ in range(3))
     before = sum(sent_bytes.values())
-    ring_attention(q, k, v, shares, view.group).sum().backward()
+    (o,) = ring_attention(shares, [(q, k, v)], view.group)
+    o.sum().backward()
     return sum(sent_bytes.values()) - before
 
 

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel.cost import Costs
+from parallel.heads import split
 from parallel.layout import Layout, Plan, Topology
 from parallel.plan import Strategy, plan
 
@@ -15,27 +17,37 @@ batches = st.lists(
     st.one_of(st.integers(0, 4), st.integers(0, 60), st.integers(0, 900)), max_size=24
 )
 topologies = st.builds(Topology, st.integers(1, 13), st.integers(1, 9))
+any_heads = st.sampled_from([(1, 1), (4, 4), (8, 2), (5, 1), (32, 8)])
+any_costs = any_heads.map(lambda heads: Costs(heads=heads[0], kv_heads=heads[1]))
 any_plan = st.builds(
     plan,
     batches,
     topologies,
     st.sampled_from(STRATEGIES),
+    any_costs,
     slack=st.sampled_from([0.0, 0.15, 1.0]),
     contiguous=st.booleans(),
 )
 quick = settings(max_examples=60, deadline=None)
 
 
-def owners_of_tokens(layout: Layout, cu_seqlens: np.ndarray) -> list[tuple[int, int]]:
-    """(rank, offset) of every token of the stream, span by span; fails on a token held twice."""
-    found: dict[int, tuple[int, int]] = {}
+Place = tuple[int, int]  # rank, offset
+
+
+def owners_of_tokens(layout: Layout, cu_seqlens: np.ndarray) -> list[dict[int, Place]]:
+    """The holder of each slice of every token of the stream; fails on one that is held twice."""
+    found: dict[int, dict[int, Place]] = {}
+    of: dict[int, int] = {}
     columns = (layout.sequence, layout.start, layout.end, layout.rank, layout.offset)
-    for sequence, start, end, rank, offset in zip(*columns, strict=True):
+    columns += (layout.piece, layout.slices)
+    for sequence, start, end, rank, offset, piece, pieces in zip(*columns, strict=True):
         for i in range(end - start):
             token = int(cu_seqlens[sequence]) + int(start) + i
-            assert token not in found
-            found[token] = int(rank), int(offset) + i
+            assert piece not in found.setdefault(token, {})
+            found[token][int(piece)] = int(rank), int(offset) + i
+            assert of.setdefault(token, int(pieces)) == pieces
     assert sorted(found) == list(range(int(cu_seqlens[-1])))
+    assert all(sorted(held) == list(range(of[token])) for token, held in found.items())
     return [found[token] for token in range(len(found))]
 
 
@@ -43,12 +55,31 @@ def owners_of_tokens(layout: Layout, cu_seqlens: np.ndarray) -> list[tuple[int, 
 @given(any_plan)
 def test_every_token_is_owned_once_in_each_layout(made: Plan) -> None:
     for layout in (made.stream, made.attention):
-        places = owners_of_tokens(layout, made.cu_seqlens)
+        every = owners_of_tokens(layout, made.cu_seqlens)
+        places = [place for held in every for place in held.values()]
         assert len(set(places)) == len(places)
         counts = np.bincount([rank for rank, _ in places], minlength=made.topology.ranks)
         assert (counts == layout.tokens).all()
         assert all(offset < layout.tokens[rank] for rank, offset in places)
         assert (layout.end > layout.start).all()
+    assert (made.stream.slices == 1).all()
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.data())
+def test_slices_of_heads_are_all_heads_once(kv_heads: int, ratio: int, data: st.DataObject) -> None:
+    """Each with the keys of its queries, evenly shared in it, as grouped attention wants."""
+    heads = kv_heads * ratio
+    slices = data.draw(st.integers(1, heads))
+    every = split(heads, kv_heads, slices)
+    assert len(every) == slices
+    assert [h for (a, b), _ in every for h in range(a, b)] == list(range(heads))
+    for (a, b), (first, end) in every:
+        wanted = {h // ratio for h in range(a, b)}
+        assert wanted == set(range(first, end))
+        assert (b - a) % (end - first) == 0
+    sizes = [b - a for (a, b), _ in every]
+    if heads % slices == 0 and (kv_heads % slices == 0 or slices % kv_heads == 0):
+        assert max(sizes) == min(sizes)
 
 
 @quick
@@ -63,7 +94,7 @@ def test_contiguous_shards_follow_one_another(
     lengths: list[int], where: Topology, how: Strategy
 ) -> None:
     made = plan(lengths, where, how)
-    places = owners_of_tokens(made.stream, made.cu_seqlens)
+    places = [held[0] for held in owners_of_tokens(made.stream, made.cu_seqlens)]
     assert places == sorted(places)
 
 
@@ -71,21 +102,21 @@ def test_contiguous_shards_follow_one_another(
 @given(any_plan)
 def test_moves_carry_each_token_from_its_old_place_to_its_new(made: Plan) -> None:
     """Buffers of token numbers, moved row by row, hold what the other layout says."""
-    for moves, old, new in (
-        (made.to_attention, made.stream, made.attention),
-        (made.to_stream, made.attention, made.stream),
-    ):
-        before = [np.full(n, -1) for n in old.tokens]
-        for token, (rank, offset) in enumerate(owners_of_tokens(old, made.cu_seqlens)):
-            before[rank][offset] = token
-        after = [np.full(n, -1) for n in new.tokens]
-        for row in range(len(moves.tokens)):
-            a, b, n = moves.source_offset[row], moves.target_offset[row], moves.tokens[row]
-            after[moves.target[row]][b : b + n] = before[moves.source[row]][a : a + n]
-        for token, (rank, offset) in enumerate(owners_of_tokens(new, made.cu_seqlens)):
-            assert after[rank][offset] == token
-        assert (moves.counts().sum(axis=1) == old.tokens).all()
-        assert (moves.counts().sum(axis=0) == new.tokens).all()
+    moves = made.to_attention
+    before = [np.full(n, -1) for n in made.stream.tokens]
+    for token, held in enumerate(owners_of_tokens(made.stream, made.cu_seqlens)):
+        rank, offset = held[0]
+        before[rank][offset] = token
+    after = [np.full((n, 2), -1) for n in made.attention.tokens]
+    for row in range(len(moves.tokens)):
+        a, b, n = moves.source_offset[row], moves.target_offset[row], moves.tokens[row]
+        target = after[moves.target[row]][b : b + n]
+        assert (target == -1).all()
+        target[:, 0] = before[moves.source[row]][a : a + n]
+        target[:, 1] = moves.piece[row]
+    for token, held in enumerate(owners_of_tokens(made.attention, made.cu_seqlens)):
+        for piece, (rank, offset) in held.items():
+            assert after[rank][offset].tolist() == [token, piece]
 
 
 @quick
@@ -125,23 +156,25 @@ def test_rings_are_zigzag_blocks_of_their_members_buffers(made: Plan) -> None:
     """Member i holds chunks i and 2G − 1 − i: early chunks of all sequences, then late ones."""
     places = owners_of_tokens(made.attention, made.cu_seqlens)
     for ring in made.rings:
-        size = ring.ranks.size
-        assert len(set(ring.members.tolist())) == size
+        size = ring.seats
+        assert len(set(ring.members.tolist())) == ring.members.size == size * ring.slices
         lengths = np.diff(made.cu_seqlens)[ring.sequences]
         assert (ring.chunks[:, 0] == 0).all()
         assert (ring.chunks[:, -1] == lengths).all()
         sizes = np.diff(ring.chunks, axis=1)
         assert sizes.min() >= 0
-        assert (sizes.max(axis=1) - sizes.min(axis=1) <= 1).all()
+        if size > 1:
+            assert (sizes.max(axis=1) - sizes.min(axis=1) <= 1).all()
         for member, rank in enumerate(ring.members):
             wanted = int(ring.offset[member])
-            for chunk in (member, 2 * size - 1 - member):
+            seat, piece = divmod(member, ring.slices)
+            for chunk in (seat, 2 * size - 1 - seat):
                 for s, sequence in enumerate(ring.sequences):
                     begin = int(made.cu_seqlens[sequence])
                     for position in range(ring.chunks[s, chunk], ring.chunks[s, chunk + 1]):
-                        assert places[begin + position] == (rank, wanted)
+                        assert places[begin + position][piece] == (rank, wanted)
                         wanted += 1
-            assert wanted - ring.offset[member] == ring.tokens[member]
+            assert wanted - ring.offset[member] == ring.tokens[seat]
 
 
 @quick
@@ -154,7 +187,7 @@ def test_a_rank_holds_its_rings_and_then_whole_sequences(made: Plan) -> None:
         at = 0
         for ring, member in made.rings_of(rank):
             assert ring.offset[member] == at
-            at += int(ring.tokens[member])
+            at += int(ring.tokens[member // ring.slices])
         rows = made.whole(rank)
         assert (made.attention.start[rows] == 0).all()
         assert (made.attention.end[rows] == lengths[made.attention.sequence[rows]]).all()
@@ -183,26 +216,30 @@ def test_rounds_bring_every_block_to_every_member_once(nodes: int, each: int) ->
 
 @quick
 @given(
-    st.lists(st.integers(1, 900), min_size=1, max_size=40), topologies, st.sampled_from([0.15, 0.5])
+    st.lists(st.integers(1, 900), min_size=1, max_size=40),
+    topologies,
+    st.sampled_from([0.15, 0.5]),
+    any_costs,
 )
 def test_balanced_keeps_tokens_within_the_slack(
-    lengths: list[int], where: Topology, slack: float
+    lengths: list[int], where: Topology, slack: float, costs: Costs
 ) -> None:
-    """Two tokens a ring and sequence are allowed for rounding."""
-    made = plan(lengths, where, slack=slack)
+    """Two tokens a ring and sequence are allowed for rounding; of h slices, one counts 1/h."""
+    made = plan(lengths, where, costs=costs, slack=slack)
     room = np.ceil((1 + slack) * sum(lengths) / where.ranks)
     for rank in range(where.ranks):
         rounding = sum(2 * len(ring.sequences) for ring, _ in made.rings_of(rank))
-        assert made.attention.tokens[rank] <= room + rounding
+        assert made.attention.load[rank] <= room + rounding
 
 
 def pairs(made: Plan) -> np.ndarray:
-    """Query-key pairs of each rank, counted position by position."""
+    """Query-key pairs of each rank, all heads of one taken together, position by position."""
     found = np.zeros(made.topology.ranks)
-    for start, end, rank in zip(
-        made.attention.start, made.attention.end, made.attention.rank, strict=True
+    layout = made.attention
+    for start, end, rank, slices in zip(
+        layout.start, layout.end, layout.rank, layout.slices, strict=True
     ):
-        found[rank] += sum(range(start + 1, end + 1))
+        found[rank] += sum(range(start + 1, end + 1)) / slices
     return found
 
 
@@ -221,7 +258,7 @@ def test_no_sequence_is_cut_where_its_neighbours_spare_it() -> None:
 
 def test_a_long_sequence_goes_over_nodes_and_work_is_even() -> None:
     made = plan([60000, *[500] * 8], Topology(16, 8))
-    assert made.rings[0].ranks.shape == (2, 8)
+    assert made.rings[0].ranks.shape == (2, 8, 1)
     work = pairs(made)
     assert work.max() < 1.05 * work.mean()
 

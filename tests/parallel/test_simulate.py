@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from parallel import simulate
 from parallel.__main__ import main
 from parallel.cost import Costs, price
+from parallel.heads import split
 from parallel.layout import Plan, Topology
 from parallel.models import MODELS, clusters, load_cluster
 from parallel.plan import Strategy, plan
@@ -71,17 +72,30 @@ def sent_by_hand(made: Plan, costs: Costs) -> tuple[float, float]:
     found = {True: 0.0, False: 0.0}
     each = made.topology.ranks_per_node
     for ring in made.rings:
+        grid = ring.members.reshape(-1, ring.slices)
         for step in ring.rounds()[1:]:
-            for member, rank in enumerate(ring.members):
-                source = ring.members[step.source[member]]
-                amount = ring.tokens[step.block[member]] * costs.kv_bytes
-                found[bool(source // each == rank // each)] += 3 * amount
-    for moves in (made.to_attention, made.to_stream):
-        for source, target, n in zip(moves.source, moves.target, moves.tokens, strict=True):
-            if source != target:
-                amount = n * (2 * costs.q_bytes + costs.kv_bytes)
-                found[bool(source // each == target // each)] += amount
+            for seat, ranks in enumerate(grid):
+                amount = ring.tokens[step.block[seat]] * costs.kv_bytes
+                for rank, source, part in zip(
+                    ranks, grid[step.source[seat]], keys(costs, ring.slices), strict=True
+                ):
+                    found[bool(source // each == rank // each)] += 3 * amount * part
+    moves = made.to_attention
+    for row in np.flatnonzero(moves.source != moves.target):
+        # Forward and backward: q and its gradient, o and its; k and v and theirs.
+        piece, pieces = moves.piece[row], moves.slices[row]
+        (a, b), _ = split(costs.heads, costs.kv_heads, int(pieces))[piece]
+        amount = 4 * costs.q_bytes * (b - a) / costs.heads
+        amount += 2 * costs.kv_bytes * keys(costs, int(pieces))[piece]
+        near = moves.source[row] // each == moves.target[row] // each
+        found[bool(near)] += moves.tokens[row] * amount
     return found[True], found[False]
+
+
+def keys(costs: Costs, slices: int) -> list[float]:
+    """The share of all key heads that each slice needs."""
+    every = split(costs.heads, costs.kv_heads, slices)
+    return [(b - a) / costs.kv_heads for _, (a, b) in every]
 
 
 @quick
@@ -90,15 +104,14 @@ def sent_by_hand(made: Plan, costs: Costs) -> tuple[float, float]:
     st.builds(Topology, st.integers(1, 12), st.integers(1, 8)),
     st.sampled_from(["balanced", "ring", "even"]),
     st.booleans(),
+    st.sampled_from([Costs(), Costs(heads=32, kv_heads=8), Costs(heads=5, kv_heads=5)]),
 )
 def test_bytes_are_those_of_the_rounds_and_the_moves(
-    lengths: list[int], where: Topology, how: Strategy, contiguous: bool
+    lengths: list[int], where: Topology, how: Strategy, contiguous: bool, costs: Costs
 ) -> None:
-    made = plan(lengths, where, how, contiguous=contiguous)
-    traffic = price(made, Costs()).traffic
-    assert (traffic.inside.sum(), traffic.between.sum()) == pytest.approx(
-        sent_by_hand(made, Costs())
-    )
+    made = plan(lengths, where, how, costs, contiguous=contiguous)
+    traffic = price(made, costs).traffic
+    assert (traffic.inside.sum(), traffic.between.sum()) == pytest.approx(sent_by_hand(made, costs))
 
 
 def test_work_of_a_layer_is_that_of_all_pairs_however_it_is_split() -> None:
@@ -116,7 +129,7 @@ def test_work_of_a_layer_is_that_of_all_pairs_however_it_is_split() -> None:
 def test_routing_shortens_a_ring_that_steps_between_nodes() -> None:
     """A flat ring has one pair of ranks between two nodes, and so one of four NICs."""
     made = plan([60000], Topology(16, 8), "even")
-    flat = tuple(replace(ring, ranks=ring.ranks.reshape(1, -1)) for ring in made.rings)
+    flat = tuple(replace(ring, ranks=ring.ranks.reshape(1, -1, 1)) for ring in made.rings)
     flat_plan = replace(made, rings=flat)
     costs = replace(Costs(), between=85e9, nic=21e9, inside=1e13, pair=1e-15)
     routed, unrouted = (
