@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data.settings import ConfigError
 from parallel import World
-from train.engine import STATE_KEYS, WEIGHT, Engine
+from train.engine import WEIGHT, Engine
 from train.manifest import MANIFEST, STAGING, Progress, digest, name, read
 
 
@@ -77,8 +77,9 @@ class Saver:
             shutil.rmtree(staging, ignore_errors=True)
         # Every rank takes part in gathering every tensor, and keeps its share of them.
         mine: dict[str, Tensor] = {}
-        for index, (parameter, key, full) in enumerate(engine.gather()):
-            if (index // len(STATE_KEYS)) % self.world.size == self.world.rank:
+        dealt = {label: n % self.world.size for n, label in enumerate(engine.names.values())}
+        for parameter, key, full in engine.gather():
+            if dealt[parameter] == self.world.rank:
                 copy = full.detach().to("cpu", torch.float32, copy=True).contiguous()
                 mine[_entry(parameter, key)] = copy
         self.world.barrier()

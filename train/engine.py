@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from parallel import World
 from train.config import ZeroConfig
 from train.model.transformer import Model
+from train.muon import Muon, Piece
 from train.optim import OptimConfig, parameter_groups
 
-# The fp32 tensors of one parameter: the weight itself and AdamW's two means.
+# The fp32 tensors of one parameter: the weight itself and the optimiser's means.
 WEIGHT = "weight"
-STATE_KEYS = (WEIGHT, "exp_avg", "exp_avg_sq")
+_MUON = (WEIGHT, "exp_avg")
+_ADAMW = (WEIGHT, "exp_avg", "exp_avg_sq")
 
 
 class Engine:
@@ -48,8 +51,16 @@ class Engine:
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         # A learning rate of zero until a step sets it: DeepSpeed makes some of the
         # optimiser's state by a step of its own, which must change nothing.
-        adamw = torch.optim.AdamW(
-            parameter_groups(model.named_parameters(), optim),
+        groups = parameter_groups(model.named_parameters(), optim, model.lr_multipliers())
+        self.state_keys = {
+            self.names[parameter]: _MUON if group["orthogonal"] else _ADAMW
+            for group in groups
+            for parameter in group["params"]
+        }
+        optimizer = Muon(
+            groups,
+            optim.momentum,
+            world,
             lr=0.0,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
@@ -67,10 +78,10 @@ class Engine:
         }
         if bf16 and zero.stage > 0:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        self._engine = _quietly_initialise(model, adamw, settings, world)
+        self._engine = _quietly_initialise(model, optimizer, settings, world)
         wrapper = self._engine.optimizer
-        self._adamw: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
-        self._adamw.step = self._if_good(self._adamw.step)
+        self._optimizer: Muon = getattr(wrapper, "optimizer", wrapper)
+        self._optimizer.step = self._if_good(self._optimizer.step)
         self._good: Callable[[float], bool] = lambda norm: True
         self._verdict: bool | None = None
         self._norm = 0.0
@@ -102,8 +113,8 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["multiplier"]
         self._good, self._verdict = good, None
         if self._weights_are_masters:
             # Nothing wraps the optimiser then, and DeepSpeed keeps no norm.
@@ -126,20 +137,21 @@ class Engine:
         Every rank must run it to the end together.
         """
         for parameter, name in self.names.items():
-            for key in STATE_KEYS:
+            for key in self.state_keys[name]:
                 yield name, key, self._full(parameter, key)
 
     def scatter(self, read: Callable[[str, str], Tensor]) -> None:
         """Set everything from `read(parameter, state key)`, which gives full fp32 tensors."""
         for parameter, name in self.names.items():
-            for key in STATE_KEYS:
+            for key in self.state_keys[name]:
                 value = read(name, key).to(self.world.device, torch.float32)
                 self._set_full(parameter, key, value)
 
     def set_optimizer_step(self, step: int) -> None:
         """AdamW's own count of steps, which corrects the bias of its young means."""
-        for state in self._adamw.state.values():
-            state["step"].fill_(step)
+        for state in self._optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(step)
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """The full shape, also where ZeRO 3 has left this rank a part."""
@@ -160,23 +172,57 @@ class Engine:
 
     @property
     def _weights_are_masters(self) -> bool:
-        return self._engine.optimizer is self._adamw
+        return self._engine.optimizer is self._optimizer
 
     def _create_optimizer_state(self) -> None:
-        """AdamW's means, as zeros, before the first step: a resume fills them."""
+        """The optimiser's means, as zeros, before the first step: a resume fills them."""
+        state = self._optimizer.state
+        for flat, group, members in self._partitions():
+            if group["orthogonal"] and self.stage > 0:
+                self._optimizer.pieces[flat] = self._pieces(members)
+            if not state[flat]:
+                state[flat]["exp_avg"] = torch.zeros_like(flat)
+                if not group["orthogonal"]:
+                    state[flat]["exp_avg_sq"] = torch.zeros_like(flat)
+                    state[flat]["step"] = torch.zeros((), device=flat.device)
         wrapper = self._engine.optimizer
-        partitions = getattr(wrapper, "fp32_partitioned_groups_flat", None)
-        if partitions is None:
-            partitions = [p for group in self._adamw.param_groups for p in group["params"]]
-        for partition in partitions:
-            if not self._adamw.state[partition]:
-                self._adamw.state[partition].update(
-                    step=torch.zeros((), device=partition.device),
-                    exp_avg=torch.zeros_like(partition),
-                    exp_avg_sq=torch.zeros_like(partition),
-                )
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             wrapper._lazy_init_hp_params_optimizer_state()
+
+    def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any], list[nn.Parameter]]]:
+        """The tensors that the optimiser steps: each with its group, and whose weights it has."""
+        wrapper, groups = self._engine.optimizer, self._optimizer.param_groups
+        if self.stage == 3:
+            for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
+                group = groups[wrapper.sub_group_to_group_id[number]]
+                yield flat, group, wrapper.fp16_groups[number]
+        else:
+            ours = getattr(wrapper, "bit16_groups", None) or getattr(wrapper, "bf16_groups", None)
+            for number, group in enumerate(groups):
+                for flat in group["params"]:
+                    yield flat, group, ours[number] if ours else []
+
+    def _pieces(self, members: list[nn.Parameter]) -> list[Piece]:
+        """Where the ranks hold these matrices, which one flat tensor a rank has slices of."""
+        mine = []  # (offset in the flat tensor, elements) of each
+        offset = 0
+        for parameter in members:
+            if self.stage == 3:
+                size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+                numel = self.shape(parameter).numel()
+                mine.append((offset, min(max(numel - self.world.rank * size, 0), size)))
+                offset += size
+            else:
+                linked = parameter._hp_mapping  # type: ignore[attr-defined]
+                address = linked.hp_fragment_address if linked else None
+                mine.append((address.start, address.numel) if address else (0, 0))
+        every = self.world.gather([count for _, count in mine])
+        return [
+            Piece(self.shape(parameter), offset, [0, *accumulate(counts)])
+            for parameter, (offset, _), counts in zip(
+                members, mine, zip(*every, strict=True), strict=True
+            )
+        ]
 
     def _unsharded_weights(self) -> dict[nn.Parameter, Tensor]:
         """Stage 0: each parameter's fp32 weight, in bf16 the copy that the optimiser holds."""
@@ -192,7 +238,7 @@ class Engine:
     def _unsharded(self, parameter: nn.Parameter, key: str) -> Tensor:
         """Stage 0: the tensor itself."""
         master = self._masters[parameter]
-        return master.data if key == WEIGHT else self._adamw.state[master][key]
+        return master.data if key == WEIGHT else self._optimizer.state[master][key]
 
     def _full(self, parameter: nn.Parameter, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

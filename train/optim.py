@@ -1,9 +1,9 @@
-"""AdamW and the learning rate."""
+"""AdamW or Muon, what is decayed, and the learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class OptimConfig:
+    name: Literal["adamw", "muon"] = setting(
+        "adamw", "muon: matrices inside the blocks by Muon, everything else by AdamW"
+    )
     lr: float = setting(3e-3, "peak learning rate")
     schedule: Literal["wsd", "cosine"] = setting("wsd", "shape of the learning rate after warm-up")
     warmup_steps: int = setting(20, "steps of linear warm-up")
@@ -23,7 +26,8 @@ class OptimConfig:
     beta1: float = setting(0.9, "AdamW: decay of the mean of gradients")
     beta2: float = setting(0.95, "AdamW: decay of the mean of squared gradients")
     eps: float = setting(1e-8, "AdamW: epsilon")
-    weight_decay: float = setting(0.1, "AdamW: decoupled decay of matrices; vectors have none")
+    momentum: float = setting(0.95, "Muon: decay of the mean of gradients")
+    weight_decay: float = setting(0.1, "decoupled decay of matrices; vectors have none")
     clip: float = setting(1.0, "largest gradient norm; 0 for no clipping")
 
     def __post_init__(self) -> None:
@@ -32,7 +36,7 @@ class OptimConfig:
         for key in ("decay_fraction", "min_lr_fraction"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError(f"optim.{key} is {getattr(self, key)}; it must be in [0, 1]")
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"optim.{key} is {getattr(self, key)}; it must be in [0, 1)")
         for key in ("warmup_steps", "weight_decay", "clip", "eps"):
@@ -58,16 +62,37 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    multipliers: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """Matrices with weight decay, everything else (norms, biases, decays, filters) without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    """Parameters by what the optimiser does with them.
+
+    Matrices are decayed, everything else (norms, biases, decays, filters) is not. Muon is for
+    the matrices inside the blocks; embedding and head are tables of vectors.
+
+    Args:
+        multipliers: factors on the learning rate, by name; 1 where there is none.
+
+    Returns:
+        Groups for the optimiser, with `multiplier` and `orthogonal` besides its own keys.
+    """
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
-        is_matrix = parameter.dim() == 2 and name.endswith(".weight")
-        (decayed if is_matrix else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        matrix = parameter.dim() == 2 and name.endswith(".weight")
+        orthogonal = config.name == "muon" and matrix and name.startswith("blocks.")
+        multiplier = multipliers.get(name, 1.0)
+        if orthogonal:
+            # An orthogonal update's spectral norm grows with the root of the width alone
+            # (Yang et al. 2023, arXiv 2310.17813), AdamW's with the width.
+            multiplier **= 0.5
+        groups.setdefault((orthogonal, matrix, multiplier), []).append(parameter)
+    return [
+        {
+            "params": members,
+            "weight_decay": config.weight_decay if matrix else 0.0,
+            "orthogonal": orthogonal,
+            "multiplier": multiplier,
+        }
+        for (orthogonal, matrix, multiplier), members in groups.items()
     ]
-    return [group for group in groups if group["params"]]
