@@ -18,6 +18,7 @@ each node. At both, three rules decide:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -152,7 +153,43 @@ def balanced(prices: Prices, room: float, limits: Limits) -> Owners:
         placing.inside_nodes(inside, full, topology.ranks_per_node, reach)
     if small:
         placing.inside_nodes(inside, np.array([last]), small, reach)
-    return Owners(placing.owner, placing.grids, float(placing.seconds.max()))
+    owners = Owners(placing.owner, placing.grids, float(placing.seconds.max()))
+    return owners if prices.settled else _in_step(owners, placing.tokens, topology)
+
+
+def _in_step(owners: Owners, tokens: Array, topology: Topology) -> Owners:
+    """The same with nodes in an order in which attention's tokens keep step with the shards.
+
+    What a node has too much pushes the sequences of all nodes after it along the stream; so one
+    with too much is followed by one with too little. Nodes that share a ring stay together.
+    """
+    each, nodes = topology.ranks_per_node, topology.nodes
+    joined = np.zeros(nodes + 1, bool)
+    for members in owners.grids:
+        joined[members.min() // each + 1 : members.max() // each + 1] = True
+    if topology.ranks % each and nodes > 1:
+        joined[nodes - 1] = True  # a smaller node stays the last, with those before it
+    first = np.flatnonzero(~joined[:-1])
+    held = np.bincount(np.arange(topology.ranks) // each, tokens)
+    share = tokens.sum() / topology.ranks
+    surplus = np.add.reduceat(held - share * np.bincount(np.arange(topology.ranks) // each), first)
+    left = np.arange(len(first))
+    last = left[-1:] if topology.ranks % each else left[:0]
+    left = left[: len(left) - len(last)]
+    order: list[int] = []
+    ahead = 0.0
+    while len(left):
+        at = int(np.abs(ahead + surplus[left]).argmin())
+        order.append(int(left[at]))
+        ahead += float(surplus[left[at]])
+        left = np.delete(left, at)
+    sizes = np.diff(np.append(first, nodes))
+    old = np.concatenate([first[b] + np.arange(sizes[b]) for b in [*order, *last]])
+    new = np.empty(nodes, np.int64)
+    new[old] = np.arange(nodes)
+    moved: Callable[[Array], Array] = lambda rank: new[rank // each] * each + rank % each  # noqa: E731
+    owner = np.where(owners.owner >= 0, moved(np.maximum(owners.owner, 0)), owners.owner)
+    return Owners(owner, [moved(members) for members in owners.grids], owners.seconds)
 
 
 class _Placing:
