@@ -6,6 +6,7 @@ A new file is tested by being there. Models are fp64, so agreement is to 1e-9.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,21 @@ def test_every_parameter_learns(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_bf16_gives_the_loss_of_fp64(kind: str) -> None:
+    """To 2 %, with every gradient there and finite."""
+    ids = tokens(70)
+    losses = []
+    for dtype in (torch.float64, torch.bfloat16):
+        model = make(kind).to(dtype)
+        assert logits(model, ids, 70).dtype == dtype
+        loss, _ = model(ids, ids.roll(-1), shard([70], "cpu"))
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        losses.append(float(loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_flops_are_counted_sequence_by_sequence(kind: str) -> None:
     mixer = make(kind).blocks[0].mixer
     assert mixer.mixing_flops([3, 64]) > 0
@@ -164,6 +180,29 @@ def test_a_sum_needs_features_that_are_not_negative() -> None:
         )
 
 
+NEWCOMER = """
+from dataclasses import dataclass
+from train.model.mixers._parts import Heads, LinearMixer, recur
+
+@dataclass
+class Config(Heads):
+    pass
+
+class Mixer(LinearMixer):
+    def forward(self, x, shard, cache=None):
+        q, k, v = self.project(x, shard, cache)
+        return self.out(recur(q, k, v, None, None, shard, cache).flatten(-2))
+"""
+
+
+def test_a_new_file_is_a_new_mixer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "newcomer.py").write_text(NEWCOMER, encoding="utf-8")
+    monkeypatch.setattr(mixers, "__path__", [*mixers.__path__, str(tmp_path)])
+    assert "newcomer" in mixers.names()
+    model = make("newcomer")
+    assert logits(model, tokens(5), 5).shape == (5, VOCABULARY)
+
+
 STREAMS = [[67], [3, 1, 2, 40, 1, 7, 5, 2], [5]]
 
 
@@ -193,3 +232,49 @@ def gradients(kind: str, world: World, stream: Any) -> dict[str, Tensor]:
 def test_several_ranks_give_the_gradients_of_one(ranks) -> None:
     for errors in ranks(3).run(shared):
         assert max(errors.values()) < 1e-9, errors
+
+
+def one_of_each() -> Model:
+    """A block of every mixer, each computed again in the backward pass."""
+    each = [config(name) for name in mixers.names()]
+    settings = {name: given for one in each for name, given in one.mixers.items()}
+    torch.manual_seed(1)
+    return Model(
+        ModelConfig(
+            pattern=mixers.names(),
+            layers=len(each),
+            dim=16,
+            init_std=0.1,
+            checkpoint_activations=True,
+            mixers=settings,
+        ),
+        VOCABULARY,
+    )
+
+
+def sharded(world: World) -> dict[str, Tensor]:
+    """Gradients of the mean loss with parameters, gradients and moments dealt over the ranks."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from train.config import ZeroConfig
+    from train.engine import Engine
+    from train.optim import OptimConfig
+
+    engine = Engine(one_of_each(), OptimConfig(), ZeroConfig(stage=3), world, torch.float32, 1)
+    (stream,) = streams([[67, 5, 30]], VOCABULARY)
+    loss, _ = engine(*distribute(*stream, world))
+    engine.backward(loss * (world.size / (stream.labels >= 0).sum()))
+    return {name: safe_get_full_grad(p).clone() for p, name in engine.names.items()}
+
+
+def test_all_mixers_train_under_zero_3(ranks) -> None:
+    """fp32: each gradient to 1e-4 of its largest number."""
+    (stream,) = streams([[67, 5, 30]], VOCABULARY)
+    model = one_of_each()
+    loss, _ = model(*distribute(*stream, World(0, 1, 0, torch.device("cpu"))))
+    (loss / (stream.labels >= 0).sum()).backward()
+    for found in ranks(3).run(sharded):
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            error = (found[name].reshape(parameter.shape) - parameter.grad).abs().max()
+            assert error < 1e-4 * parameter.grad.abs().max(), name
