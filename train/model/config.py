@@ -12,7 +12,7 @@ from data.settings import ConfigError, setting
 class ModelConfig:
     pattern: list[str] = setting(
         ["gated_deltanet", "gated_deltanet", "gated_deltanet", "attention"],
-        "mixers of the blocks from the first on, repeated over the depth",
+        "mixers of the blocks from the first on, repeated over the depth; gla*3 is three of them",
     )
     layers: int = setting(4, "number of blocks")
     dim: int = setting(256, "width of the residual stream")
@@ -43,11 +43,22 @@ class ModelConfig:
             raise ConfigError(f"model.dim is {self.dim}; it must be a multiple of 8")
         if not self.pattern:
             raise ConfigError("model.pattern is empty; name at least one mixer")
+        self.pattern = [name for entry in self.pattern for name in _repeated(entry)]
 
     @property
     def blocks(self) -> list[str]:
         """The mixer's name of every block."""
         return [self.pattern[i % len(self.pattern)] for i in range(self.layers)]
+
+
+def _repeated(entry: str) -> list[str]:
+    """The mixers that an entry of the pattern stands for: `gla*3` for three times gla."""
+    name, star, times = entry.partition("*")
+    if star and not (times.strip().isdecimal() and int(times) > 0):
+        raise ConfigError(
+            f"model.pattern has {entry!r}; after the * a whole number above 0 says how many"
+        )
+    return [name.strip()] * int(times or 1)
 
 
 def require_positive(config: object, *keys: str, prefix: str = "") -> None:

@@ -73,14 +73,16 @@ def resolve(name: str, config: ModelConfig) -> tuple[ModuleType, Any]:
 
 
 def check(config: ModelConfig) -> None:
-    """Fill the settings of every mixer in use, and refuse settings of one that is not.
+    """Fill the settings of every mixer in use, and refuse names that mean nothing.
+
+    Settings of a mixer that there is may wait for a pattern that uses it: a sweep's base.
 
     Raises:
         ConfigError: as `resolve`.
     """
     for name in dict.fromkeys(config.pattern):
         resolve(name, config)
-    given = {f"model.mixers.{name} is set": name for name in config.mixers}
+    given = {f"model.mixers.{name} is set": name for name in config.mixers if name not in names()}
     given |= {f"model.post_norm names {name!r}": name for name in config.post_norm}
     for said, name in given.items():
         if name not in config.pattern:
