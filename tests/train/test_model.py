@@ -140,7 +140,7 @@ def test_flops_follow_from_the_matrices_and_the_lengths() -> None:
         ({"pattern": ["atention"]}, "model.pattern names 'atention'; the mixers are attention,"),
         ({"mixers": {"attention": {"hedas": 2}}}, "hedas: no such key; did you mean heads?"),
         ({"mixers": {"attention": {"heads": 3, "kv_heads": 2}}}, "kv_heads is 2"),
-        ({"mixers": {"retnet": {}}}, "model.mixers.retnet is set, but"),
+        ({"mixers": {"retnat": {}}}, "model.mixers.retnat is set, but"),
         ({"post_norm": ["gla"]}, "model.post_norm names 'gla', but model.pattern names only att"),
     ],
 )
