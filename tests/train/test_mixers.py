@@ -41,6 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deltanet-gate": {"output_gate": True, "negative_eigenvalues": True},
     "gated_deltanet-bare": {"conv_size": 0, "negative_eigenvalues": True},
     "linear_attention-sum": {"output_norm": "sum", "feature_map": "softmax"},
+    "linear_attention-zeros": {"output_norm": "sum", "feature_map": "relu"},
     "mamba2-groups": {"groups": 2, "heads": 4},
 }
 KINDS = [*mixers.names(), *OPTIONS]

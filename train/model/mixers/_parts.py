@@ -97,10 +97,6 @@ class LinearMixer(mixers.Mixer):
         q, k, v = qkv.split(self.widths, dim=-1)
         return by_head(q, self.heads), by_head(k, self.heads), by_head(v, self.value_heads)
 
-    def to_value_heads(self, decay: Tensor) -> Tensor:
-        """(…, heads, D) to (…, value_heads, D): value heads of one key head decay alike."""
-        return decay.repeat_interleave(self.value_heads // self.heads, dim=-2)
-
     def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
         return flops.linear_attention(
             lengths, self.value_heads, self.head_dim, self.value_head_dim, self.delta
@@ -142,8 +138,8 @@ def average(
     The sum of the weights comes from one more column of values, all ones.
     """
     o = recur(q, k, F.pad(v, (0, 1), value=1.0), None, None, shard, cache, scale=1.0)
-    total = o[..., -1:]
-    return o[..., :-1] / total.clamp_min(torch.finfo(total.dtype).tiny)
+    # Features may all be 0, and then the gradient must not overflow.
+    return o[..., :-1] / o[..., -1:].clamp_min(1e-12)
 
 
 class LowRank(nn.Module):
@@ -185,6 +181,11 @@ class BoundedForgetGate(nn.Module):
 def by_head(x: Tensor, heads: int) -> Tensor:
     """(…, heads · D) to (…, heads, D)."""
     return x.unflatten(-1, (heads, -1))
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """(…, heads, D) to (…, heads · times, D), copies side by side; once is a view."""
+    return x.unsqueeze(-2).expand(*x.shape[:-1], times, x.shape[-1]).flatten(-3, -2)
 
 
 def full(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernels import flops
 from parallel import Shard
 from train.model.config import ModelConfig
-from train.model.mixers._parts import average
+from train.model.mixers._parts import average, repeat_heads
 from train.model.mixers.attention import ProjectedMixer, Projections
 
 
@@ -40,7 +40,7 @@ class Mixer(ProjectedMixer):
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         q, k, v = self.project(x, shard)
-        k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=2) for part in (k, v))
+        k, v = (repeat_heads(part, self.heads // self.kv_heads) for part in (k, v))
         q, k = features(q, self.q_map), features(k, self.k_map)
         return self.finish(average(q, k, v, shard, cache), x)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn import functional as F
 
 from parallel import Shard
 from train.model.config import ModelConfig
-from train.model.mixers._parts import BoundedForgetGate, Heads, LinearMixer, by_head, recur
+from train.model.mixers._parts import (
+    BoundedForgetGate,
+    Heads,
+    LinearMixer,
+    by_head,
+    recur,
+    repeat_heads,
+)
 from train.model.norm import RMSNorm
 
-
-@dataclass
-class Config(Heads):
-    pass
+Config = Heads
 
 
 class Mixer(LinearMixer):
@@ -30,5 +32,6 @@ class Mixer(LinearMixer):
         q, f, v = self.project(x, shard, cache)
         log_a, rest = (by_head(part, self.heads) for part in self.forget(f.flatten(-2)))
         q, k = F.silu(q), rest.to(q.dtype)
-        o = recur(q, k, v, self.to_value_heads(log_a), None, shard, cache)
+        decay = repeat_heads(log_a, self.value_heads // self.heads)
+        o = recur(q, k, v, decay, None, shard, cache)
         return self.out(self.norm(o.flatten(-2)))

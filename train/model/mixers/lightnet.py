@@ -12,7 +12,15 @@ import parallel
 from data.settings import setting
 from parallel import Shard
 from train.model.config import ModelConfig, require_positive
-from train.model.mixers._parts import Heads, LinearMixer, LowRank, by_head, full, recur
+from train.model.mixers._parts import (
+    Heads,
+    LinearMixer,
+    LowRank,
+    by_head,
+    full,
+    recur,
+    repeat_heads,
+)
 from train.model.norm import RMSNorm
 
 # Logits of k beyond are cut: a million of e^40 summed are a long way from the end of fp32.
@@ -54,7 +62,7 @@ class Mixer(LinearMixer):
         # From the ratio, for z itself soon has no digits left for a small difference. A
         # sequence's first token has nothing to forget, so any finite decay will do.
         k = (new / total).clamp_max(1 - torch.finfo(new.dtype).eps)
-        decay = self.to_value_heads(by_head(torch.log1p(-k), self.heads))
-        k = by_head(k, self.heads).to(q.dtype)
-        o = recur(F.silu(q), k, v, decay, None, shard, cache)
+        k = by_head(k, self.heads)
+        decay = repeat_heads(torch.log1p(-k), self.value_heads // self.heads)
+        o = recur(F.silu(q), k.to(q.dtype), v, decay, None, shard, cache)
         return self.out(self.norm(o.flatten(-2), self.gate(x)))

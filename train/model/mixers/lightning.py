@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,10 +12,7 @@ from train.model.config import ModelConfig
 from train.model.mixers._parts import Heads, LinearMixer, recur
 from train.model.norm import RMSNorm
 
-
-@dataclass
-class Config(Heads):
-    pass
+Config = Heads
 
 
 class Mixer(LinearMixer):
