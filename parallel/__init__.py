@@ -15,11 +15,14 @@ if TYPE_CHECKING:
         short_convolution,
         softmax_attention,
     )
+    from parallel.planner import FullAttention, Planner
     from parallel.stream import Shard, distribute, shard
     from parallel.world import World, join
 
 __all__ = [
+    "FullAttention",
     "ParallelConfig",
+    "Planner",
     "Shard",
     "World",
     "diagonal_scan",
@@ -39,6 +42,7 @@ _HOMES = {
         "short_convolution",
         "softmax_attention",
     ],
+    "parallel.planner": ["FullAttention", "Planner"],
     "parallel.stream": ["Shard", "distribute", "shard"],
     "parallel.world": ["World", "join"],
 }

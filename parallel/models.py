@@ -35,6 +35,19 @@ class Cluster:
         """FLOPs a second of large matrix products."""
         return self.tflops * 1e12 * self.matmul
 
+    def costs(self, pair_flops: float, **layer: Any) -> Costs:
+        """What the planner weighs here for a layer with so many FLOPs a query-key pair."""
+        nic = self.nic_gbit / 8 * 1e9 * self.network
+        return Costs(
+            pair=pair_flops / (self.tflops * 1e12 * self.attention),
+            inside=self.inside_gb * 1e9,
+            between=self.nics * nic,
+            nic=nic,
+            latency_inside=self.latency_inside_us * 1e-6,
+            latency_between=self.latency_between_us * 1e-6,
+            **layer,
+        )
+
 
 @dataclass(frozen=True)
 class Model:
@@ -126,6 +139,12 @@ def load_cluster(name: str) -> Cluster:
     return Cluster(**_read(path, Cluster, f"{name} is no cluster; {', '.join(clusters())} are"))
 
 
+def cluster_of(device: str) -> Cluster:
+    """The cluster here whose name is part of a device's, "NVIDIA H200" say; else that of h800."""
+    known = [name for name in clusters() if name in device.lower()]
+    return load_cluster(known[0] if known else "h800")
+
+
 def load_model(name: str) -> Model:
     """The model of a name here, or of a YAML file with the fields of `Model`."""
     if name in MODELS:
@@ -150,17 +169,11 @@ def _read(path: Path, schema: type, unknown: str) -> dict[str, Any]:
 
 def costs(cluster: Cluster, model: Model, routed: bool = True) -> Costs:
     """What the planner weighs for a model on a cluster."""
-    nic = cluster.nic_gbit / 8 * 1e9 * cluster.network
-    return Costs(
-        pair=4 * model.heads * model.head_dim / (cluster.tflops * 1e12 * cluster.attention),
-        q_bytes=_E * model.heads * model.head_dim,
-        kv_bytes=_E * 2 * model.kv_heads * model.head_dim,
+    return cluster.costs(
+        pair_flops=4.0 * model.heads * model.head_dim,
+        q_bytes=float(_E * model.heads * model.head_dim),
+        kv_bytes=float(_E * 2 * model.kv_heads * model.head_dim),
         heads=model.heads,
         kv_heads=model.kv_heads,
-        inside=cluster.inside_gb * 1e9,
-        between=cluster.nics * nic,
-        nic=nic,
-        latency_inside=cluster.latency_inside_us * 1e-6,
-        latency_between=cluster.latency_between_us * 1e-6,
         routed=routed,
     )

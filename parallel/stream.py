@@ -7,6 +7,7 @@ plan, which every rank has made for itself from the lengths alone (`parallel.pla
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -19,8 +20,8 @@ from torch import Tensor
 from parallel.chain import Links
 from parallel.config import Attention, ParallelConfig
 from parallel.exchange import Table, parcels, to_device
-from parallel.layout import Plan, Topology
-from parallel.plan import plan
+from parallel.layout import Plan
+from parallel.planner import Planner, filled
 from parallel.world import World
 
 Made = TypeVar("Made")
@@ -153,12 +154,14 @@ def distribute(
     cu_seqlens: np.ndarray,
     world: World,
     config: ParallelConfig | None = None,
+    planner: Planner | None = None,
 ) -> tuple[Tensor, Tensor, Shard]:
     """This rank's part of a stream, on its device.
 
     Args:
         tokens, labels: (T,) int64, the whole stream; labels are shifted already, −100 for none.
         cu_seqlens: (N + 1,) int.
+        planner: that has the batch's plan, or makes it; one for `config` unless given.
 
     Returns:
         tokens and labels (t,) int64 of this rank's shard, and the shard; t differs by at most
@@ -166,31 +169,33 @@ def distribute(
         there are fewer tokens than ranks, the stream ends with sequences of one token without
         a label, so that every rank holds something and takes part in every exchange.
     """
-    config = config or ParallelConfig()
-    missing = max(0, world.size - len(tokens))
+    lengths = filled(np.diff(cu_seqlens), world.size)
+    missing = int(lengths.sum()) - len(tokens)
     tokens = np.concatenate([tokens, np.zeros(missing, tokens.dtype)])
     labels = np.concatenate([labels, np.full(missing, -100, labels.dtype)])
-    lengths = np.concatenate([np.diff(cu_seqlens), np.ones(missing, np.int64)])
     if world.size == 1:
         return (
             to_device(tokens, world.device),
             to_device(labels, world.device),
             shard(lengths[lengths > 0], world.device),
         )
-    # Ulysses splits heads and leaves tokens in the stream's layout too.
-    strategy = "allgather" if config.attention == "ulysses" else config.attention
-    made = plan(lengths, Topology(world.size, world.ranks_per_node), strategy)
-    view = View(made, world.rank, world.group, config.attention, world.device)
-    here = np.arange(*view.bounds[world.rank : world.rank + 2])
-    # From places in the stream to places in the batch, whose sequences lie in another order.
-    sequence = np.searchsorted(made.cu_seqlens, here, side="right") - 1
-    begins = np.cumsum(lengths) - lengths
-    here += begins[made.order[sequence]] - made.cu_seqlens[sequence]
-
+    if planner is None:
+        with closing(Planner(config or ParallelConfig(), world.topology)) as own:
+            made, attention = own.plan(lengths), own.config.attention
+    else:
+        made, attention = planner.plan(lengths), planner.config.attention
+    view = View(made, world.rank, world.group, attention, world.device)
     spans = made.stream.rows(world.rank)
-    starts, ends = made.stream.start[spans], made.stream.end[spans]
+    sequence, starts, ends = (
+        column[spans] for column in (made.stream.sequence, made.stream.start, made.stream.end)
+    )
+    # From places in the stream to places in the batch, whose sequences lie in another order.
+    begins = np.cumsum(lengths) - lengths
+    first = begins[made.order[sequence]] + starts
+    sizes = ends - starts
+    here = np.arange(sizes.sum()) + np.repeat(first - np.cumsum(sizes) + sizes, sizes)
     return (
         to_device(tokens[here], world.device),
         to_device(labels[here], world.device),
-        _shard(ends - starts, starts, world.device, view),
+        _shard(sizes, starts, world.device, view),
     )

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from parallel.layout import Topology
+
 Result = TypeVar("Result")
 
 # Of the world that this process has joined, for a `join` inside it.
@@ -39,6 +41,10 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.size, self.ranks_per_node)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum of `values` over all ranks, in place."""

@@ -6,12 +6,13 @@ Functions here run on every rank; a test hands them to its ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from parallel import ParallelConfig, Shard, World, distribute
+from parallel import FullAttention, ParallelConfig, Planner, Shard, World, distribute
 
 # Streams of every shape: a sequence over all ranks, many short ones, a mixture, lengths
 # divisible by nothing, shards of one to three tokens, fewer tokens than ranks.
@@ -37,6 +38,7 @@ def difference(
     layer: Layer,
     whole: Whole,
     config: ParallelConfig,
+    model: FullAttention | None = None,
 ) -> float:
     """The largest error of the output or of any gradient on this rank, in units of its scale.
 
@@ -45,11 +47,13 @@ def difference(
             tokens share. Both are the same on all ranks.
         layer: from the rank's rows and the weights to its rows of the output.
         whole: the same from all rows and `cu_seqlens`, on one process.
+        model: what the planner knows of the model.
     """
     total = sum(lengths)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     number = np.arange(total)
-    mine, labels, shard = distribute(number, number, cu_seqlens, world, config)
+    with closing(Planner(config, world.topology, model)) as planner:
+        mine, labels, shard = distribute(number, number, cu_seqlens, world, config, planner)
     real = (labels >= 0)[:, None]  # not the tokens that fill up a short stream
 
     reference = {name: x.clone().requires_grad_() for name, x in (rows | weights).items()}

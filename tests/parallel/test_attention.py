@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import parallel
-from parallel import ParallelConfig, Shard, World, distribute
+from parallel import FullAttention, ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
 from parallel.exchange import sent_bytes
 from parallel.layout import Plan, Topology
@@ -35,6 +35,7 @@ def attention(
     window: int | None = None,
     heads: int = 4,
     kv_heads: int = 2,
+    model: FullAttention | None = None,
 ) -> float:
     generator = torch.Generator().manual_seed(0)
     rows = {
@@ -57,7 +58,7 @@ def attention(
         return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
 
     config = ParallelConfig(attention=strategy)  # type: ignore[arg-type]
-    return difference(world, lengths, rows, {}, layer, whole, config)
+    return difference(world, lengths, rows, {}, layer, whole, config, model)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -92,12 +93,21 @@ def test_ulysses_splits_any_heads_over_any_ranks(
         assert max(got) < 1e-10
 
 
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_plan_of_a_model_with_heads_equals_one_softmax(ranks, size: int, alone: bool) -> None:
+    """fp64: to 1e-10; with shards that are contiguous, and with those of a dense model."""
+    model = FullAttention(heads=4, kv_heads=2, head_dim=DIM, alone=alone)
+    for lengths in STREAMS:
+        assert max(ranks(size).run(attention, lengths, "balanced", None, 4, 2, model)) < 1e-10
+
+
 def on_nodes(world: World, ranks_per_node: int, lengths: list[int], strategy: Strategy) -> float:
     """`attention` by the plan of a strategy, on a cluster of small nodes."""
     world = dataclasses.replace(world, ranks_per_node=ranks_per_node)
     planned = functools.partial(plan, strategy=strategy)
     with mock.patch(
-        "parallel.stream.plan", lambda lengths, topology, _: planned(lengths, topology)
+        "parallel.planner.plan", lambda lengths, topology, *_, **__: planned(lengths, topology)
     ):
         return attention(world, lengths, "balanced")
 
@@ -108,12 +118,12 @@ def on_slices(
     """`attention` with sequence i on the i-th of some rings (the last one's for those beyond)."""
     world = dataclasses.replace(world, ranks_per_node=ranks_per_node)
 
-    def planned(lengths: np.ndarray, topology: Topology, _: object) -> Plan:
+    def planned(lengths: np.ndarray, topology: Topology, *_: object, **__: object) -> Plan:
         number = np.minimum(np.arange(len(lengths)), len(grids) - 1)
         owners = Owners(-1 - number, [np.array(grid) for grid in grids])
         return build("rings", lengths, owners, np.arange(len(lengths)), topology, True)
 
-    with mock.patch("parallel.stream.plan", planned):
+    with mock.patch("parallel.planner.plan", planned):
         return attention(world, lengths, "balanced", None, *heads)
 
 

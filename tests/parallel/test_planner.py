@@ -1,0 +1,85 @@
+"""Plans are made beside the step before, once each, and from what the model is like."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from parallel import FullAttention, ParallelConfig, Planner
+from parallel.layout import Plan, Topology
+from parallel.plan import plan
+
+LENGTHS = np.array([9000, 500, 4000, 3000, 20])
+WHERE = Topology(8, 4)
+MODEL = FullAttention(heads=32, kv_heads=8, head_dim=128)
+
+
+@pytest.fixture
+def planner() -> Iterator[Planner]:
+    with closing(Planner(ParallelConfig(), WHERE, MODEL)) as made:
+        yield made
+
+
+def same(one: Plan, two: Plan) -> bool:
+    return (
+        np.array_equal(one.order, two.order)
+        and all(np.array_equal(a.ranks, b.ranks) for a, b in zip(one.rings, two.rings, strict=True))
+        and np.array_equal(one.to_attention.target_offset, two.to_attention.target_offset)
+    )
+
+
+def test_a_batch_begun_before_is_planned_beside_the_caller_and_once(planner: Planner) -> None:
+    threads = []
+
+    def watched(*arguments: object, **more: object) -> Plan:
+        threads.append(threading.current_thread())
+        return plan(*arguments, **more)  # type: ignore[arg-type]
+
+    with mock.patch("parallel.planner.plan", watched):
+        planner.begin(LENGTHS)
+        first = planner.plan(LENGTHS)
+        assert planner.plan(LENGTHS.astype(np.int32)) is first
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
+
+
+def test_ranks_that_plan_apart_plan_alike(planner: Planner) -> None:
+    with closing(Planner(ParallelConfig(), WHERE, MODEL)) as other:
+        other.begin(np.array([7, 7, 7]))
+        other.begin(LENGTHS)
+        assert same(planner.plan(LENGTHS), other.plan(LENGTHS))
+
+
+def test_a_fault_of_planning_is_raised_where_the_plan_is_wanted(planner: Planner) -> None:
+    planner.begin(np.array([5, -1]))
+    with pytest.raises(ValueError, match="-1"):
+        planner.plan(np.array([5, -1]))
+
+
+def test_heads_are_split_no_further_than_there_are_heads() -> None:
+    for heads in (1, 2, 6):
+        model = FullAttention(heads=heads, kv_heads=1, head_dim=64)
+        with closing(Planner(ParallelConfig(), WHERE, model)) as planner:
+            made = planner.plan(np.array([60000]))
+            assert all(ring.slices <= heads for ring in made.rings)
+
+
+def test_a_model_of_full_attention_alone_moves_fewer_tokens(planner: Planner) -> None:
+    alone = FullAttention(heads=1, kv_heads=1, head_dim=128, alone=True)
+    with closing(Planner(ParallelConfig(), WHERE, alone)) as other:
+        moved = [
+            made.to_attention.tokens[made.to_attention.source != made.to_attention.target].sum()
+            for made in (other.plan(LENGTHS), planner.plan(LENGTHS))
+        ]
+    assert moved[0] < moved[1]
+
+
+@pytest.mark.parametrize("device", ["", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A800"])
+def test_any_device_has_a_price(device: str) -> None:
+    with closing(Planner(ParallelConfig(), WHERE, MODEL, device)) as planner:
+        assert planner.plan(LENGTHS).stream.tokens.sum() == LENGTHS.sum()
