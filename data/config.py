@@ -24,7 +24,7 @@ class RecallConfig:
     fewest: int | None = setting(
         None, "training: sequences have from so many pairs on (null: all have as many)"
     )
-    queries: int = setting(32, "pairs of them that are asked for")
+    queries: int = setting(64, "queries after the pairs, each for any of them")
     keys: int = setting(64, "different keys")
     values: int = setting(64, "different values")
     power: float | None = setting(
@@ -32,15 +32,18 @@ class RecallConfig:
     )
 
     def __post_init__(self) -> None:
-        for key, most in (("pairs", "keys"), ("queries", "pairs"), ("fewest", "pairs")):
+        for key, most in (("pairs", "keys"), ("fewest", "pairs")):
             value, limit = getattr(self, key), getattr(self, most)
             if value is not None and not 1 <= value <= limit:
                 raise ConfigError(
                     f"data.recall.{key} is {value}; it must be from 1 to data.recall.{most}, "
                     f"{limit}"
                 )
-        if self.values < 2:
-            raise ConfigError(f"data.recall.values is {self.values}; it must be at least 2")
+        for key, least in (("queries", 1), ("values", 2)):
+            if getattr(self, key) < least:
+                raise ConfigError(
+                    f"data.recall.{key} is {getattr(self, key)}; it must be at least {least}"
+                )
         if self.power is not None and self.power <= 0:
             raise ConfigError(f"data.recall.power is {self.power}; it must be above 0, or null")
 

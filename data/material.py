@@ -9,6 +9,7 @@ from __future__ import annotations
 import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from data.config import DataConfig, StreamConfig
 from data.corpus import Corpus
 from data.prepare import Log, prepare
+from data.probes import TextProbes
 from data.recall import SOURCE, Recall
 from data.stream import Batch, Batches, Cursor, validation_batches
 from data.tokenizer import Tokenizer
@@ -39,10 +41,6 @@ class Material(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
-    @property
-    def words(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, all different, for keys and for values of a probe of the memory."""
-
     def batches(self, start: Cursor) -> Stream:
         """The training batches that follow `start`.
 
@@ -56,6 +54,25 @@ class Material(Protocol):
 
     def bar(self, max_tokens: int) -> tuple[str, str, float]:
         """What a known bar makes of `validation`: the metric, who, and how much."""
+
+    def recall_probe(
+        self, random: np.random.Generator, count: int, length: int, pairs: int, queries: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Sequences that show pairs of a key and a value, then ask for some of the values.
+
+        Returns:
+            tokens and labels, int64 (count, length), IGNORED but where a value is asked for;
+            None if they do not fit.
+        """
+
+    def needle_probe(
+        self, random: np.random.Generator, count: int, length: int, depth: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Sequences that ask at their end for what was shown once, at `depth` from 0 to 1.
+
+        Returns:
+            As `recall_probe`.
+        """
 
     def report(self) -> tuple[str, Any]:
         """What there is to learn from, in words and as a matplotlib figure, if there is one."""
@@ -73,20 +90,6 @@ class Text:
     def tokenizer(self) -> Tokenizer:
         return self.corpus.tokenizer
 
-    @property
-    def words(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces that are a word of three letters or more, dealt out by turns.
-
-        They are the commonest ones of a tokenizer that was trained here.
-        """
-        lengths = self.tokenizer.byte_lengths()
-        long = np.flatnonzero(lengths >= 3).tolist()
-        found = np.array(
-            [token for token in long if self.tokenizer.decode([token]).strip().isalpha()],
-            dtype=np.int64,
-        )
-        return found[::2], found[1::2]
-
     def batches(self, start: Cursor) -> Batches:
         return Batches(self.corpus, self.stream, self.data, start)
 
@@ -101,6 +104,22 @@ class Text:
         """Bits a byte of the validation text under `xz -9`, which everyone knows."""
         text = self.corpus.validation_text(max_tokens).encode()
         return "val_bpb", "xz -9", 8 * len(lzma.compress(text, preset=9)) / max(len(text), 1)
+
+    def recall_probe(
+        self, random: np.random.Generator, count: int, length: int, pairs: int, queries: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Pairs of words, held-out text, then words of the pairs with their values."""
+        return self._probes.recall(random, count, length, pairs, queries)
+
+    def needle_probe(
+        self, random: np.random.Generator, count: int, length: int, depth: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Held-out text with a sentence of random words in it, which the end begins anew."""
+        return self._probes.needle(random, count, length, depth)
+
+    @cached_property
+    def _probes(self) -> TextProbes:
+        return TextProbes(self.corpus)
 
     def report(self) -> tuple[str, Any]:
         from data import stats

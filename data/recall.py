@@ -3,10 +3,11 @@
 After Zoology (Arora et al. 2023, arXiv 2312.04927). A sequence shows n pairs of a key and a
 value, then asks for some of them, each at a place of its own:
 
-    ·  k₁ v₁ k₂ v₂ … kₙ vₙ   · · k₃ v₃ · · · · k₁ v₁ · ·
+    ·  k₁ v₁ k₂ v₂ … kₙ vₙ   · k₃ · · k₁ kₙ · k₃ ·
 
-At the second showing of a key, its value is the label; no other token has one. A batch is a
-function of (settings, seed, number), so that a cursor is a number and nothing is stored.
+The label of a key that is shown again is its value, which is not shown; no other token has a
+label. A batch is a function of (settings, seed, number), so that a cursor is a number and
+nothing is stored.
 """
 
 from __future__ import annotations
@@ -45,22 +46,22 @@ def sequences(
         count: how many.
         length: tokens of each, at least `shortest(pairs, queries)`.
         pairs: shown at the start, with different keys.
-        queries: pairs asked for, each once.
+        queries: asked after them, each for any pair.
         keys, values: the tokens to choose from.
-        blank: the token of the start and of every place without a pair.
+        blank: the token of the start and of every place that asks nothing.
         power: a query's place, counted from 1 after the pairs, has a probability in
             proportion to place^(power − 1), as in Zoology; None takes all places alike.
         fewest: each sequence's number of pairs is drawn from `fewest` to `pairs`, every
-            octave alike, and its other pairs and queries are blanks; None leaves all there.
+            octave alike, with blanks for the others; None leaves all there.
 
     Returns:
-        tokens and labels, int64 (count, length); a label is the next token at a query's
-        key and IGNORED everywhere else.
+        tokens and labels, int64 (count, length); a label is the value of a query's key, and
+        IGNORED everywhere else.
 
     Raises:
         ValueError: the sequence is too short, or there are fewer keys than pairs.
     """
-    if length < shortest(pairs, queries) or pairs > len(keys) or queries > pairs:
+    if length < shortest(pairs, queries) or pairs > len(keys):
         raise ValueError(
             f"{pairs} pairs of {len(keys)} keys and {queries} queries do not fit into {length} "
             f"tokens; they need {shortest(pairs, queries)}"
@@ -68,34 +69,29 @@ def sequences(
     rows = np.arange(count)[:, None]
     key = random.permuted(np.tile(keys, (count, 1)), axis=1)[:, :pairs]
     value = random.choice(values, (count, pairs))
+    shown = np.full(count, pairs)
+    if fewest is not None:
+        octaves = random.uniform(np.log(fewest), np.log(pairs + 1), count)
+        shown = np.exp(octaves).astype(np.int64)
+    there = np.arange(pairs) < shown[:, None]
     tokens = np.full((count, length), blank, dtype=np.int64)
     labels = np.full((count, length), IGNORED, dtype=np.int64)
     first = 1 + 2 * pairs
-    tokens[:, 1:first:2], tokens[:, 2:first:2] = key, value
-    places = (length - first) // 2
-    # The largest of log p plus Gumbel noise: a draw without replacement.
-    score = random.gumbel(size=(count, places))
+    tokens[:, 1:first:2] = np.where(there, key, blank)
+    tokens[:, 2:first:2] = np.where(there, value, blank)
+    # The largest of log p plus Gumbel noise: a draw of places without replacement.
+    score = random.gumbel(size=(count, length - first))
     if power is not None:
-        score += (power - 1) * np.log(np.arange(1, places + 1))
-    chosen = np.argpartition(-score, queries - 1, axis=1)[:, :queries]
-    asked = random.permuted(np.tile(np.arange(pairs), (count, 1)), axis=1)[:, :queries]
-    at = first + 2 * chosen
-    tokens[rows, at], tokens[rows, at + 1] = key[rows, asked], value[rows, asked]
-    labels[rows, at] = value[rows, asked]
-    if fewest is not None:
-        shown = np.exp(random.uniform(np.log(fewest), np.log(pairs + 1), count)).astype(np.int64)
-        missing = np.arange(pairs) >= shown[:, None]
-        tokens[:, 1:first][missing.repeat(2, axis=1)] = blank
-        row, query = np.nonzero(asked >= shown[:, None])
-        place = at[row, query]
-        tokens[row, place] = tokens[row, place + 1] = blank
-        labels[row, place] = IGNORED
+        score += (power - 1) * np.log(np.arange(1, length - first + 1))
+    place = first + np.argpartition(-score, queries - 1, axis=1)[:, :queries]
+    asked = random.integers(0, shown[:, None], (count, queries))
+    tokens[rows, place], labels[rows, place] = key[rows, asked], value[rows, asked]
     return tokens, labels
 
 
 def shortest(pairs: int, queries: int) -> int:
     """Tokens of a sequence without a blank but the first."""
-    return 1 + 2 * (pairs + queries)
+    return 1 + 2 * pairs + queries
 
 
 class Numbers:
@@ -159,12 +155,6 @@ class Recall:
     def tokenizer(self) -> Numbers:
         return Numbers(1 + self.recall.keys + self.recall.values)
 
-    @property
-    def words(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of the keys, and those of the values."""
-        keys, values = self.recall.keys, self.recall.values
-        return np.arange(1, 1 + keys), np.arange(1 + keys, 1 + keys + values)
-
     def batches(self, start: Cursor) -> RecallBatches:
         """The batches that follow `start`.
 
@@ -196,6 +186,28 @@ class Recall:
         settings = repr((self.recall, self.stream.seq_len, self.stream.seed)).encode()
         return int.from_bytes(hashlib.blake2b(settings, digest_size=7).digest()) + 1
 
+    def recall_probe(
+        self, random: np.random.Generator, count: int, length: int, pairs: int, queries: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """As training has them, with another length and number of pairs."""
+        if pairs > self.recall.keys or length < shortest(pairs, queries):
+            return None
+        return sequences(random, count, length, pairs, queries, *self._words, Numbers.bos_id)
+
+    def needle_probe(
+        self, random: np.random.Generator, count: int, length: int, depth: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """As many pairs as training has, blanks, and at the end the key of the one at `depth`."""
+        pairs = self.recall.pairs
+        if length < shortest(pairs, 1):
+            return None
+        tokens, _ = sequences(random, count, length, pairs, 1, *self._words, Numbers.bos_id)
+        tokens[:, 1 + 2 * pairs :] = Numbers.bos_id
+        labels = np.full_like(tokens, IGNORED)
+        asked = 1 + 2 * round(depth * (pairs - 1))
+        tokens[:, -1], labels[:, -1] = tokens[:, asked], tokens[:, asked + 1]
+        return tokens, labels
+
     def bar(self, max_tokens: int) -> tuple[str, str, float]:
         """What guessing gets: the metric, who, and how much."""
         return "val_accuracy", "guessing", 1 / self.recall.values
@@ -210,6 +222,12 @@ class Recall:
             f"the first one's pairs: {begin}",
             None,
         )
+
+    @property
+    def _words(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of the keys, and those of the values."""
+        keys, values = self.recall.keys, self.recall.values
+        return np.arange(1, 1 + keys), np.arange(1 + keys, 1 + keys + values)
 
     def _draw(
         self,
@@ -226,7 +244,7 @@ class Recall:
             length,
             task.pairs,
             task.queries,
-            *self.words,
+            *self._words,
             Numbers.bos_id,
             task.power,
             fewest,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 
 COMMANDS = {
+    "evaluate": "loss by position, recall and a needle, up to four times the training length",
+    "generate": "text from a run's newest checkpoint",
+    "table": "compare the last evaluations of runs, by mixer and ratio to attention",
     "checkpoints": "list, verify and prune what a run has saved",
     "replay": "make a step of a run again on one device, to see what was wrong with it",
 }

@@ -1,8 +1,9 @@
-"""`python -m train checkpoints|replay …`: commands about a run, beside training it."""
+"""`python -m train checkpoints|replay|…`: commands about a run, beside training it."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -59,6 +60,94 @@ def replay(arguments: list[str]) -> int:
     from train.replay import replay as make_again
 
     return make_again(run, config, options.step)
+
+
+def generate(arguments: list[str]) -> int:
+    """Print text that a run's model writes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train generate",
+        description="Text from the newest good checkpoint of a run.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or its YAML file")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to go on from")
+    parser.add_argument("--tokens", type=int, default=200, help="most tokens to write")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
+    parser.set_defaults(overrides=[])
+    options = parser.parse_args(arguments)
+    _require(options.tokens >= 0, f"--tokens is {options.tokens}; it must not be negative")
+    _require(
+        options.temperature >= 0,
+        f"--temperature is {options.temperature}; it must not be negative",
+    )
+
+    from train.generate import show
+    from train.trained import trained
+
+    show(
+        trained(*_find(options)), options.prompt, options.tokens, options.temperature, options.seed
+    )
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure what a run's model makes of long contexts."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train evaluate",
+        description="Loss by position and by length of document, at the training length and "
+        "past it; recall of pairs; a needle at depths and lengths. Tables here, JSON, figures "
+        "and TensorBoard events in the run's folder.",
+    )
+    _add_run(parser)
+    parser.add_argument("--json", type=Path, help="where to write the JSON")
+    parser.add_argument(
+        "--tokens", type=int, help="of the validation set, at most, at each length (eval.tokens)"
+    )
+    parser.add_argument("--samples", type=int, default=4, help="sequences for a cell of a table")
+    options = parser.parse_intermixed_args(arguments)
+    run, config = _find(options)
+    tokens = config.eval.tokens if options.tokens is None else options.tokens
+    _require(tokens >= 1, f"--tokens is {tokens}; it must be at least 1")
+    _require(options.samples >= 1, f"--samples is {options.samples}; it must be at least 1")
+
+    from train import longcontext
+    from train.trained import trained
+
+    report = longcontext.measure(trained(run, config), tokens, options.samples, _progress)
+    print(longcontext.text(report), end="\n\n")
+    for path in longcontext.save(report, run, options.json):
+        print(path)
+    return 0
+
+
+def table(arguments: list[str]) -> int:
+    """Compare finished runs: a row a mixer, a column a ratio of it to attention."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train table",
+        description="The last evaluation of runs, a row a mixer and a column a ratio of its "
+        "layers to those of full attention; several seeds of one model as mean (least–most).",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument(
+        "--metric", default="val_accuracy", choices=["val_accuracy", "val_loss", "val_bpb"]
+    )
+    options = parser.parse_args(arguments)
+
+    from train import table as tables
+
+    print(tables.text(tables.collect(options.runs, options.metric), options.metric))
+    return 0
+
+
+def _progress(line: str) -> None:
+    print(f"{line} …", file=sys.stderr, flush=True)
+
+
+def _require(good: bool, otherwise: str) -> None:
+    if not good:
+        raise ConfigError(otherwise)
 
 
 def _describe(path: Path, verify: bool) -> bool:
