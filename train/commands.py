@@ -105,7 +105,9 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=int, help="of the validation set, at most, at each length (eval.tokens)"
     )
-    parser.add_argument("--samples", type=int, default=4, help="sequences for a cell of a table")
+    parser.add_argument(
+        "--samples", type=int, default=4, help="sequences behind each number, at least"
+    )
     options = parser.parse_intermixed_args(arguments)
     run, config = _find(options)
     tokens = config.eval.tokens if options.tokens is None else options.tokens

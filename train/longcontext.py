@@ -44,7 +44,8 @@ def measure(trained: Trained, tokens: int, samples: int, say: Say = lambda line:
 
     Args:
         tokens: of the validation set, at most, read at each length.
-        samples: sequences of each number of pairs, depth and length.
+        samples: sequences of each number of pairs, depth and length; more where a batch of
+            training has more.
         say: told what begins.
     """
     seq_len = trained.config.train.seq_len
@@ -66,13 +67,16 @@ def measure(trained: Trained, tokens: int, samples: int, say: Say = lambda line:
     shorter = [max(seq_len // 4, 2), max(seq_len // 2, 2), *lengths]
     material = trained.material
 
+    def count(length: int) -> int:
+        return max(samples, trained.config.train.batch_tokens // length)
+
     def recall(pairs: int, length: int) -> Probe:
         random = np.random.default_rng([pairs, length])
-        return material.recall_probe(random, samples, length, pairs, min(pairs, QUERIES))
+        return material.recall_probe(random, count(length), length, pairs, min(pairs, QUERIES))
 
     def needle(depth: float, length: int) -> Probe:
         random = np.random.default_rng([round(100 * depth), length])
-        return material.needle_probe(random, samples, length, depth)
+        return material.needle_probe(random, count(length), length, depth)
 
     say("recall by number of pairs and length")
     report["recall"] = _grid(trained, recall, PAIRS, shorter, "pairs")
