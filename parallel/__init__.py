@@ -15,16 +15,19 @@ if TYPE_CHECKING:
         short_convolution,
         softmax_attention,
     )
+    from parallel.peers import LostRankError, at_step
     from parallel.planner import FullAttention, Planner
     from parallel.stream import Shard, distribute, shard
     from parallel.world import World, join
 
 __all__ = [
     "FullAttention",
+    "LostRankError",
     "ParallelConfig",
     "Planner",
     "Shard",
     "World",
+    "at_step",
     "diagonal_scan",
     "distribute",
     "join",
@@ -42,6 +45,7 @@ _HOMES = {
         "short_convolution",
         "softmax_attention",
     ],
+    "parallel.peers": ["LostRankError", "at_step"],
     "parallel.planner": ["FullAttention", "Planner"],
     "parallel.stream": ["Shard", "distribute", "shard"],
     "parallel.world": ["World", "join"],

@@ -18,3 +18,7 @@ class ParallelConfig:
             "heads; allgather fetches all earlier keys and values of a sequence"
         },
     )
+    timeout_s: float = field(
+        default=600.0,
+        metadata={"help": "seconds that a rank waits in a layer for another before it gives up"},
+    )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.packing import accumulation_dtype
+from parallel.peers import waiting_for
 
 # Bytes sent to each rank since the start of the process: what the simulator's counts are
 # checked against.
@@ -44,11 +45,14 @@ def post(
             if tensor.numel():
                 operations.append(dist.P2POp(dist.isend, tensor, peer, group))
                 sent_bytes[peer] += tensor.numel() * tensor.element_size()
-    works = dist.batch_isend_irecv(operations) if operations else []
+    with waiting_for(None):
+        works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait() -> None:
-        for work in works:
-            work.wait()
+        # gloo gives a handle for each operation; NCCL one for all, which does not wait here.
+        for i, work in enumerate(works):
+            with waiting_for(operations[i].peer if len(works) == len(operations) else None):
+                work.wait()
         operations.clear()  # until here it kept the tensors alive
 
     return wait

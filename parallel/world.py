@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.layout import Topology
+from parallel.peers import meet, waiting_for
 
 Result = TypeVar("Result")
 
@@ -49,12 +50,14 @@ class World:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum of `values` over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(values)
+            with waiting_for(None):
+                dist.all_reduce(values)
         return values
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            with waiting_for(None):
+                dist.barrier()
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on rank 0; its (picklable) result, or its fault, comes to every rank."""
@@ -66,7 +69,8 @@ class World:
                 box[0] = work()
             except Exception as fault:
                 box[1] = fault
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        with waiting_for(None if self.is_first else 0):
+            dist.broadcast_object_list(box, src=0, device=self.device)
         if box[1] is not None:
             raise box[1]
         return box[0]
@@ -76,13 +80,19 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with waiting_for(None):
+            dist.all_gather_object(values, value)
         return values
 
 
 @contextmanager
-def join(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+def join(
+    timeout: timedelta = timedelta(minutes=30), layers: timedelta = timedelta(minutes=10)
+) -> Iterator[World]:
     """Join the ranks that torchrun or srun started, or make a world of one.
+
+    A rank that waits for another longer than `timeout`, or in a layer than `layers`, gives up:
+    see `parallel.peers`. The first is longer since ranks may wait for one that prepares a corpus.
 
     NCCL on GPUs, gloo on CPUs. Rank and size come from RANK, WORLD_SIZE and LOCAL_RANK, or
     from SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID where MASTER_ADDR says that a
@@ -112,15 +122,19 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
         yield World(rank, size, local_rank, device, ranks_per_node, group)
         return
     # A world of one needs no port; a store in memory cannot collide with a neighbour's run.
-    store = dist.HashStore() if size == 1 else None
+    store: dist.Store = dist.HashStore()
+    if size > 1:
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+        meet(store, rank, size)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=store,
+        store=dist.PrefixStore("world", store),
         rank=rank,
         world_size=size,
         timeout=timeout,
     )
-    group = dist.new_group(timeout=timeout) if size > 1 else None
+    group = dist.new_group(timeout=layers) if size > 1 else None
     if group is not None:
         # NCCL sets a group up at its first use, which must be one of all ranks together.
         dist.all_reduce(torch.zeros(1, device=device), group=group)

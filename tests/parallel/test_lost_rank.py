@@ -1,0 +1,75 @@
+"""A rank that dies or stands still ends the others, who name it and the step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import free_port
+
+RANKS, LAST, STEP, WAIT_S = 4, 2, 3, 4
+HOUSE = Path(__file__).parents[2]
+
+
+def train_until_one_is_gone(kind: str) -> None:
+    """What each process runs: steps of attention over all ranks, until rank LAST is gone."""
+    import numpy as np
+    import torch
+
+    import parallel
+    from parallel import ParallelConfig, distribute, join
+
+    count = np.arange(64)
+    with join(layers=timedelta(seconds=WAIT_S)) as world:
+        for step in range(1, 100):
+            parallel.at_step(step)
+            if (world.rank, step) == (LAST, STEP):
+                os.kill(os.getpid(), getattr(signal, kind))
+            cu_seqlens = np.array([0, 64])
+            _, _, shard = distribute(count, count, cu_seqlens, world, ParallelConfig("ring"))
+            q = torch.randn(1, shard.tokens, 2, 8, requires_grad=True)
+            parallel.softmax_attention(q, q, q, shard).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
+def test_survivors_end_and_name_the_rank_and_the_step(kind: str) -> None:
+    """Within the timeout of a layer and the time to ask each other, some seconds."""
+    port = str(free_port())
+    command = f"from {__name__} import *; train_until_one_is_gone({kind!r})"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", command],
+            cwd=HOUSE,
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        ends = []
+        for rank, process in enumerate(processes):
+            if rank != LAST:
+                _, said = process.communicate(timeout=200)
+                ends.append(time.monotonic())
+                assert process.returncode == 1, said
+                last = said.strip().splitlines()[-1]
+                how = "is gone" if kind == "SIGKILL" else "has not answered for "
+                assert f"LostRankError: rank {LAST} {how}" in last
+                assert f" in step {STEP}; so says rank {rank}" in last
+        assert ends[-1] - ends[0] < WAIT_S + 15
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            if process.stderr:
+                process.stderr.close()
