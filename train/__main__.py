@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import closing
+from keyword import iskeyword
 from typing import TYPE_CHECKING
 
 from data.settings import ConfigError, describe
@@ -23,6 +24,8 @@ COMMANDS = {
     "table": "compare the last evaluations of runs, by mixer and ratio to attention",
     "checkpoints": "list, verify and prune what a run has saved",
     "replay": "make a step of a run again on one device, to see what was wrong with it",
+    "export": "write a run's model in Hugging Face's format",
+    "import": "make a model in Hugging Face's format one that a run can start from",
 }
 
 
@@ -34,7 +37,8 @@ def main(arguments: list[str]) -> int:
         if arguments and arguments[0] in COMMANDS:
             from train import commands
 
-            return getattr(commands, arguments[0])(arguments[1:])
+            name = arguments[0]
+            return getattr(commands, f"{name}_" if iskeyword(name) else name)(arguments[1:])
         return _train(arguments)
     except ConfigError as error:
         return _told(error)

@@ -1,4 +1,4 @@
-"""`python -m train checkpoints|replay|…`: commands about a run, beside training it."""
+"""`python -m train checkpoints|replay|export …`: commands beside training a run."""
 
 from __future__ import annotations
 
@@ -60,6 +60,49 @@ def replay(arguments: list[str]) -> int:
     from train.replay import replay as make_again
 
     return make_again(run, config, options.step)
+
+
+def export(arguments: list[str]) -> int:
+    """Write a run's model in Hugging Face's format."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train export",
+        description="Write a run's model in Hugging Face's format. One that transformers has "
+        "loads there with AutoModelForCausalLM, any other with `python -m train import`.",
+    )
+    _add_run(parser)
+    parser.add_argument("--to", metavar="DIR", required=True, help="the folder to write")
+    parser.add_argument("--step", type=int, help="of the checkpoint (the newest)")
+    parser.add_argument(
+        "--as", dest="style", default="auto", help="a model_type, or headrace for our own (auto)"
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
+    options = parser.parse_intermixed_args(arguments)
+    run, config = _find(options)
+
+    from train.pretrained.export import export as write
+
+    write(run, config, Path(options.to), options.step, options.style, options.dtype, print)
+    return 0
+
+
+def import_(arguments: list[str]) -> int:
+    """Make a model in Hugging Face's format one that a run can start from."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train import",
+        description="Make a model in Hugging Face's format one that a run can start from.",
+    )
+    _add_model(parser)
+    options = parser.parse_args(arguments)
+
+    from train.pretrained.adopt import adopt
+
+    adopt(Path(options.model), Path(options.to), print)
+    return 0
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="HF_DIR", help="a folder in Hugging Face's format")
+    parser.add_argument("--to", metavar="DIR", required=True, help="the folder to write")
 
 
 def generate(arguments: list[str]) -> int:

@@ -19,6 +19,11 @@ from train.optim import OptimConfig
 class RunConfig:
     root: str = setting("runs", "folder of all runs")
     name: str | None = setting(None, "folder of this run under run.root (null: the file's name)")
+    start_from: str | None = setting(
+        None,
+        "folder of weights to begin with: a checkpoint, or what `import` or `convert` wrote "
+        "(null: random ones)",
+    )
 
 
 @dataclass

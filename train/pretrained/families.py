@@ -1,0 +1,365 @@
+"""Families of models that transformers has too: whether a model of ours is one, and its settings.
+
+A family is a row of a table: what its layers have and lack. From the row follow what keeps a
+model of ours from being one, and the settings of `config.json`, both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from data.settings import ConfigError, dump
+from train.model import mixers
+from train.model.config import ModelConfig
+
+_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+# The settings that all attention layers, or all linear ones, of a family have in common.
+_ALIKE = {
+    "attention": ("heads", "kv_heads", "head_dim", "rotary_fraction", "rotary_theta"),
+    "gated_deltanet": (
+        "heads",
+        "value_heads",
+        "head_dim",
+        "value_head_dim",
+        "conv_size",
+        "negative_eigenvalues",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of one `model_type` have.
+
+    linear: layers may be Gated DeltaNet. fused: their projections lie together by key head.
+    post_norm: blocks that attend norm what mixer and MLP give. free_head_dim: heads may be of
+    another width than hidden_size / heads. gated_eps: of the norm after Gated DeltaNet, where
+    it is written into the code; None is that of all norms. own_tokenizer: whose AutoTokenizer
+    takes for granted.
+    """
+
+    name: str
+    architecture: str
+    linear: bool = False
+    fused: bool = False
+    qk_norm: Literal["head", "heads"] | None = None
+    bias: bool = False
+    gate: bool = False
+    zero_centered: bool = False
+    post_norm: bool = False
+    rotary: Literal["all", "part", "all or none"] = "all"
+    windows: Literal["none", "all", "some"] = "none"
+    free_head_dim: bool = True
+    negative_eigenvalues: bool = False
+    gated_eps: float | None = None
+    own_tokenizer: str | None = None
+
+    def faults(self, config: ModelConfig) -> list[str]:
+        """Why `config` is none of these: a line a setting; empty if it is one."""
+        found: list[str] = []
+        first: dict[tuple[str, str], tuple[str, Any]] = {}
+        for name, kind, settings in layers(config):
+            if kind == "attention":
+                found += self._attention_faults(config, name, settings)
+            elif kind == "gated_deltanet" and self.linear:
+                found += self._linear_faults(config, name, settings)
+            else:
+                found.append(f"model.pattern names {name!r}, which {self._is_none('layer')}")
+                continue
+            keys = _ALIKE[kind]
+            if kind == "attention" and settings.window is not None:
+                keys = (*keys, "window")
+            for key in keys:
+                value = getattr(settings, key)
+                other, held = first.setdefault((kind, key), (name, value))
+                if held != value:
+                    found.append(
+                        f"model.mixers.{name}.{key} is {dump(value)} and model.mixers.{other}."
+                        f"{key} {dump(held)}; all layers of {self.name} have the same"
+                    )
+        return list(dict.fromkeys([*found, *self._depth_faults(config)]))
+
+    def _is_none(self, what: str) -> str:
+        return f"is no {what} of {self.name}"
+
+    def _attention_faults(self, config: ModelConfig, name: str, settings: Any) -> Iterator[str]:
+        wanted: dict[str, Any] = {
+            "qk_norm": self.qk_norm is not None,
+            "qkv_bias": self.bias,
+            "output_gate": self.gate,
+        }
+        if self.qk_norm and settings.qk_norm:
+            wanted["qk_norm_over"] = self.qk_norm
+        if self.rotary == "all" or (self.rotary == "all or none" and settings.rotary_fraction):
+            wanted["rotary_fraction"] = 1.0
+        if self.windows == "none":
+            wanted["window"] = None
+        if not self.free_head_dim:
+            wanted["head_dim"] = config.dim / settings.heads
+        for key, value in wanted.items():
+            held = getattr(settings, key)
+            if held != value:
+                yield self._fault(f"mixers.{name}.{key}", held, dump(value))
+        if self.name == "llama" and config.dim % settings.heads:
+            yield self._fault(f"mixers.{name}.heads", settings.heads, "a divisor of model.dim")
+        if (name in config.post_norm) != self.post_norm:
+            wish = f"[{name}]" if self.post_norm else "[]"
+            yield self._fault("post_norm", config.post_norm, wish)
+
+    def _linear_faults(self, config: ModelConfig, name: str, settings: Any) -> Iterator[str]:
+        if settings.conv_size < 1:
+            yield self._fault(f"mixers.{name}.conv_size", settings.conv_size, "at least 1")
+        if settings.negative_eigenvalues and not self.negative_eigenvalues:
+            yield self._fault(f"mixers.{name}.negative_eigenvalues", True, "false")
+        eps = settings.norm_eps or config.norm_eps
+        if eps != (self.gated_eps or config.norm_eps):
+            yield self._fault(
+                f"mixers.{name}.norm_eps", eps, dump(self.gated_eps or config.norm_eps)
+            )
+        if name in config.post_norm:
+            yield self._fault("post_norm", config.post_norm, f"without {name}")
+
+    def _depth_faults(self, config: ModelConfig) -> Iterator[str]:
+        laid = list(layers(config))
+        if self.windows == "all" and any(
+            kind == "attention" and settings.window is None for _, kind, settings in laid
+        ):
+            yield f"model.mixers.attention.window is null; in {self.name} it is a number"
+        kinds = {kind for _, kind, _ in laid}
+        if self.linear and "attention" not in kinds:
+            yield self._fault("pattern", config.pattern, "with attention")
+        if self.name == "olmo_hybrid" and "gated_deltanet" not in kinds:
+            yield self._fault("pattern", config.pattern, "with gated_deltanet")
+
+    def _fault(self, key: str, held: Any, wanted: str) -> str:
+        return f"model.{key} is {dump(held)}; in {self.name} it is {wanted}"
+
+    def describe(self, config: ModelConfig, mlp_dim: int) -> dict[str, Any]:
+        """The keys of `config.json` that say what the layers are."""
+        laid = list(layers(config))
+        found: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "model_type": self.name,
+            "hidden_size": config.dim,
+            "intermediate_size": mlp_dim,
+            "num_hidden_layers": config.layers,
+            "hidden_act": "silu",
+            "initializer_range": config.init_std,
+            "rms_norm_eps": config.norm_eps,
+            "tie_word_embeddings": config.tie_embeddings,
+        }
+        attending = [settings for _, kind, settings in laid if kind == "attention"]
+        linear = [settings for _, kind, settings in laid if kind == "gated_deltanet"]
+        if attending:
+            found |= self._describe_attention(attending)
+        if linear:
+            found |= {
+                "linear_num_key_heads": linear[0].heads,
+                "linear_num_value_heads": linear[0].value_heads,
+                "linear_key_head_dim": linear[0].head_dim,
+                "linear_value_head_dim": linear[0].value_head_dim,
+                "linear_conv_kernel_dim": linear[0].conv_size,
+            }
+            if self.negative_eigenvalues:
+                found["linear_allow_neg_eigval"] = linear[0].negative_eigenvalues
+        if self.linear or self.windows == "some":
+            found["layer_types"] = [_layer_type(kind, settings) for _, kind, settings in laid]
+        if self.fused:  # no layer has experts
+            found |= {"num_experts": 0, "mlp_only_layers": list(range(config.layers))}
+        return found
+
+    def _describe_attention(self, attending: list[Any]) -> dict[str, Any]:
+        first = attending[0]
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": first.rotary_theta}
+        if self.rotary == "part":
+            turned = 2 * round(first.rotary_fraction * first.head_dim / 2)
+            rope["partial_rotary_factor"] = turned / first.head_dim
+        elif not first.rotary_fraction:
+            rope["rope_theta"] = None
+        found = {
+            "num_attention_heads": first.heads,
+            "num_key_value_heads": first.kv_heads,
+            "rope_parameters": rope,
+        }
+        if self.free_head_dim:
+            found["head_dim"] = first.head_dim
+        if self.windows != "none":
+            window = next((settings.window for settings in attending if settings.window), None)
+            found["sliding_window"] = window
+            if self.windows == "some":
+                found["use_sliding_window"] = window is not None
+        return found
+
+    def adopt(self, held: dict[str, Any]) -> dict[str, Any]:
+        """The settings of `model` for what a `config.json` holds.
+
+        Raises:
+            ConfigError: naming a key that our layers cannot express, or that is missing.
+        """
+        try:
+            return self._adopt(held)
+        except KeyError as error:
+            raise ConfigError(f"{error.args[0]} is missing") from None
+
+    def _adopt(self, held: dict[str, Any]) -> dict[str, Any]:
+        for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if held.get(key, wanted) not in (wanted, None):
+                raise ConfigError(f"{key} is {dump(held[key])}; here it is {dump(wanted)}")
+        if self.fused:
+            _refuse_experts(held)
+        kinds = self._layer_types(held)
+        if _LINEAR in kinds and not self.linear:
+            raise ConfigError(f"layer_types names {_LINEAR}, which {self._is_none('layer')}")
+        # A model that attends in two ways has two names for it.
+        local = "local_attention" if _FULL in kinds else "attention"
+        names = {_FULL: "attention", _SLIDING: local, _LINEAR: "gated_deltanet"}
+        settings: dict[str, dict[str, Any]] = {}
+        for kind in dict.fromkeys(kinds):
+            if kind == _LINEAR:
+                settings[names[kind]] = self._adopt_linear(held)
+                continue
+            settings[names[kind]] = self._adopt_attention(held)
+            if kind == _SLIDING:
+                settings[local] |= {"window": held.get("sliding_window", 4096)}
+                settings[local] |= {} if local == "attention" else {"kind": "attention"}
+        return {
+            "pattern": _period([names[kind] for kind in kinds]),
+            "layers": held["num_hidden_layers"],
+            "dim": held["hidden_size"],
+            "mlp_dim": held["intermediate_size"],
+            "tie_embeddings": bool(held.get("tie_word_embeddings", False)),
+            "init_std": held.get("initializer_range", 0.02),
+            "norm_eps": held.get("rms_norm_eps", 1e-6),
+            "zero_centered_norms": self.zero_centered,
+            "post_norm": ["attention"] if self.post_norm else [],
+            "mixers": settings,
+        }
+
+    def _adopt_attention(self, held: dict[str, Any]) -> dict[str, Any]:
+        rope = held.get("rope_parameters") or held.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(f"rope_type is {dump(kind)}; here wavelengths are as in 'default'")
+        none = self.rotary == "all or none" and "rope_parameters" in held
+        theta = rope.get("rope_theta", held.get("rope_theta", None if none else 10000.0))
+        fraction = 1.0 if theta else 0.0
+        if self.rotary == "part":
+            fraction = rope.get("partial_rotary_factor", held.get("partial_rotary_factor", 0.25))
+        heads = held["num_attention_heads"]
+        own = held.get("head_dim") if self.free_head_dim else None
+        return {
+            "heads": heads,
+            "kv_heads": held.get("num_key_value_heads") or heads,
+            "head_dim": own or held["hidden_size"] // heads,
+            "rotary_fraction": fraction,
+            "rotary_theta": float(theta or 10000.0),
+            "qk_norm": self.qk_norm is not None,
+            "qk_norm_over": self.qk_norm or "head",
+            "qkv_bias": self.bias,
+            "output_gate": self.gate,
+        }
+
+    def _adopt_linear(self, held: dict[str, Any]) -> dict[str, Any]:
+        found = {
+            "heads": held["linear_num_key_heads"],
+            "value_heads": held["linear_num_value_heads"],
+            "head_dim": held["linear_key_head_dim"],
+            "value_head_dim": held["linear_value_head_dim"],
+            "conv_size": held.get("linear_conv_kernel_dim", 4),
+        }
+        if self.negative_eigenvalues:
+            found["negative_eigenvalues"] = held.get("linear_allow_neg_eigval", True)
+        if self.gated_eps:
+            found["norm_eps"] = self.gated_eps
+        return found
+
+    def _layer_types(self, held: dict[str, Any]) -> list[str]:
+        """The kind of every layer, also where `config.json` leaves it to a rule."""
+        count, given = held["num_hidden_layers"], held.get("layer_types")
+        if self.linear:
+            every = held.get("full_attention_interval", 4)
+            rule = [_LINEAR if (layer + 1) % every else _FULL for layer in range(count)]
+            return given or rule
+        if self.windows == "all":
+            return [_FULL if held.get("sliding_window", 4096) is None else _SLIDING] * count
+        if self.windows == "none" or not held.get("use_sliding_window"):
+            return [_FULL] * count
+        first = held.get("max_window_layers", 28)
+        return given or [_SLIDING if layer >= first else _FULL for layer in range(count)]
+
+
+FAMILIES = [
+    Family("llama", "LlamaForCausalLM"),
+    Family("mistral", "MistralForCausalLM", windows="all"),
+    Family("qwen2", "Qwen2ForCausalLM", bias=True, windows="some", own_tokenizer="Qwen2"),
+    Family("qwen3", "Qwen3ForCausalLM", qk_norm="head", windows="some"),
+    Family("olmo2", "Olmo2ForCausalLM", qk_norm="heads", post_norm=True, free_head_dim=False),
+    Family(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        linear=True,
+        fused=True,
+        qk_norm="head",
+        gate=True,
+        zero_centered=True,
+        rotary="part",
+    ),
+    Family(
+        "olmo_hybrid",
+        "OlmoHybridForCausalLM",
+        linear=True,
+        qk_norm="heads",
+        post_norm=True,
+        rotary="all or none",
+        free_head_dim=False,
+        negative_eigenvalues=True,
+        gated_eps=1e-5,
+    ),
+]
+
+
+def named(name: str) -> Family | None:
+    """The family of a `model_type`."""
+    return next((family for family in FAMILIES if family.name == name), None)
+
+
+def nearest(config: ModelConfig) -> tuple[Family, list[str]]:
+    """The family that `config` is, or the one from which the fewest settings keep it."""
+    found = [(family, family.faults(config)) for family in FAMILIES]
+    return min(found, key=lambda one: len(one[1]))
+
+
+def layers(config: ModelConfig) -> Iterator[tuple[str, str, Any]]:
+    """Name, kind and settings of every block's mixer."""
+    resolved = {name: mixers.resolve(name, config) for name in config.pattern}
+    for name in config.blocks:
+        module, settings = resolved[name]
+        yield name, module.__name__.rpartition(".")[2], settings
+
+
+def _layer_type(kind: str, settings: Any) -> str:
+    if kind == "gated_deltanet":
+        return _LINEAR
+    return _FULL if settings.window is None else _SLIDING
+
+
+def _refuse_experts(held: dict[str, Any]) -> None:
+    experts, every = held.get("num_experts", 512), held.get("decoder_sparse_step", 1)
+    dense = held.get("mlp_only_layers") or []
+    routed = [
+        layer
+        for layer in range(held["num_hidden_layers"])
+        if layer not in dense and (layer + 1) % every == 0
+    ]
+    if experts and routed:
+        raise ConfigError(f"num_experts is {experts}; here every layer has one dense MLP")
+
+
+def _period(names: list[str]) -> list[str]:
+    """The shortest pattern that, repeated, gives these."""
+    for length in range(1, len(names)):
+        if all(name == names[i % length] for i, name in enumerate(names)):
+            return names[:length]
+    return names
