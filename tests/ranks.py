@@ -21,7 +21,7 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        port = _free_port()
+        port = free_port()
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -54,7 +54,7 @@ class Ranks:
             process.join()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -19,6 +19,7 @@ import platform
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,13 @@ class Saver:
 
     Args:
         folder: where checkpoints are published.
+        gets_on: called before each tensor is copied.
     """
 
-    def __init__(self, folder: Path, world: World) -> None:
-        self.folder, self.world = folder, world
+    def __init__(
+        self, folder: Path, world: World, gets_on: Callable[[], None] = lambda: None
+    ) -> None:
+        self.folder, self.world, self._gets_on = folder, world, gets_on
         self._progress: Progress | None = None
         self._thread = threading.Thread()
         self._began = self._stall = 0.0
@@ -79,6 +83,7 @@ class Saver:
         mine: dict[str, Tensor] = {}
         dealt = {label: n % self.world.size for n, label in enumerate(engine.names.values())}
         for parameter, key, full in engine.gather():
+            self._gets_on()
             if dealt[parameter] == self.world.rank:
                 copy = full.detach().to("cpu", torch.float32, copy=True).contiguous()
                 mine[_entry(parameter, key)] = copy
@@ -188,6 +193,13 @@ def load(path: Path, engine: Engine) -> None:
                     f"{path} is of another model: {label} is {shape} there and "
                     f"{list(engine.shape(parameter))} here; restore model.* or set another run.name"
                 )
+
+            for key in engine.state_keys[label]:
+                if _entry(label, key) not in where:
+                    raise ConfigError(
+                        f"{path} was saved by another optimiser: it has no {key} of {label}; "
+                        "restore optim.name or set another run.name"
+                    )
 
         def read_entry(label: str, key: str) -> Tensor:
             entry = _entry(label, key)

@@ -19,11 +19,12 @@ from train import checkpoint, faults, manifest
 from train.config import Config, differences
 from train.engine import Engine
 from train.evaluate import evaluate
-from train.generate import generate
-from train.metrics import METRICS, Recorder, peak_flops, peak_memory
+from train.metrics import Recorder, peak_flops, peak_memory
 from train.model.transformer import Model
 from train.optim import learning_rate
 from train.stop import START_AGAIN, Cause, Watch
+from train.summary import summarise
+from train.watchdog import Watchdog
 
 
 class Trainer:
@@ -70,7 +71,10 @@ class Trainer:
             model, config.optim, config.zero, world, _dtype(config, world), config.train.accumulate
         )
         self.peak_flops = peak_flops(world.device)
-        self.saver = checkpoint.Saver(self.checkpoints, world)
+        self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)
+        self.saver = checkpoint.Saver(
+            self.checkpoints, world, lambda: self._at("copying what is saved")
+        )
         self.saved_step = self.step if found else None
         self.next_batch = self.stream.peek().digest
         if found and saved:
@@ -82,6 +86,18 @@ class Trainer:
         Returns:
             The exit code: 0, `START_AGAIN`, or 1 if the end could not be saved.
         """
+        with self.watchdog.watching():
+            self._train()
+        if not self.cause or self.step == self.config.train.steps:
+            summarise(self)
+            return 0 if self.step == self.saved_step else 1
+        onward = shlex.join(self.command)
+        self.say(f"stopped by {self.watch.reason} at step {self.step}; to go on: {onward}")
+        if self.step not in (0, self.saved_step):
+            return 1
+        return START_AGAIN if self.cause == Cause.TIME else 0
+
+    def _train(self) -> None:
         config = self.config
         self.watch.training = True
         self._evaluate_if_due()
@@ -99,15 +115,7 @@ class Trainer:
             last = self.step == config.train.steps
             if self.cause or last or self.step % config.checkpoint.every == 0:
                 self._save()
-        self._saved(self.saver.finish())
-        if not self.cause or self.step == config.train.steps:
-            self._summarise()
-            return 0 if self.step == self.saved_step else 1
-        onward = shlex.join(self.command)
-        self.say(f"stopped by {self.watch.reason} at step {self.step}; to go on: {onward}")
-        if self.step not in (0, self.saved_step):
-            return 1
-        return START_AGAIN if self.cause == Cause.TIME else 0
+        self._finish_saving()
 
     def train_step(self) -> dict[str, float] | None:
         """One optimiser step over `train.accumulate` batches; None if it had to be given up.
@@ -134,7 +142,7 @@ class Trainer:
             return self.wrong is None
 
         for batch in batches:
-            if self._stopping():
+            if self._stopping("forward and backward"):
                 self.next_batch = batches[0].digest
                 return None
             tokens, labels, shard = distribute(
@@ -143,6 +151,7 @@ class Trainer:
             scaled, cross_entropy = engine(tokens, labels, shard)
             engine.backward(scaled * (world.size * config.accumulate / targets))
             nats += cross_entropy
+            self._at("the optimiser's step")
             norm = engine.step(rate, is_good)
 
         self.cursor = batches[-1].cursor
@@ -188,14 +197,23 @@ class Trainer:
         checkpoint.load(path, self.engine)
         self.watch.save_seconds = manifest.read(path).get("seconds", self.watch.save_seconds)
 
-    def _stopping(self) -> bool:
-        """Whether it is time to save and end; asked between batches, on all ranks together."""
+    def _at(self, doing: str) -> None:
+        """Tell the watchdog what begins."""
+        self.watchdog.at(self.step + 1, doing)
+
+    def _stopping(self, doing: str) -> bool:
+        """Whether it is time to save and end; asked before each batch, on all ranks together.
+
+        Args:
+            doing: what is done with the batch, for the watchdog.
+        """
+        self._at(doing)
         self.cause = max(self.cause, self.watch.agreed(self.world))
         return self.cause != Cause.NONE
 
     def _save(self) -> None:
         """Begin to save this step; the one before is published first."""
-        self._saved(self.saver.finish())
+        self._finish_saving()
         if self.step == self.saved_step:
             return
         wrong = checkpoint.diverged(self.engine, self.world)
@@ -210,6 +228,11 @@ class Trainer:
         )
         self.saver.start(self.engine, progress)
         self.watch.pause()
+
+    def _finish_saving(self) -> None:
+        """Wait for the save that is on its way, if there is one."""
+        with self.watchdog.patience("waiting for a save"):
+            self._saved(self.saver.finish())
 
     def _saved(self, done: checkpoint.Saved | None) -> None:
         """Tell how a save ended. After a fault training goes on; older checkpoints are whole."""
@@ -227,7 +250,8 @@ class Trainer:
             self.recorder.scalar("checkpoint/stall_seconds", done.stall, done.step)
             self.recorder.scalar("checkpoint/seconds", done.seconds, done.step)
             keep = self.config.checkpoint
-            manifest.prune(self.checkpoints, keep.keep, keep.keep_every)
+            with self.watchdog.patience("removing old checkpoints"):
+                manifest.prune(self.checkpoints, keep.keep, keep.keep_every)
 
     def _fault(self, loss: float, norm: float) -> str | None:
         """What is wrong with a step, on every rank as soon as on one."""
@@ -260,7 +284,14 @@ class Trainer:
 
     def _roll_back(self) -> None:
         """To the last checkpoint, to make the steps since then without the bad batches."""
-        self._saved(self.saver.finish())
+        self._finish_saving()
+        with self.watchdog.patience("rolling back"):
+            self._go_back()
+        if self.recorder:
+            self.recorder.rewind(self.step)
+        self.say(f"rolled back to step {self.step}")
+
+    def _go_back(self) -> None:
         found = self.world.on_first(lambda: manifest.newest(self.checkpoints, self.say))
         saved = manifest.progress(found) if found else None
         if found is None or saved is None:
@@ -282,9 +313,6 @@ class Trainer:
         self.next_batch = self.stream.peek().digest
         self.evaluated = {step for step in self.evaluated if step <= self.step}
         self.watch.pause()
-        if self.recorder:
-            self.recorder.rewind(self.step)
-        self.say(f"rolled back to step {self.step}")
 
     def _evaluate_if_due(self) -> None:
         """At every `eval.every`-th step and the last one, unless a run before did."""
@@ -299,53 +327,13 @@ class Trainer:
             lengths,
             self.world,
             self.config.parallel,
-            self._stopping,
+            lambda: self._stopping("evaluation"),
         )
         if row is None:
             return
         self.evaluated.add(self.step)
         if self.recorder:
             self.recorder.evaluation({"step": self.step, **row})
-
-    def _summarise(self) -> None:
-        """What was learned, a sample, and how to go on."""
-        config = self.config.eval
-        sample = ""
-        if config.sample_tokens:
-            self.engine.eval()
-            sample = generate(
-                self.engine.model,
-                self.material.tokenizer,
-                config.prompt,
-                config.sample_tokens,
-                config.temperature,
-            )
-        if self.recorder is None:
-            return
-        self._compare(self.recorder)
-        if sample:
-            self.say(f"a sample\n{sample}")
-            self.recorder.text("sample", sample, self.step)
-        onward = [word for word in self.command if not word.startswith("train.steps=")]
-        onward.append(f"train.steps={2 * self.step}")
-        self.say(
-            f"to see the curves:  {shlex.join(['tensorboard', '--logdir', self.config.run.root])}\n"
-            f"to go on:           {shlex.join(onward)}"
-        )
-
-    def _compare(self, recorder: Recorder) -> None:
-        """The validation set as the untrained model, a known bar and the trained model see it."""
-        rows = recorder.evaluations()
-        if not rows:
-            return
-        metric, who, bar = self.material.bar(self.config.eval.tokens)
-        self.say(
-            f"validation, {METRICS[metric]}\n"
-            f"  untrained  {rows[0][metric]:.3f}\n"
-            f"  {who:<9}  {bar:.3f}\n"
-            f"  trained    {rows[-1][metric]:.3f}"
-            f"  after {self.step} steps, {self.tokens:,} tokens"
-        )
 
 
 def _dtype(config: Config, world: World) -> torch.dtype:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -122,7 +123,9 @@ def test_a_bad_step_stops_the_run_where_that_is_asked_for(
     assert f"stopped by the bad step {BAD}: its gradient norm is" in capsys.readouterr().err
 
 
-def steps_with_bad_ones(world: World, stage: int, dtype: torch.dtype) -> tuple[list[str], bool]:
+def steps_with_bad_ones(
+    world: World, stage: int, dtype: torch.dtype, optimizer: Literal["adamw", "muon"]
+) -> tuple[list[str], bool]:
     """Two good steps of two batches, with a refused one and one of NaN on the last rank between.
 
     Returns:
@@ -133,7 +136,8 @@ def steps_with_bad_ones(world: World, stage: int, dtype: torch.dtype) -> tuple[l
     for bad in (False, True):
         torch.manual_seed(0)
         model = Model(MODEL, VOCABULARY)
-        engine = Engine(model, OPTIM, ZeroConfig(stage=stage), world, dtype, 2)
+        optim = dataclasses.replace(OPTIM, name=optimizer)
+        engine = Engine(model, optim, ZeroConfig(stage=stage), world, dtype, 2)
         first, refused, poisoned, last = zip(*[iter(streams(LENGTHS, VOCABULARY))] * 2, strict=True)
         make(engine, world, first, 1.0, True)
         if bad:
@@ -165,11 +169,11 @@ def make(engine: Engine, world: World, batches: Any, factor: float, verdict: boo
 
 
 def state(engine: Engine) -> dict[str, torch.Tensor]:
-    held = {f"{name}|{key}": full.clone() for name, key, full in engine.gather()}
+    bits = {f"{name}|{key}": full.clone() for name, key, full in engine.gather()}
     if engine.stage < 3:
-        held |= {name: parameter.detach().clone() for parameter, name in engine.names.items()}
-    counts = [entry["step"].clone() for entry in engine._adamw.state.values()]
-    return held | {"steps": torch.stack(counts)}
+        bits |= {name: parameter.detach().clone() for parameter, name in engine.names.items()}
+    counts = [held["step"].clone() for held in engine._optimizer.state.values() if "step" in held]
+    return bits | {"steps": torch.stack(counts)}
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -177,10 +181,15 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("size", "stage"), [(1, 0), (1, 1), (2, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("size", "stage", "optimizer"),
+    [(1, 0, "adamw"), (1, 1, "muon"), (2, 0, "muon"), (2, 2, "adamw"), (2, 3, "muon")],
+)
 def test_a_bad_step_changes_no_bit_on_any_rank(
-    ranks, size: int, stage: int, dtype: torch.dtype
+    ranks, size: int, stage: int, dtype: torch.dtype, optimizer: str
 ) -> None:
-    for changed, as_if_none_had_been in ranks(size).run(steps_with_bad_ones, stage, dtype):
+    for changed, as_if_none_had_been in ranks(size).run(
+        steps_with_bad_ones, stage, dtype, optimizer
+    ):
         assert changed == []
         assert as_if_none_had_been

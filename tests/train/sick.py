@@ -1,0 +1,29 @@
+"""`python -m train`, but one rank falls ill: `sick.py RANK BATCH ILLNESS CONFIG [key=value …]`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from train.__main__ import main
+from train.engine import Engine
+
+rank, chosen, illness = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+forward, batches = Engine.__call__, itertools.count(1)
+
+
+def call(self: Engine, *inputs: Any) -> Any:
+    """The forward pass; at the batch `chosen` of those that train, not quite."""
+    if self.model.training and next(batches) == chosen and self.world.rank == rank:
+        if illness == "sleep":
+            time.sleep(600)
+        os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[illness])
+    return forward(self, *inputs)
+
+
+Engine.__call__ = call  # type: ignore[method-assign]
+sys.exit(main(sys.argv[4:]))

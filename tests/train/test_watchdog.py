@@ -1,0 +1,138 @@
+"""A rank that hangs or dies is named in time, with every rank's stack; slow work is let be."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel import World
+from tests.ranks import free_port
+from tests.train.runs import ROOT, losses
+from train.__main__ import main
+from train.watchdog import HANGS, Watchdog
+
+
+class Ending:
+    """Stands in for the end of a process: what it was asked to end with."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+        self.asked = threading.Event()
+
+    def __call__(self, code: int) -> None:
+        self.codes.append(code)
+        self.asked.set()
+        sys.exit()  # the watchdog's thread
+
+
+def oversleep(ending: Ending) -> None:
+    assert ending.asked.wait(60)
+
+
+def hang(world: World, folder: Path, sick: int) -> tuple[list[int], float]:
+    """One rank sleeps while the others wait for it; the codes, and after how many seconds."""
+    ending = Ending()
+    watchdog = Watchdog(folder, world, 2.0, ending)
+    with watchdog.watching():
+        for step in (1, 2, 3):
+            for doing in ("forward", "backward"):
+                watchdog.at(step, doing)
+                world.sum(torch.ones(1))
+        watchdog.at(4, "forward")
+        began = time.monotonic()
+        if world.rank == sick:
+            oversleep(ending)
+        world.sum(torch.ones(1))
+        ending.asked.wait(60)
+        return ending.codes, time.monotonic() - began
+
+
+@pytest.mark.parametrize("sick", [0, 2])
+def test_a_rank_that_sleeps_is_named_with_every_stack(ranks, tmp_path: Path, sick: int) -> None:
+    for codes, seconds in ranks(3).run(hang, tmp_path, sick):
+        assert codes == [HANGS]
+        assert 2 < seconds < 15
+    report = (tmp_path / "log.txt").read_text()
+    assert f"rank {sick} hangs at step 4: the others wait for it" in report
+    sections = re.split(r"^rank \d .*step 4, forward, for \d+ s\)$", report, flags=re.MULTILINE)
+    assert len(sections) == 4
+    for rank, section in enumerate(sections[1:]):
+        assert ("in oversleep" in section) == (rank == sick)
+        assert ("all_reduce" in section) == (rank != sick)
+
+
+def be_slow(world: World, folder: Path) -> list[int]:
+    """What may take longer than the limit, on one rank or on all."""
+    ending = Ending()
+    watchdog = Watchdog(folder, world, 1.0, ending)
+    with watchdog.watching():
+        watchdog.at(1, "forward")
+        time.sleep(3 if world.rank else 0)  # compiles
+        world.sum(torch.ones(1))
+        watchdog.at(2, "forward")
+        for _ in range(10):
+            time.sleep(0.3)
+            watchdog.at(2, "evaluation")
+        world.sum(torch.ones(1))
+        watchdog.at(3, "forward")
+        if not world.rank:
+            with watchdog.patience("waiting for a save"):
+                time.sleep(3)
+        world.sum(torch.ones(1))
+    world.barrier()
+    assert not list((folder / "beats").iterdir())
+    return ending.codes
+
+
+def test_slow_work_is_let_be(ranks, tmp_path: Path) -> None:
+    """Compiling, an evaluation of many batches, and a disk for which the others wait."""
+    assert ranks(3).run(be_slow, tmp_path) == [[], [], []]
+
+
+def start(config: Path, root: Path, sick: int, illness: str) -> list[subprocess.Popen[str]]:
+    """Two ranks as a launcher starts them, one of which falls ill at its sixth batch."""
+    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/train/sick.py"), str(sick), "6", illness,
+             str(config), f"run.root={root}", "faults.hang_seconds=4"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, **rendezvous, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                 "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("illness", "sick", "code"), [("stop", 0, HANGS), ("kill", 1, 1)])
+def test_a_rank_that_is_stopped_or_killed_is_named_and_the_run_goes_on(
+    config: Path, undisturbed: Path, tmp_path: Path, illness: str, sick: int, code: int
+) -> None:
+    """The sixth batch is that of the third step: step 2 is saved, or step 0 is all there is."""
+    processes = start(config, tmp_path, sick, illness)
+    try:
+        output, _ = processes[1 - sick].communicate(timeout=100)
+        assert processes[1 - sick].returncode == code, output
+        if illness == "stop":
+            assert processes[sick].poll() is None
+            assert f"rank {sick} hangs at step 3: silent" in output
+            assert output.count("in train_step: ") == 2
+        else:
+            assert processes[sick].wait(10) == -signal.SIGKILL
+            assert f"rank {sick} is gone; last seen:" in output
+        assert f"rank {sick} " in (tmp_path / "tiny" / "log.txt").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert main([str(config), f"run.root={tmp_path}"]) == 0
+    assert losses(tmp_path / "tiny") == pytest.approx(losses(undisturbed), rel=1e-5)
