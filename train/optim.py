@@ -90,7 +90,8 @@ def parameter_groups(
     return [
         {
             "params": members,
-            "weight_decay": config.weight_decay if matrix else 0.0,
+            # Decay is lr · weight_decay: the same at any width.
+            "weight_decay": config.weight_decay / multiplier if matrix else 0.0,
             "orthogonal": orthogonal,
             "multiplier": multiplier,
         }
