@@ -22,6 +22,7 @@ from train.evaluate import evaluate
 from train.metrics import Recorder, peak_flops, peak_memory
 from train.model.transformer import Model
 from train.optim import learning_rate
+from train.start import begin_from
 from train.stop import START_AGAIN, Cause, Watch
 from train.summary import summarise
 from train.watchdog import Watchdog
@@ -79,6 +80,8 @@ class Trainer:
         self.next_batch = self.stream.peek().digest
         if found and saved:
             self._resume(found, saved)
+        elif config.run.start_from:
+            begin_from(Path(config.run.start_from), self.engine, self.say)
 
     def run(self) -> int:
         """Train to the last step, or until it must stop; either way save.
