@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import closing
+from datetime import timedelta
 from keyword import iskeyword
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,8 @@ def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:
     command = ["python", "-m", "train", options.config, *options.overrides]
     # A job that was queued again goes on with what its first start began anew.
     fresh = options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-    with join() as world, claim(config, fresh, options.overwrite, world) as folder:
+    patience = timedelta(seconds=config.parallel.timeout_s)
+    with join(layers=patience) as world, claim(config, fresh, options.overwrite, world) as folder:
         with closing(Trainer(config, folder, command, world, watch)) as trainer:
             code = trainer.run()
         # Who started the ranks ends them soon after the first has ended.

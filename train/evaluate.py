@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from parallel import ParallelConfig, World, distribute
+from parallel import Planner, World, distribute
 from train.engine import Engine
 
 _EDGES = 2 ** torch.arange(40)
@@ -49,12 +49,13 @@ def evaluate(
     batches: Iterable[Batch],
     byte_lengths: np.ndarray,
     world: World,
-    parallel: ParallelConfig,
+    planner: Planner,
     stopping: Callable[[], bool],
 ) -> dict[str, Any] | None:
     """The loss over `batches`, on all ranks together.
 
     Args:
+        planner: of the run, on this rank.
         byte_lengths: (vocabulary,) bytes of text that each token stands for.
         stopping: asked before every batch, on all ranks alike; true gives up.
 
@@ -74,7 +75,7 @@ def evaluate(
                 engine.train()
                 return None
             tokens, labels, shard = distribute(
-                batch.tokens, batch.labels, batch.cu_seqlens, world, parallel
+                batch.tokens, batch.labels, batch.cu_seqlens, world, planner=planner
             )
             nats, hits = engine(tokens, labels, shard)
             positions.add(shard.positions, labels, nats, hits)

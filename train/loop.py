@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import time
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 import data
 from data.settings import ConfigError
-from parallel import World, distribute
+from parallel import World, at_step, distribute
 from train import checkpoint, faults, manifest
 from train.config import Config, differences
 from train.engine import Engine
@@ -22,6 +22,7 @@ from train.evaluate import evaluate
 from train.metrics import Recorder, peak_flops, peak_memory
 from train.model.transformer import Model
 from train.optim import learning_rate
+from train.planning import planner_of
 from train.start import begin_from
 from train.stop import START_AGAIN, Cause, Watch
 from train.summary import summarise
@@ -71,6 +72,7 @@ class Trainer:
         self.engine = Engine(
             model, config.optim, config.zero, world, _dtype(config, world), config.train.accumulate
         )
+        self.planner = planner_of(model, config.parallel, world, _dtype(config, world))
         self.peak_flops = peak_flops(world.device)
         self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)
         self.saver = checkpoint.Saver(
@@ -144,13 +146,15 @@ class Trainer:
             self.wrong = self._fault(loss, norm)
             return self.wrong is None
 
-        for batch in batches:
+        at_step(self.step + 1)
+        for batch, following in pairwise([*batches, self.stream.peek()]):
             if self._stopping("forward and backward"):
                 self.next_batch = batches[0].digest
                 return None
             tokens, labels, shard = distribute(
-                batch.tokens, batch.labels, batch.cu_seqlens, world, self.config.parallel
+                batch.tokens, batch.labels, batch.cu_seqlens, world, planner=self.planner
             )
+            self.planner.begin(np.diff(following.cu_seqlens))
             scaled, cross_entropy = engine(tokens, labels, shard)
             engine.backward(scaled * (world.size * config.accumulate / targets))
             nats += cross_entropy
@@ -179,6 +183,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of the files and of the thread that reads ahead."""
+        self.planner.close()
         self.stream.close()
         if self.recorder:
             self.recorder.close()
@@ -201,7 +206,8 @@ class Trainer:
         self.watch.save_seconds = manifest.read(path).get("seconds", self.watch.save_seconds)
 
     def _at(self, doing: str) -> None:
-        """Tell the watchdog what begins."""
+        """Tell what begins, for messages about ranks that hang or are gone."""
+        at_step(self.step + 1)
         self.watchdog.at(self.step + 1, doing)
 
     def _stopping(self, doing: str) -> bool:
@@ -329,7 +335,7 @@ class Trainer:
             self.validation,
             lengths,
             self.world,
-            self.config.parallel,
+            self.planner,
             lambda: self._stopping("evaluation"),
         )
         if row is None:
