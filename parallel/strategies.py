@@ -141,7 +141,7 @@ def price_plan(case: Case, made: Plan) -> Outcome:
     """A step in which full attention follows a plan and linear layers pass states on."""
     model, full = case.model, case.model.full_layers
     layer = price(made, case.costs())
-    states, inside, between = _states(case, made)
+    states, inside, between = states_passed(case, made)
     seconds = case.linear_seconds(float(made.stream.tokens.max())) + full * layer.seconds
     mixing = (full * made.attention.load + model.linear_layers * made.stream.tokens).max()
     return Outcome(
@@ -153,25 +153,33 @@ def price_plan(case: Case, made: Plan) -> Outcome:
     )
 
 
-def _states(case: Case, made: Plan) -> tuple[float, float, float]:
+def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
     """Seconds and bytes (inside, between) of one linear layer's states, forward and backward.
 
-    Maps are composed along the ranks of the longest-reaching sequence by recursive doubling.
+    As `parallel.chain` sends them: of n ranks that share a sequence, each tells the one d after
+    it what it knows, for d = 1, 2, 4, …: E alone if that reaches back to the sequence's start.
     """
-    ranks = np.arange(1, case.topology.ranks)
     bounds = shard_bounds(int(made.cu_seqlens[-1]), case.topology.ranks)[1:-1]
-    cut = ~np.isin(bounds, made.cu_seqlens)
-    if not cut.any():
-        return 0.0, 0.0, 0.0
-    crosses = ranks % case.topology.ranks_per_node == 0
+    cut = np.flatnonzero(~np.isin(bounds, made.cu_seqlens))
     sequence = np.searchsorted(made.cu_seqlens, bounds[cut], side="right")
-    rounds = np.ceil(np.log2(np.bincount(sequence).max() + 1))
-    weigh, size = case.costs(), case.model.state_bytes
-    hop = weigh.latency_inside + size / weigh.inside
-    if (cut & crosses).any():
-        hop = weigh.latency_between + size / weigh.nic
-    inside, between = (cut & ~crosses).sum(), (cut & crosses).sum()
-    return 2 * rounds * hop, 2 * size * float(inside), 2 * size * float(between)
+    last = np.append(np.flatnonzero(np.diff(sequence)), len(cut) - 1)[: len(cut)]
+    first = np.append(0, last[:-1] + 1)[: len(cut)]
+    begin, end = cut[first], cut[last] + 1  # the first and the last rank of each sequence
+    weigh, E = case.costs(), case.model.state_bytes / 2  # M is as large
+    seconds, inside, between, distance = 0.0, 0.0, 0.0, 1
+    while (pairs := np.maximum(end - begin - distance + 1, 0)).any():
+        reach = np.arange(pairs.sum()) - np.repeat(np.cumsum(pairs) - pairs, pairs)
+        sender = np.repeat(begin, pairs) + reach
+        size = np.where(reach >= distance, 2 * E, E)
+        crosses = case.topology.node(sender) != case.topology.node(sender + distance)
+        inside += float(size[~crosses].sum())
+        between += float(size[crosses].sum())
+        hop = weigh.latency_inside + size.max() / weigh.inside
+        if np.any(crosses):
+            hop = max(hop, weigh.latency_between + size[crosses].max() / weigh.nic)
+        seconds += hop
+        distance *= 2
+    return 2 * seconds, 2 * inside, 2 * between
 
 
 def even(case: Case) -> Outcome:

@@ -146,7 +146,6 @@ class Trainer:
             self.wrong = self._fault(loss, norm)
             return self.wrong is None
 
-        at_step(self.step + 1)
         for batch, following in pairwise([*batches, self.stream.peek()]):
             if self._stopping("forward and backward"):
                 self.next_batch = batches[0].digest

@@ -1,0 +1,107 @@
+"""The simulator's byte counts are the bytes that gloo is given to send."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import parallel
+from parallel import FullAttention, ParallelConfig, Planner, Shard, World, distribute
+from parallel.config import Attention
+from parallel.cost import Costs, price
+from parallel.exchange import sent_bytes
+from parallel.layout import Plan, Topology
+from parallel.models import Model, load_cluster
+from parallel.strategies import Case, states_passed, ulysses
+
+RANKS, EACH = 4, 2  # on two nodes
+HEADS, KV_HEADS, DIM, WORD = 4, 2, 8, 4  # fp32
+MODEL = FullAttention(HEADS, KV_HEADS, DIM, WORD)
+Q, KV = WORD * HEADS * DIM, 2 * WORD * KV_HEADS * DIM  # bytes of a token
+STREAMS = [[640], [301, 20, 200, 3, 77, 40], [30] * 20]
+
+Sent = tuple[float, float]  # inside nodes and between them
+
+
+def attend(shard: Shard) -> Tensor:
+    q, k, v = (
+        torch.randn(1, shard.tokens, heads, DIM, requires_grad=True)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    return parallel.softmax_attention(q, k, v, shard)
+
+
+def delta_rule(shard: Shard) -> Tensor:
+    q, v = (torch.randn(1, shard.tokens, HEADS, DIM, requires_grad=True) for _ in range(2))
+    beta = torch.rand(1, shard.tokens, HEADS)
+    return parallel.linear_attention(q, F.normalize(q, dim=-1), v, None, beta, shard)[0]
+
+
+def sent(
+    world: World, strategy: Attention, alone: bool, lengths: list[int], layer: Callable
+) -> tuple[Sent, Plan]:
+    """What this rank sends in a layer's forward and backward pass."""
+    world = dataclasses.replace(world, ranks_per_node=EACH)
+    model = dataclasses.replace(MODEL, alone=alone)
+    count = np.arange(sum(lengths))
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    with closing(Planner(ParallelConfig(strategy), world.topology, model)) as planner:
+        _, _, shard = distribute(count, count, cu_seqlens, world, planner=planner)
+    sent_bytes.clear()
+    layer(shard).sum().backward()
+    near = sum(n for peer, n in sent_bytes.items() if peer // EACH == world.rank // EACH)
+    assert shard.view is not None
+    return (near, sum(sent_bytes.values()) - near), shard.view.plan
+
+
+def everywhere(found: list[tuple[Sent, Plan]]) -> Sent:
+    near, far = zip(*(each for each, _ in found), strict=True)
+    return sum(near), sum(far)
+
+
+@pytest.mark.parametrize("lengths", STREAMS, ids=str)
+@pytest.mark.parametrize(
+    ("strategy", "alone"), [("balanced", False), ("balanced", True), ("ring", False)]
+)
+def test_of_planned_attention(ranks, strategy: Attention, alone: bool, lengths: list[int]) -> None:
+    found = ranks(RANKS).run(sent, strategy, alone, lengths, attend)
+    costs = Costs(q_bytes=Q, kv_bytes=KV, heads=HEADS, kv_heads=KV_HEADS)
+    traffic = price(found[0][1], costs).traffic
+    assert everywhere(found) == pytest.approx((traffic.inside.sum(), traffic.between.sum()))
+
+
+def a_case(lengths: list[int], full_every: int) -> Case:
+    """The simulator's bytes are those of bf16, half of what fp32 sends; its states are fp32."""
+    model = Model(full_every, HEADS * DIM, HEADS, KV_HEADS, 64, DIM, 64, full_every)
+    return Case(np.array(lengths), Topology(RANKS, EACH), load_cluster("h800"), model)
+
+
+def test_of_ulysses(ranks) -> None:
+    """A sequence that needs all ranks."""
+    found = ranks(RANKS).run(sent, "ulysses", False, [640], attend)
+    simulated = ulysses(a_case([640], 1))
+    assert sum(everywhere(found)) == pytest.approx(2 * (simulated.inside + simulated.between))
+
+
+@pytest.mark.parametrize("lengths", STREAMS, ids=str)
+def test_of_all_gather(ranks, lengths: list[int]) -> None:
+    """Keys and values of a rank's first sequence that lie before it, and their gradients."""
+    found = ranks(RANKS).run(sent, "allgather", False, lengths, attend)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    cuts = np.arange(1, RANKS) * sum(lengths) // RANKS
+    begins = cu_seqlens[np.searchsorted(cu_seqlens, cuts, side="right") - 1]
+    assert sum(everywhere(found)) == 2 * KV * (cuts - begins).sum()
+
+
+@pytest.mark.parametrize("lengths", STREAMS, ids=str)
+def test_of_linear_layers(ranks, lengths: list[int]) -> None:
+    found = ranks(RANKS).run(sent, "balanced", False, lengths, delta_rule)
+    _, inside, between = states_passed(a_case(lengths, 4), found[0][1])
+    assert everywhere(found) == pytest.approx((inside, between))
