@@ -24,7 +24,8 @@ class TextProbes:
         found = [token for token in long if tokenizer.decode([token]).strip().isalpha()]
         self.keys, self.values = np.array(found[::2]), np.array(found[1::2])
         self.start = tokenizer.bos_id
-        self.text = corpus.gather(*corpus.validation_spans(_HAYSTACK))
+        starts, lengths = corpus.validation_spans(_HAYSTACK)
+        self.text = corpus.gather(starts, lengths) if len(starts) else np.empty(0, dtype=np.int64)
 
     def recall(
         self, random: np.random.Generator, count: int, length: int, pairs: int, queries: int
