@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from parallel import shard
 from tests import tiny
+from tests.train.runs import rows
 from train.__main__ import main
 from train.config import read
 from train.evaluate import ByOctave
@@ -34,7 +35,7 @@ checkpoint: {every: 2, keep: 0}
 
 
 @pytest.fixture(scope="module")
-def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_run(tmp_path_factory: pytest.TempPathFactory, world: None) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     settings = """
 train: {steps: 2, batch_tokens: 512, seq_len: 128}
@@ -46,15 +47,11 @@ eval: {every: 2, tokens: 2048, sample_tokens: 0}
 
 
 @pytest.fixture(scope="module")
-def recall_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recall_run(tmp_path_factory: pytest.TempPathFactory, world: None) -> Path:
     folder = tmp_path_factory.mktemp("recall")
     (folder / "recall.yaml").write_text(RECALL, encoding="utf-8")
     assert main([str(folder / "recall.yaml"), f"run.root={folder}/runs"]) == 0
     return folder / "runs" / "recall"
-
-
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_octaves_hold_what_belongs_to_them() -> None:
@@ -168,8 +165,7 @@ def test_generate_goes_on_from_a_prompt(
 def test_a_run_on_recall_goes_on_to_the_same_bits(recall_run: Path) -> None:
     whole = {row["step"]: row["loss"] for row in rows(recall_run) if "loss" in row}
     root, folder = recall_run.parent, recall_run.parent.parent
-    for newer in ("step-00000004",):
-        (recall_run / "checkpoints" / newer).rename(folder / newer)
+    (recall_run / "checkpoints" / "step-00000004").rename(folder / "later")
     assert main([str(folder / "recall.yaml"), f"run.root={root}"]) == 0
     assert {row["step"]: row["loss"] for row in rows(recall_run) if "loss" in row} == whole
     evaluations = [row for row in rows(recall_run) if "val_accuracy" in row]
@@ -178,7 +174,7 @@ def test_a_run_on_recall_goes_on_to_the_same_bits(recall_run: Path) -> None:
 
 
 def test_the_table_puts_runs_of_one_model_together(
-    recall_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted: dict[str, str] = {}
     made = {
