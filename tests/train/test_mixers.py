@@ -38,13 +38,14 @@ TINY = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "attention-window": {"window": 5, "rotary_fraction": 0.5, "qk_norm_over": "heads"},
     "attention-nope": {"rotary_fraction": 0.0, "output_gate": False, "qkv_bias": True},
+    "liger": {"window": 5, "gate_pool": 2},
     "deltanet-gate": {"output_gate": True, "negative_eigenvalues": True},
     "gated_deltanet-bare": {"conv_size": 0, "negative_eigenvalues": True},
     "linear_attention-sum": {"output_norm": "sum", "feature_map": "softmax"},
     "linear_attention-zeros": {"output_norm": "sum", "feature_map": "relu"},
     "mamba2-groups": {"groups": 2, "heads": 4},
 }
-KINDS = [*mixers.names(), *OPTIONS]
+KINDS = list(dict.fromkeys([*mixers.names(), *OPTIONS]))
 GROWING = {"attention", "attention-nope"}  # their cache holds every token
 
 

@@ -84,20 +84,26 @@ class ProjectedMixer(mixers.Mixer):
 
     def project(self, x: Tensor, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
         """q (1, T, heads, D), k and v (1, T, kv_heads, D), normed and turned."""
+        q, k, v = self.project_unturned(x)
+        return self.turn(q, shard), self.turn(k, shard), v
+
+    def project_unturned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same without rotary embedding."""
         q, k, v = self.qkv(x).split(self.widths, dim=-1)
         if self.norm_over == "heads":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.norm_over == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary_dim:
-            q, k = (
-                kernels.rotary_embedding(
-                    head, shard.positions, theta=self.rotary_theta, rotary_dim=self.rotary_dim
-                )
-                for head in (q, k)
-            )
         return q, k, v
+
+    def turn(self, head: Tensor, shard: Shard) -> Tensor:
+        """Rotary embedding on the share of each head that has it."""
+        if not self.rotary_dim:
+            return head
+        return kernels.rotary_embedding(
+            head, shard.positions, theta=self.rotary_theta, rotary_dim=self.rotary_dim
+        )
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """From o (1, T, heads, D) of the block's input `x` to the residual stream."""

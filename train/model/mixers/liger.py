@@ -1,0 +1,63 @@
+"""Liger (Lan et al. 2025, arXiv 2503.01496): a pretrained attention layer as a gated recurrence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.settings import ConfigError, setting
+from kernels import flops
+from parallel import Shard
+from train.model.config import ModelConfig, require_positive
+from train.model.mixers._parts import full, recur, repeat_heads
+from train.model.mixers.attention import ProjectedMixer, Projections, attend
+
+
+@dataclass
+class Config(Projections):
+    """Those of the attention layer that it is made of."""
+
+    window: int = setting(64, "tokens that the softmax half sees, itself included")
+    gate_pool: int = setting(1, "channels of a key head that one gate is the mean of")
+    gate_normalizer: float = setting(16.0, "what the logarithm of the gates is divided by")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "window", "gate_pool", "gate_normalizer")
+        if self.head_dim % self.gate_pool:
+            raise ConfigError(
+                f"gate_pool is {self.gate_pool}; it must be a divisor of head_dim, {self.head_dim}"
+            )
+
+
+class Mixer(ProjectedMixer):
+    """o = ½ GLA(softmax(q), softmax(k), v, a) + ½ softmax attention in a window.
+
+    log a = log σ(pooled k) / 16: the gates come from the keys, so that there is no parameter
+    that the attention layer has not. Positions are in the window's half alone.
+    """
+
+    def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
+        super().__init__(model, config, layer)
+        self.window, self.pool = config.window, config.gate_pool
+        self.normalizer = config.gate_normalizer
+
+    def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        q, k, v = self.project_unturned(x)
+        near = attend(self.turn(q, shard), self.turn(k, shard), v, shard, cache, self.window)
+        pooled = full(k).unflatten(-1, (-1, self.pool)).mean(-1)
+        decay = F.logsigmoid(pooled).repeat_interleave(self.pool, dim=-1) / self.normalizer
+        k, v, decay = (
+            repeat_heads(part, self.heads // self.kv_heads) for part in (k.softmax(-1), v, decay)
+        )
+        far = recur(q.softmax(-1), k, v, decay, None, shard, cache, scale=1.0)
+        return self.finish((far + near) / 2, x)
+
+    def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
+        width = self.head_dim
+        near = flops.softmax_attention(lengths, self.heads, width, width, self.window)
+        return near + flops.linear_attention(lengths, self.heads, width, width, delta=False)
