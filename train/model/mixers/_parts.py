@@ -28,6 +28,7 @@ class Heads:
     value_heads: int | None = setting(None, "heads of v, a multiple of heads (null: as many)")
     head_dim: int = setting(64, "width of a head of q and k")
     value_head_dim: int | None = setting(None, "width of a head of v (null: head_dim)")
+    conv_size: int = setting(0, "tokens under a short convolution over q, k and v; 0 for none")
 
     def __post_init__(self) -> None:
         self.value_heads = self.heads if self.value_heads is None else self.value_heads
@@ -37,18 +38,15 @@ class Heads:
             raise ConfigError(
                 f"value_heads is {self.value_heads}; it must be a multiple of heads, {self.heads}"
             )
+        if self.conv_size < 0:
+            raise ConfigError(f"conv_size is {self.conv_size}; it must not be negative")
 
 
 @dataclass
 class ConvolvedHeads(Heads):
-    """Those, and a short convolution over q, k and v."""
+    """Those of a mixer that is published with the short convolution."""
 
     conv_size: int = setting(4, "tokens under the short convolution; 0 for none")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.conv_size < 0:
-            raise ConfigError(f"conv_size is {self.conv_size}; it must not be negative")
 
 
 class LinearMixer(mixers.Mixer):
@@ -59,7 +57,7 @@ class LinearMixer(mixers.Mixer):
 
     delta = False  # whether the recurrence is the delta rule
 
-    def __init__(self, model: ModelConfig, config: Heads, layer: int, conv_size: int = 0) -> None:
+    def __init__(self, model: ModelConfig, config: Heads, layer: int) -> None:
         super().__init__(model, config, layer)
         assert config.value_heads is not None
         assert config.value_head_dim is not None
@@ -69,7 +67,8 @@ class LinearMixer(mixers.Mixer):
         self.widths = [key_dim, key_dim, self.value_dim]
 
         self.qkv = nn.Linear(model.dim, sum(self.widths), bias=False)
-        self.conv = nn.Parameter(torch.empty(sum(self.widths), conv_size)) if conv_size else None
+        size = config.conv_size
+        self.conv = nn.Parameter(torch.empty(sum(self.widths), size)) if size else None
         self.conv_bias: nn.Parameter | None = None
         self.out = nn.Linear(self.value_dim, model.dim, bias=False)
 

@@ -25,7 +25,7 @@ class Mixer(LinearMixer):
     delta = True
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
-        super().__init__(model, config, layer, config.conv_size)
+        super().__init__(model, config, layer)
         self.largest_beta = 2 if config.negative_eigenvalues else 1
         self.beta = nn.Linear(model.dim, self.value_heads, bias=False)
         self.gate = nn.Linear(model.dim, self.value_dim, bias=False) if config.output_gate else None

@@ -39,7 +39,7 @@ class Mixer(LinearMixer):
     delta = True
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
-        super().__init__(model, config, layer, config.conv_size)
+        super().__init__(model, config, layer)
         rank, decay_dim = config.rank or self.head_dim, self.value_heads * self.head_dim
         self.beta = nn.Linear(model.dim, self.value_heads, bias=False)
         self.decay = LowRank(model.dim, rank, decay_dim)

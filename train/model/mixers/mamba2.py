@@ -34,8 +34,8 @@ class Mixer(LinearMixer):
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         heads = config.heads
-        shape = Heads(config.groups, heads, config.state_dim, config.head_dim)
-        super().__init__(model, shape, layer, config.conv_size)
+        shape = Heads(config.groups, heads, config.state_dim, config.head_dim, config.conv_size)
+        super().__init__(model, shape, layer)
         self.conv_bias = nn.Parameter(torch.empty(sum(self.widths)))
         self.dt = nn.Linear(model.dim, heads, bias=False)
         self.gate = nn.Linear(model.dim, self.value_dim, bias=False)
