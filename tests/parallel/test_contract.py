@@ -7,6 +7,7 @@ gradient of every parameter are compared with a plain loop on one process, which
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -24,7 +25,8 @@ from train.model.transformer import Model
 from train.optim import OptimConfig
 
 VOCABULARY, RATE, STEPS = 61, 1e-2, 2
-OPTIM = OptimConfig(lr=RATE, warmup_steps=0, weight_decay=0.1, clip=0.5)
+# An epsilon above round-off: a gradient that is nothing else must move no weight a whole step.
+OPTIM = OptimConfig(lr=RATE, warmup_steps=0, weight_decay=0.1, clip=0.5, eps=1e-6)
 MODEL = ModelConfig(
     pattern=["gated_deltanet", "sliding", "attention"],
     layers=3,
@@ -35,6 +37,14 @@ MODEL = ModelConfig(
         "sliding": {"kind": "attention", "heads": 2, "head_dim": 8, "window": 7},
     },
 )
+HEADS = {"heads": 2, "head_dim": 8}
+# Every other mixer, a few in a model.
+FAMILIES = {
+    "linear": {"linear_attention": HEADS, "retnet": HEADS, "lightning": HEADS, "gla": HEADS},
+    "delta": {"deltanet": HEADS, "kda": HEADS, "mamba2": {**HEADS, "state_dim": 8}},
+    "gated": {"hgrn": {"state_dim": 20}, "hgrn2": HEADS, "lightnet": HEADS},
+    "softmax": {"hedgehog": HEADS, "transnormer": {**HEADS, "block": 9}, "liger": HEADS},
+}
 # Lengths of batches of one stream after the other, two a step at most.
 STREAMS = [
     [101],  # one sequence over all ranks
@@ -52,6 +62,7 @@ class Setting:
     stage: int = 1
     accumulate: int = 1
     recompute: bool = False
+    family: str | None = None
 
 
 def steps(accumulate: int) -> list[list[Stream]]:
@@ -61,9 +72,13 @@ def steps(accumulate: int) -> list[list[Stream]]:
     return [every[s * accumulate : (s + 1) * accumulate] for s in range(STEPS)]
 
 
-def model(recompute: bool = False) -> Model:
+def model(family: str | None, recompute: bool = False) -> Model:
     torch.manual_seed(0)
-    return Model(dataclasses.replace(MODEL, checkpoint_activations=recompute), VOCABULARY)
+    config = MODEL
+    if family is not None:
+        mixers = FAMILIES[family]
+        config = ModelConfig(pattern=list(mixers), layers=len(mixers), dim=24, mixers=mixers)
+    return Model(dataclasses.replace(config, checkpoint_activations=recompute), VOCABULARY)
 
 
 def targets(group: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> int:
@@ -74,9 +89,10 @@ def targets(group: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> int:
 Course = tuple[list[float], list[float], dict[str, Tensor]]
 
 
-def plain(accumulate: int) -> Course:
+@functools.cache
+def plain(accumulate: int, family: str | None) -> Course:
     """The definition: the gradient of the mean over a step's targets, clipped, and AdamW."""
-    net, alone = model(), World(0, 1, 0, torch.device("cpu"))
+    net, alone = model(family), World(0, 1, 0, torch.device("cpu"))
     matrices = [p for n, p in net.named_parameters() if p.dim() == 2 and n.endswith(".weight")]
     rest = [p for n, p in net.named_parameters() if not (p.dim() == 2 and n.endswith(".weight"))]
     adamw = torch.optim.AdamW(
@@ -100,7 +116,7 @@ def plain(accumulate: int) -> Course:
 def shared(world: World, setting: Setting) -> Course:
     config = ParallelConfig(attention=setting.attention)
     engine = Engine(
-        model(setting.recompute),
+        model(setting.family, setting.recompute),
         OPTIM,
         ZeroConfig(stage=setting.stage),
         world,
@@ -142,13 +158,19 @@ SETTINGS = [
 
 # On four ranks everything; on two and three, which divide less evenly, each strategy and stage.
 CASES = [(4, setting) for setting in SETTINGS]
+CASES += [
+    (4, Setting(attention, stage, recompute=stage > 1, family=family))
+    for stage, (attention, family) in enumerate(
+        zip(("balanced", "ring", "ulysses", "allgather"), FAMILIES, strict=True)
+    )
+]
 CASES += [(size, setting) for size in (2, 3) for setting in SETTINGS[size - 2 :: 5]]
 
 
 @pytest.mark.parametrize(("size", "setting"), CASES, ids=str)
 def test_training_is_the_same_however_it_is_shared(ranks, size: int, setting: Setting) -> None:
     """fp32: losses and gradients to 1e-5, norms after a step of AdamW to 1e-4."""
-    check(ranks(size).run(shared, setting), plain(setting.accumulate))
+    check(ranks(size).run(shared, setting), plain(setting.accumulate, setting.family))
 
 
 def check(courses: list[Course], wanted: Course) -> None:
