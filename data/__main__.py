@@ -53,7 +53,12 @@ def main(arguments: list[str]) -> int:
 
 def _run(command: str, settings: Settings, out: Path | None) -> None:
     from data.prepare import prepare
+    from data.recall import SOURCE
 
+    if settings.data.source == SOURCE:
+        raise ConfigError(
+            f"data.source is {SOURCE}: batches are made on the spot, nothing needs preparing"
+        )
     corpus = prepare(settings.data, log=lambda line: print(line, flush=True))
     if command == "prepare":
         corpus.verify()

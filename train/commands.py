@@ -118,8 +118,8 @@ def generate(arguments: list[str]) -> int:
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
-    parser.set_defaults(overrides=[])
-    options = parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, with a file")
+    options = parser.parse_intermixed_args(arguments)
     _require(options.tokens >= 0, f"--tokens is {options.tokens}; it must not be negative")
     _require(
         options.temperature >= 0,
@@ -149,7 +149,7 @@ def evaluate(arguments: list[str]) -> int:
         "--tokens", type=int, help="of the validation set, at most, at each length (eval.tokens)"
     )
     parser.add_argument(
-        "--samples", type=int, default=4, help="sequences behind each number, at least"
+        "--samples", type=int, default=2, help="sequences behind each number, at least"
     )
     options = parser.parse_intermixed_args(arguments)
     run, config = _find(options)

@@ -29,7 +29,7 @@ from train.metrics import METRICS
 from train.trained import Trained
 
 FACTORS = (1, 2, 4)  # lengths, as multiples of the training length
-PAIRS = (4, 8, 16, 32, 64, 128, 256)
+PAIRS = (4, 8, 16, 64, 256)
 QUERIES = 16
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOLDER = "evaluation"  # in the run's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import Batch, ConfigError, Cursor, DataConfig, StreamConfig, material
+from data.__main__ import main
 from data.config import RecallConfig
 from data.recall import Recall, sequences, shortest
 
@@ -161,3 +163,12 @@ def test_probes_ask_for_what_was_shown() -> None:
         assert np.array_equal(tokens[:, -1], tokens[:, 1 + 2 * pair])
         assert np.array_equal(labels[:, -1], tokens[:, 2 + 2 * pair])
     assert task.needle_probe(random, 5, 15, 0.0) is None
+
+
+def test_the_data_commands_say_that_there_is_nothing_to_prepare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {source: recall}\n", encoding="utf-8")
+    assert main(["prepare", str(path)]) == 2
+    assert "nothing needs preparing" in capsys.readouterr().err

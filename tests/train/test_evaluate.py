@@ -128,6 +128,7 @@ def test_evaluate_tells_tables_json_figures_and_tensorboard(
     assert report["needle"]["lengths"] == [32, 64, 128, 256, 512]
     assert all(cell is not None for cell in report["needle"]["accuracy"][0])
     assert report["recall"]["pairs"][:2] == [4, 8]
+    assert all(0 <= cell <= 1 for row in report["recall"]["accuracy"] for cell in row if cell)
     # Positions past the training length are there, and told.
     assert {"128", "256"} <= report["loss_by_position"]["512"].keys()
     assert "128" not in report["loss_by_position"]["128"]
