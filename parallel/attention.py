@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from parallel.exchange import Parcels, Table, move, parcels, to_device
+from parallel.exchange import Parcels, Table, depart, move, parcels, to_device
 from parallel.heads import split
 from parallel.layout import Moves
 from parallel.rings import Share, ring_attention, share
@@ -86,12 +86,30 @@ class _Tables(NamedTuple):
 
 
 def _planned(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
-    """Move tokens to where the plan wants them, attend on rings and on single ranks, move back."""
-    (t, heads, _), kv_heads, by_head = q.shape, k.shape[1], view.plan.sliced
-    tables = view.once(("planned", heads, kv_heads), lambda: _tables(view, heads, kv_heads))
-    units = [x.flatten(0, 1) if by_head else x for x in (q, k, v)]
-    moved = move(units, [tables.q, tables.kv, tables.kv], view.rank, view.group)
+    """Move tokens to where the plan wants them, attend on rings and on single ranks, move back.
 
+    One wave of heads after the other, while the next one's tokens come and the last one's go.
+    """
+    waves = view.plan.waves
+    heads, kv_heads = q.shape[1] // waves, k.shape[1] // waves
+    tables = view.once(("planned", heads, kv_heads), lambda: _tables(view, heads, kv_heads))
+    coming = []
+    for each in zip(*(x.chunk(waves, dim=1) for x in (q, k, v)), strict=True):
+        units = [x.flatten(0, 1) if view.plan.sliced else x for x in each]
+        coming.append(depart(units, [tables.q, tables.kv, tables.kv], view.rank, view.group))
+    going = []
+    for wave in coming:
+        o = _attend(wave.arrive(), tables, view)
+        going.append(depart([o], [tables.o], view.rank, view.group))
+    parts = [o for wave in going for o in wave.arrive()]
+    if view.plan.sliced:
+        parts = [o.unflatten(0, (len(q), heads)) for o in parts]
+    return torch.cat(parts, dim=1)
+
+
+def _attend(moved: list[Tensor], tables: _Tables, view: View) -> Tensor:
+    """Units of o from those of q, k and v, all in the buffer's order."""
+    by_head = view.plan.sliced
     *shared, alone = zip(
         _blocks(moved[0], tables.blocks, by_head, "heads"),
         _blocks(moved[1], tables.blocks, by_head, "kv_heads"),
@@ -109,9 +127,7 @@ def _planned(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         )
         assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
         parts.append(o[0])
-    together = torch.cat([o.flatten(0, 1) if by_head else o for o in parts])
-    (o,) = move([together], [tables.o], view.rank, view.group)
-    return o.unflatten(0, (t, heads)) if by_head else o
+    return torch.cat([o.flatten(0, 1) if by_head else o for o in parts])
 
 
 def _blocks(x: Tensor, blocks: list[_Block], by_head: bool, which: str) -> Iterator[Tensor]:

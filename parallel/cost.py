@@ -17,8 +17,9 @@ Kept simple enough to be checked by hand, and the same for every strategy:
   on each of its nodes uses the members' share of the NICs; one that steps from node to
   node over a single pair of ranks uses one NIC, or with routing (Zeppelin, arXiv
   2509.21841, section 3.2) all of them after a hop inside the node on either side.
-- Moves between layouts take the time of the busiest rank or node and overlap nothing. Forward
-  moves q, k, v in and o out; backward moves the gradient of o in and those of q, k, v out.
+- Moves between layouts take the time of the busiest rank or node. Forward moves q, k, v in and
+  o out; backward moves the gradient of o in and those of q, k, v out. With heads in w waves all
+  but 1/w of it overlaps the arithmetic, but never a ring's transfers, which need the same links.
 - ZeRO's traffic of weights and gradients is the same for every plan and is left out.
 """
 
@@ -153,6 +154,8 @@ class LayerPrice:
         arithmetic: float64 (2, ranks), attention alone.
         finish: float64 (2, ranks), when each rank is done, transfers included.
         remap: float64 (2,), both moves between the layouts.
+        links: float64 (2,), the longest that rings keep a rank's links busy.
+        waves: of heads, in which moves overlap the rest.
         rings: when each ring runs.
         traffic: forward and backward together.
     """
@@ -160,13 +163,21 @@ class LayerPrice:
     arithmetic: Array
     finish: Array
     remap: Array
+    links: Array
     rings: list[Work]
     traffic: Traffic
+    waves: int
+
+    @property
+    def exposed(self) -> Array:
+        """float64 (2,): of the moves, what overlaps nothing."""
+        arithmetic = self.finish.max(axis=1)
+        return np.maximum(self.remap / self.waves, self.remap + self.links - arithmetic)
 
     @property
     def seconds(self) -> float:
         """Of the whole layer's attention, forward and backward."""
-        return float((self.finish.max(axis=1) + self.remap).sum())
+        return float((self.finish.max(axis=1) + self.exposed).sum())
 
 
 def price(plan: Plan, costs: Costs) -> LayerPrice:
@@ -175,17 +186,18 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
     layout = plan.attention
     spans = costs.attention(layout.start, layout.end)
     if plan.sliced:
-        spans = spans * _heads(layout, costs)[0]
+        spans = spans * _heads(layout, costs, plan.waves)[0]
     work = np.bincount(layout.rank, spans, minlength=ranks)
     whole = work.copy()
-    free = np.zeros((2, ranks))
+    free, links = np.zeros((2, ranks)), np.zeros(ranks)
     rings = []
     traffic = Traffic(np.zeros(ranks), np.zeros(ranks))
     for ring in plan.rings:
         members = ring.members
-        share = ring_work(ring, costs)
+        share = ring_work(ring, costs, plan.waves)
         whole[members] -= share
-        travel, sent = ring_travel(ring, plan.topology, costs)
+        travel, sent = ring_travel(ring, plan.topology, costs, plan.waves)
+        links[members] += travel
         traffic.inside[members] += sent.inside * TRAVEL.sum()
         traffic.between[members] += sent.between * TRAVEL.sum()
         start = free[:, members].max(axis=1)
@@ -194,31 +206,41 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
         rings.append(Work(ring, start, end))
     finish = free + BACKWARD[:, None] * np.maximum(whole, 0.0)
     remap, moved = _remap(plan, costs)
-    return LayerPrice(BACKWARD[:, None] * work, finish, remap, rings, traffic + moved)
+    return LayerPrice(
+        BACKWARD[:, None] * work,
+        finish,
+        remap,
+        TRAVEL * links.max(),
+        rings,
+        traffic + moved,
+        plan.waves,
+    )
 
 
-def _heads(spans: Layout | Moves, costs: Costs) -> tuple[Array, Array]:
-    """float64 (spans,): the share of the queries' heads, and of the keys', in each span."""
+def _heads(spans: Layout | Moves, costs: Costs, waves: int) -> tuple[Array, Array]:
+    """float64 (spans,): the share of a wave's query heads, and of its key heads, in each span."""
     queries, keys = np.ones(len(spans.piece)), np.ones(len(spans.piece))
     for slices in np.unique(spans.slices).tolist():
         these = spans.slices == slices
-        q, k = fractions(costs.heads, costs.kv_heads, slices)
+        q, k = fractions(costs.heads // waves, costs.kv_heads // waves, slices)
         queries[these], keys[these] = q[spans.piece[these]], k[spans.piece[these]]
     return queries, keys
 
 
-def ring_work(ring: Ring, costs: Costs) -> Array:
+def ring_work(ring: Ring, costs: Costs, waves: int = 1) -> Array:
     """Seconds of arithmetic, forward, of each member of a ring: float64 (members,)."""
     seconds = costs.attention(ring.chunks[:, :-1], ring.chunks[:, 1:]).sum(axis=0)
     seats = ring.seats
-    queries, _ = fractions(costs.heads, costs.kv_heads, ring.slices)
+    queries, _ = fractions(costs.heads // waves, costs.kv_heads // waves, ring.slices)
     return np.outer(seconds[:seats] + seconds[: seats - 1 : -1], queries).reshape(-1)
 
 
-def ring_travel(ring: Ring, topology: Topology, costs: Costs) -> tuple[float, Traffic]:
+def ring_travel(
+    ring: Ring, topology: Topology, costs: Costs, waves: int = 1
+) -> tuple[float, Traffic]:
     """Seconds that a ring's transfers take forward, and the bytes that its members send."""
     nodes, each, slices = ring.ranks.shape
-    _, keys = fractions(costs.heads, costs.kv_heads, slices)
+    _, keys = fractions(costs.heads // waves, costs.kv_heads // waves, slices)
     block = ring.tokens.reshape(nodes, each, 1) * keys * costs.kv_bytes
     biggest = float(block.max(initial=0))
     node = ring.ranks // topology.ranks_per_node
@@ -238,14 +260,14 @@ def ring_travel(ring: Ring, topology: Topology, costs: Costs) -> tuple[float, Tr
             a_hop = biggest / costs.between + 2 * biggest / costs.inside
         else:
             a_hop = biggest / costs.nic
-        travel = hops * (costs.latency_between + a_hop)
+        travel = hops * (waves * costs.latency_between + a_hop)
     else:
-        travel = hops * (costs.latency_inside + biggest / costs.inside)
+        travel = hops * (waves * costs.latency_inside + biggest / costs.inside)
     if nodes > 1:
         on_node = min(each * slices, topology.ranks_per_node)
         mine = 1.0 if costs.routed else on_node / topology.ranks_per_node
         a_hop = on_node * biggest / (costs.between * mine)
-        travel = max(travel, (nodes - 1) * (costs.latency_between + a_hop))
+        travel = max(travel, (nodes - 1) * (waves * costs.latency_between + a_hop))
     return float(travel), sent
 
 
@@ -258,13 +280,13 @@ def _remap(plan: Plan, costs: Costs) -> tuple[Array, Traffic]:
     moves = plan.to_attention
     away = moves.source != moves.target
     source, target = moves.source[away], moves.target[away]
-    queries, keys = _heads(moves, costs)
+    queries, keys = _heads(moves, costs, plan.waves)
     q_bytes = (moves.tokens * queries)[away] * costs.q_bytes
     kv_bytes = (moves.tokens * keys)[away] * costs.kv_bytes
     seconds, traffic = 0.0, Traffic(np.zeros(plan.topology.ranks), np.zeros(plan.topology.ranks))
     for a, b, amount in ((source, target, q_bytes + kv_bytes), (target, source, q_bytes)):
         taken, sent, got = move_time(a, b, amount, plan.topology, costs)
-        seconds += taken + costs.latency_between * (taken > 0)
+        seconds += taken + plan.waves * costs.latency_between * (taken > 0)
         traffic += sent + got  # the other pass sends back what this one got
     return np.array([seconds, seconds]), traffic
 

@@ -121,38 +121,100 @@ def move(
 
     Differentiable: gradients travel back, and add up where a row was given more than once.
     """
-    return list(_Move.apply(tuple(tables), rank, group, *tensors))
+    return depart(tensors, tables, rank, group).arrive()
 
 
-class _Move(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tables: tuple[Table, ...],
-        rank: int,
-        group: dist.ProcessGroup | None,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.tables, ctx.rank, ctx.group = tables, rank, group
-        ctx.rows = [len(tensor) for tensor in tensors]
+def depart(
+    tensors: Sequence[Tensor],
+    tables: Sequence[Table],
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> Journey:
+    """Begin a `move`. What is computed before it arrives is computed while rows travel.
+
+    So it is backward: the gradients of what arrives travel while those of what was computed in
+    between are found. (Autograd goes through functions in the reverse of their order.)
+    """
+    journey = Journey(tuple(tables), rank, group)
+    journey.ticket = _Depart.apply(journey, *tensors)
+    return journey
+
+
+class Journey:
+    """Rows on their way between ranks."""
+
+    def __init__(self, tables: tuple[Table, ...], rank: int, group: dist.ProcessGroup | None):
+        self._tables, self._rank, self._group = tables, rank, group
+        self._rows: list[int] = []
+        self._finish: Callable[[], list[Tensor]] = list
+        self.ticket: Tensor
+
+    def arrive(self) -> list[Tensor]:
+        """Wait for the rows, once: each tensor's (rows of its table, …)."""
+        return list(_Arrive.apply(self, self.ticket))
+
+    def start(self, tensors: Sequence[Tensor]) -> None:
+        self._rows = [len(tensor) for tensor in tensors]
         results = [
             tensor.new_zeros(table.rows, *tensor.shape[1:])
-            for tensor, table in zip(tensors, tables, strict=True)
+            for tensor, table in zip(tensors, self._tables, strict=True)
         ]
-        gives, takes = [table.gives for table in tables], [table.takes for table in tables]
-        _deliver(tensors, gives, results, takes, rank, group)
-        return tuple(results)
+        self._deliver(
+            tensors, [t.gives for t in self._tables], results, [t.takes for t in self._tables]
+        )
+
+    def start_back(self, gradients: Sequence[Tensor]) -> None:
+        sums = [
+            gradient.new_zeros(rows, *gradient.shape[1:], dtype=accumulation_dtype(gradient.dtype))
+            for gradient, rows in zip(gradients, self._rows, strict=True)
+        ]
+        self._deliver(
+            gradients, [t.takes for t in self._tables], sums, [t.gives for t in self._tables]
+        )
+
+    def finish(self) -> list[Tensor]:
+        """What was started, in the direction in which it was."""
+        done, self._finish = self._finish(), list
+        return done
+
+    def _deliver(
+        self,
+        sources: Sequence[Tensor],
+        gives: Sequence[Parcels],
+        targets: list[Tensor],
+        takes: Sequence[Parcels],
+    ) -> None:
+        arrived = _deliver(sources, gives, targets, takes, self._rank, self._group)
+
+        def finish() -> list[Tensor]:
+            arrived()
+            return [x.to(source.dtype) for x, source in zip(targets, sources, strict=True)]
+
+        self._finish = finish
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, journey: Journey, *tensors: Tensor) -> Tensor:
+        ctx.journey = journey
+        journey.start(tensors)
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.journey.finish()
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, journey: Journey, ticket: Tensor) -> tuple[Tensor, ...]:
+        ctx.journey = journey
+        return tuple(journey.finish())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        sums = [
-            gradient.new_zeros(rows, *gradient.shape[1:], dtype=accumulation_dtype(gradient.dtype))
-            for gradient, rows in zip(gradients, ctx.rows, strict=True)
-        ]
-        gives, takes = [t.takes for t in ctx.tables], [t.gives for t in ctx.tables]
-        _deliver(gradients, gives, sums, takes, ctx.rank, ctx.group)
-        typed = (s.to(gradient.dtype) for s, gradient in zip(sums, gradients, strict=True))
-        return None, None, None, *typed
+        ctx.journey.start_back(gradients)
+        return None, gradients[0].new_empty(0)
 
 
 def _deliver(
@@ -162,8 +224,11 @@ def _deliver(
     takes: Sequence[Parcels],
     rank: int,
     group: dist.ProcessGroup | None,
-) -> None:
-    """Add the given rows of `sources` to the taken rows of `targets`, on all ranks."""
+) -> Callable[[], None]:
+    """Add the given rows of `sources` to the taken rows of `targets`, on all ranks.
+
+    The function returned waits for the end.
+    """
     sends: dict[int, list[Tensor]] = {}
     receives: dict[int, list[Tensor]] = {}
     arrivals = []
@@ -178,12 +243,17 @@ def _deliver(
             if peer != rank:
                 receives.setdefault(peer, []).append(rows)
         arrivals.append(arriving)
-    post(sends, receives, group)()
-    for target, taken, arriving in zip(targets, takes, arrivals, strict=True):
-        places = taken.split(taken.rows)
-        # Rank after rank: the rows of one are distinct, so that sums have one order.
-        for peer, rows in arriving.items():
-            target.index_add_(0, places[peer], rows.to(target.dtype))
+    wait = post(sends, receives, group)
+
+    def finish() -> None:
+        wait()
+        for target, taken, arriving in zip(targets, takes, arrivals, strict=True):
+            places = taken.split(taken.rows)
+            # Rank after rank: the rows of one are distinct, so that sums have one order.
+            for peer, rows in arriving.items():
+                target.index_add_(0, places[peer], rows.to(target.dtype))
+
+    return finish
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -282,6 +282,8 @@ class Plan:
             its own in this order, so no two ranks wait for each other in a circle.
         to_attention: the moves from the stream's layout to that of attention; read backwards,
             the way of o to the stream.
+        waves: into how many runs of heads attention is cut, one after the other, so that one
+            run's tokens move while another's attention is computed.
     """
 
     topology: Topology
@@ -292,6 +294,7 @@ class Plan:
     attention: Layout
     rings: tuple[Ring, ...]
     to_attention: Moves
+    waves: int = 1
 
     @property
     def sliced(self) -> bool:

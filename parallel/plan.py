@@ -10,6 +10,7 @@ CPU. numpy only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -105,9 +106,9 @@ def _cheapest(
         found = build("balanced", lengths, owners, order, topology, contiguous)
         if not _fits(found, room):
             continue
-        if many:
-            return found
-        seconds = price(found, costs).seconds
+        layer = price(found, costs)
+        # More waves change the price of a layer in itself by little: it is made once a placing.
+        seconds = min(replace(layer, waves=waves).seconds for waves in _waves(found, costs))
         if seconds < least:
             best, least = found, seconds
         if least <= enough:
@@ -115,7 +116,18 @@ def _cheapest(
     if best is None:  # only an even split fits
         owners, order = placing.even(len(lengths), topology), np.arange(len(lengths))
         best = build("balanced", lengths, owners, order, topology, contiguous)
-    return best
+    tried = [replace(best, waves=waves) for waves in _waves(best, costs)]
+    return min(tried, key=lambda made: price(made, costs).seconds)
+
+
+def _waves(found: Plan, costs: Costs) -> list[int]:
+    """In how many waves heads may be attended to: each has the same number, for all slices."""
+    slices = max((ring.slices for ring in found.rings), default=1)
+    return [
+        waves
+        for waves in (1, 2, 4)
+        if costs.heads % waves == costs.kv_heads % waves == 0 and slices * waves <= costs.heads
+    ]
 
 
 def _fits(found: Plan, room: float) -> bool:

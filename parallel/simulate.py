@@ -179,9 +179,9 @@ def _draw(case: Case, summary: dict[str, Any], path: str) -> None:
     bars.set_xlabel("step, ms")
     bars.legend()
     every = np.arange(ranks)
-    begin = linear + layer.remap[0] / 2
+    begin = linear + layer.exposed[0] / 2
     timeline.barh(every, np.full(ranks, 1e3 * linear), color="#c9c9c9", label="linear layers")
-    timeline.barh(every, np.full(ranks, 500 * layer.remap[0]), left=1e3 * linear, color="#d65f5f")
+    timeline.barh(every, np.full(ranks, 500 * layer.exposed[0]), left=1e3 * linear, color="#d65f5f")
     busy = np.zeros(ranks)
     for work in layer.rings:
         members = work.ring.members
@@ -196,7 +196,7 @@ def _draw(case: Case, summary: dict[str, Any], path: str) -> None:
     whole = layer.finish[0] - busy
     timeline.barh(every, 1e3 * whole, left=1e3 * (begin + busy), color="#eea63c")
     end = begin + layer.finish[0].max()
-    timeline.barh(every, np.full(ranks, 500 * layer.remap[0]), left=1e3 * end, color="#d65f5f")
+    timeline.barh(every, np.full(ranks, 500 * layer.exposed[0]), left=1e3 * end, color="#d65f5f")
     for colour, label in (
         ("#d65f5f", "moves between layouts"),
         ("#6acc64", "rings over nodes"),

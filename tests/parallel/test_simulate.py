@@ -76,26 +76,27 @@ def sent_by_hand(made: Plan, costs: Costs) -> tuple[float, float]:
         for step in ring.rounds()[1:]:
             for seat, ranks in enumerate(grid):
                 amount = ring.tokens[step.block[seat]] * costs.kv_bytes
-                for rank, source, part in zip(
-                    ranks, grid[step.source[seat]], keys(costs, ring.slices), strict=True
-                ):
+                parts = keys(costs, ring.slices, made.waves)
+                for rank, source, part in zip(ranks, grid[step.source[seat]], parts, strict=True):
                     found[bool(source // each == rank // each)] += 3 * amount * part
     moves = made.to_attention
     for row in np.flatnonzero(moves.source != moves.target):
         # Forward and backward: q and its gradient, o and its; k and v and theirs.
         piece, pieces = moves.piece[row], moves.slices[row]
-        (a, b), _ = split(costs.heads, costs.kv_heads, int(pieces))[piece]
-        amount = 4 * costs.q_bytes * (b - a) / costs.heads
-        amount += 2 * costs.kv_bytes * keys(costs, int(pieces))[piece]
+        heads, kv_heads = costs.heads // made.waves, costs.kv_heads // made.waves
+        (a, b), _ = split(heads, kv_heads, int(pieces))[piece]
+        amount = 4 * costs.q_bytes * (b - a) / heads
+        amount += 2 * costs.kv_bytes * keys(costs, int(pieces), made.waves)[piece]
         near = moves.source[row] // each == moves.target[row] // each
         found[bool(near)] += moves.tokens[row] * amount
     return found[True], found[False]
 
 
-def keys(costs: Costs, slices: int) -> list[float]:
-    """The share of all key heads that each slice needs."""
-    every = split(costs.heads, costs.kv_heads, slices)
-    return [(b - a) / costs.kv_heads for _, (a, b) in every]
+def keys(costs: Costs, slices: int, waves: int) -> list[float]:
+    """The share of a wave's key heads that each slice needs."""
+    kv_heads = costs.kv_heads // waves
+    every = split(costs.heads // waves, kv_heads, slices)
+    return [(b - a) / kv_heads for _, (a, b) in every]
 
 
 @quick
