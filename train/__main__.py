@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": "make a step of a run again on one device, to see what was wrong with it",
     "export": "write a run's model in Hugging Face's format",
     "import": "make a model in Hugging Face's format one that a run can start from",
+    "convert": "make a hybrid of a pretrained Transformer, for a run to start from",
 }
 
 
@@ -141,5 +142,16 @@ def print_help(parser: argparse.ArgumentParser) -> None:
         print(describe(module.Config, f"model.mixers.{name}."))
 
 
+def _let_go_of_the_terminal() -> None:
+    """Python flushes once more at its end, and would make a terminal that is gone its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    _let_go_of_the_terminal()
+    sys.exit(code)

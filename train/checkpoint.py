@@ -112,6 +112,8 @@ class Saver:
             files |= their_file
             errors += [their_error] if their_error else []
         final = self.folder / name(progress.step)
+        if errors and self.world.is_first:
+            shutil.rmtree(self.folder / STAGING, ignore_errors=True)  # it may have filled the disk
         error = "; ".join(errors) or self.world.on_first(lambda: self._publish(progress, files))
         seconds = time.monotonic() - self._began
         return Saved(final, progress.step, self._stall, seconds, error)

@@ -23,7 +23,8 @@ def checkpoints(arguments: list[str]) -> int:
     parser.add_argument(
         "--prune",
         action="store_true",
-        help="remove what checkpoint.keep and checkpoint.keep_every do not keep",
+        help="remove what checkpoint.keep and checkpoint.keep_every do not keep; with --verify "
+        "only those that are whole count, and the others go too",
     )
     parser.add_argument("--newest", action="store_true", help="only the newest one's path")
     options = parser.parse_intermixed_args(arguments)
@@ -35,13 +36,18 @@ def checkpoints(arguments: list[str]) -> int:
             print(found[0])
         return 0
     if options.prune:
-        for path in manifest.prune(folder, config.checkpoint.keep, config.checkpoint.keep_every):
-            print(f"removed {path}")
+        keep = config.checkpoint.keep, config.checkpoint.keep_every
+        if options.verify:
+            for path, wrong in manifest.prune_verified(folder, *keep).items():
+                print(f"removed {path}" + (f": {wrong}" if wrong else ""))
+        else:
+            for path in manifest.prune(folder, *keep):
+                print(f"removed {path}")
         found = manifest.published(folder)
     if not found:
         print(f"no checkpoint in {folder}")
-    wrong = [_describe(path, options.verify) for path in found]
-    return 1 if any(wrong) else 0
+    faulty = [_describe(path, options.verify) for path in found]
+    return 1 if any(faulty) else 0
 
 
 def replay(arguments: list[str]) -> int:
@@ -97,6 +103,36 @@ def import_(arguments: list[str]) -> int:
     from train.pretrained.adopt import adopt
 
     adopt(Path(options.model), Path(options.to), print)
+    return 0
+
+
+def convert(arguments: list[str]) -> int:
+    """Make a hybrid of a pretrained Transformer, for a run to start from."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train convert",
+        description="Make a hybrid of a pretrained Transformer in Hugging Face's format, for a "
+        "run to start from. Its attention becomes liger, which needs nothing, or hedgehog, whose "
+        "feature maps are learned first: on the text of a run's file, in batches as it says.",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--pattern", required=True, help="mixers of the layers, as in '[liger, liger, attention]'"
+    )
+    parser.add_argument("--text", metavar="RUN.yaml", help="for hedgehog: the text to learn on")
+    parser.add_argument("--steps", type=int, default=200, help="batches to learn from (200)")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of the maps (0.01)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, with --text")
+    options = parser.parse_intermixed_args(arguments)
+    if options.steps < 1:
+        raise ConfigError(f"--steps is {options.steps}; it must be at least 1")
+    pattern = [name.strip() for name in options.pattern.strip(" []").split(",") if name.strip()]
+    text = read(options.text, options.overrides) if options.text else None
+
+    from train.pretrained.convert import convert as make
+    from train.pretrained.distil import Distillation
+
+    how = Distillation(text, options.steps, options.lr) if text else None
+    make(Path(options.model), Path(options.to), pattern, how, print)
     return 0
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,34 @@ def prune(folder: Path, keep: int, keep_every: int) -> list[Path]:
     """Remove what is surplus; what is left of one that cannot be removed stays for next time."""
     steps = [step_of(path) for path in published(folder)]
     gone = [folder / name(step) for step in surplus(steps, keep, keep_every)]
-    for path in gone:
+    _remove(gone)
+    return gone
+
+
+def prune_verified(folder: Path, keep: int, keep_every: int) -> dict[Path, str | None]:
+    """Remove what is surplus among those that verify, and those that do not, once one does.
+
+    Returns:
+        What was removed, with what was wrong with it.
+    """
+    faults = {path: fault(path) for path in published(folder)}
+    whole = [step_of(path) for path, wrong in faults.items() if wrong is None]
+    if not whole:
+        return {}
+    kept = {folder / name(step) for step in whole} - {
+        folder / name(step) for step in surplus(whole, keep, keep_every)
+    }
+    gone = {path: wrong for path, wrong in faults.items() if path not in kept}
+    _remove(gone)
+    return gone
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         # The manifest first: a checkpoint whose removal was cut short is not taken for whole.
         with contextlib.suppress(OSError):
             (path / MANIFEST).unlink()
         shutil.rmtree(path, ignore_errors=True)
-    return gone
 
 
 def digest(path: Path) -> str:

@@ -82,13 +82,8 @@ class Recorder:
     def say(self, line: str) -> None:
         """One line on the terminal and in the log, now: a job's log is a file to watch."""
         with self.harmless("the terminal"):
-            try:
-                tqdm.write(line)
-                sys.stdout.flush()
-            except OSError:
-                # Python would flush it once more at its end, and make the fault its exit code.
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-                raise
+            tqdm.write(line)
+            sys.stdout.flush()
         with self.harmless("log.txt"):
             self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 

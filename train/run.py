@@ -71,4 +71,11 @@ def _open(folder: Path, config: Config, fresh: bool, overwrite: bool) -> None:
             elif path.name != ".lock":
                 path.unlink()
     resolved = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    (folder / "config.yaml").write_text(resolved, encoding="utf-8")
+    path, part = folder / "config.yaml", folder / ".config.part"
+    try:
+        # A disk that is full stops no run that goes on as it was.
+        if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+            part.write_text(resolved, encoding="utf-8")
+            part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None

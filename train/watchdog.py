@@ -40,7 +40,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.settings import ConfigError
-from parallel import World
+from parallel import LostRankError, World
 
 BEATS = "beats"  # their folder in the run's
 HANGS = os.EX_SOFTWARE  # what a run ends with in which a rank hangs
@@ -133,8 +133,10 @@ class Watchdog:
             yield
         except ConfigError:
             raise
-        except Exception:
-            if self.world.size > 1:
+        except Exception as fault:
+            if isinstance(fault, LostRankError):
+                self._note(str(fault))
+            elif self.world.size > 1:
                 self._tell_who_is_silent()
             raise
         finally:
@@ -245,6 +247,10 @@ class Watchdog:
     def _write_out(self, text: str) -> None:
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
+        self._note(text)
+
+    def _note(self, text: str) -> None:
+        """Add to the run's log, which rank 0 may be unable to."""
         with suppress(OSError), open(self.folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.ranks import free_port
+
 ROOT = Path(__file__).parents[2]
 STEPS = 8
 
@@ -34,6 +36,31 @@ def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
     )
+
+
+def start_ranks(
+    count: int, sick: int, batch: int, illness: str, *arguments: object
+) -> list[subprocess.Popen[str]]:
+    """Ranks of a run as a launcher starts them, one of which falls ill (see `sick.py`)."""
+    rendezvous = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [str(ROOT / "tests/train/sick.py"), str(sick), str(batch), illness]
+    return [
+        subprocess.Popen(
+            [sys.executable, *words, *map(str, arguments)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from parallel import World, distribute
 from tests.streams import streams
-from tests.train.runs import STEPS, losses, rows
+from tests.train.runs import STEPS, losses, rows, start_ranks
 from tests.train.test_engine import LENGTHS, MODEL, OPTIM, VOCABULARY
 from train.__main__ import main
 from train.config import ZeroConfig
@@ -111,6 +111,20 @@ def test_a_bad_step_is_rolled_back_skipped_kept_and_made_again(
     board = EventAccumulator(str(tmp_path / "skipping" / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Tensors("faults/text_summary")] == [BAD]
+
+
+@pytest.mark.usefixtures("poison")
+def test_two_ranks_roll_back_together(config: Path, tmp_path: Path) -> None:
+    """One of them finds it bad; the losses are those of one rank that the same befell."""
+    settings = ("faults.action=roll back", f"run.root={tmp_path}")
+    for process in start_ranks(2, 1, 2 * BAD, "poison", config, *settings, "run.name=two"):
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, output
+    log = (tmp_path / "two" / "log.txt").read_text()
+    assert f"step {BAD} is bad" in log
+    assert "rolled back to step 4" in log
+    assert main([str(config), *settings]) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "tiny"), rel=1e-5)
 
 
 @pytest.mark.usefixtures("poison")
