@@ -10,6 +10,7 @@ The weights are as they were, to the last bit and in their dtype.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,11 +114,12 @@ def write(
         weights.write(seen(), folder, weights.OURS)
         check(skeleton(config, shapes["embedding.weight"][0]), shapes, source)
         sections: dict[str, Any] = {"run": {"name": to.name, "start_from": str(to)}}
-        taken = files.take(source, folder)
-        if taken is None:
+        found = files.find(source)
+        if found is None:
             say(f"{source} has no tokenizer that gives text back as it was: set data.tokenizer")
         else:
-            sections["data"] = {"tokenizer": str(to / taken.name)}
+            shutil.copyfile(found, folder / found.name)
+            sections["data"] = {"tokenizer": str(to / found.name)}
         sections["model"] = asdict(config)
         text = yaml.safe_dump(sections, sort_keys=False)
         (folder / "config.yaml").write_text(text, encoding="utf-8")

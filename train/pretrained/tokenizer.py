@@ -9,7 +9,6 @@ a noncharacter that Unicode keeps out of text. Everything else comes back as it 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,11 +49,11 @@ def write(tokenizer: Tokenizer, folder: Path, say: Callable[[str], None]) -> Non
     _dump(settings, folder / "tokenizer_config.json")
 
 
-def take(source: Path, folder: Path) -> Path | None:
-    """Copy the tokenizer of a model to `folder`; the file there, None if there is none.
+def find(source: Path) -> Path | None:
+    """The tokenizer among a model's files; None if there is none that one can train with.
 
-    Of two the SentencePiece model is taken, from which the other was made. One that loses
-    characters cannot be trained with, and is passed over.
+    Of two it is the SentencePiece model, from which the other was made. One that loses
+    characters is passed over.
     """
     for name in FILES:
         if (source / name).exists():
@@ -62,8 +61,7 @@ def take(source: Path, folder: Path) -> Path | None:
                 tokenizers.load(source / name)
             except ConfigError:
                 continue
-            shutil.copyfile(source / name, folder / name)
-            return folder / name
+            return source / name
     return None
 
 
