@@ -12,13 +12,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import data
 from parallel import shard
 from tests import tiny
-from tests.train.runs import rows
+from tests.train.runs import ROOT, rows
 from train.__main__ import main
 from train.config import read
 from train.evaluate import ByOctave
 from train.longcontext import validate
+from train.model import mixers
+from train.table import kind
 from train.trained import trained
 
 RECALL = """
@@ -172,6 +175,20 @@ def test_a_run_on_recall_goes_on_to_the_same_bits(recall_run: Path) -> None:
     evaluations = [row for row in rows(recall_run) if "val_accuracy" in row]
     assert [row["step"] for row in evaluations] == [0, 2, 4]
     assert "val_bpb" not in evaluations[0]
+
+
+def test_the_recall_sweep_is_every_mixer_pure_and_at_three_to_one() -> None:
+    lines = (ROOT / "configs/recall/sweep.txt").read_text(encoding="utf-8").splitlines()
+    configs = [read(ROOT / file, overrides) for file, *overrides in map(str.split, lines)]
+    for config in configs:
+        mixers.check(config.model)
+        data.material(config.data, config.train)
+    assert len({config.run.name for config in configs}) == len(lines)
+    found = [kind(config.model) for config in configs]
+    linear = {mixer for mixer, _ in found} - {"attention"}
+    assert {"linear_attention", "retnet", "gla", "hgrn2", "deltanet", "gated_deltanet"} <= linear
+    both = {(mixer, ratio) for mixer in linear for ratio in ("pure", "3:1")}
+    assert set(found) == both | {("attention", "pure")}
 
 
 def test_the_table_puts_runs_of_one_model_together(
