@@ -29,8 +29,8 @@ def begin_from(folder: Path, engine: Engine, say: Callable[[str], None]) -> None
         ConfigError: the weights are of another model.
     """
     tensors = weights.of_ours(folder)
-    for parameter, name in engine.names.items():
-        wanted = list(engine.shape(parameter))
+    shapes = {name: list(engine.shape(parameter)) for parameter, name in engine.names.items()}
+    for name, wanted in shapes.items():
         held = tensors.shape(name) if name in tensors else None
         if held == wanted:
             continue
@@ -43,9 +43,10 @@ def begin_from(folder: Path, engine: Engine, say: Callable[[str], None]) -> None
         )
 
     def read(name: str, key: str) -> Tensor:
-        shape = shapes[name]
-        return tensors.read(name)[: shape[0]] if key == WEIGHT else torch.zeros(shape)
+        if key != WEIGHT:
+            return torch.zeros(shapes[name])
+        weight = tensors.read(name)
+        return weight[: shapes[name][0]] if name in TABLES else weight
 
-    shapes = {name: engine.shape(parameter) for parameter, name in engine.names.items()}
     engine.scatter(read)
     say(f"beginning with the weights of {folder}")

@@ -79,7 +79,7 @@ def read(source: Path) -> Pretrained:
         known = ", ".join(family.name for family in families.FAMILIES)
         raise ConfigError(f"{path}: model_type is {kind!r}; known are {known} and {OWN}")
     try:
-        settings = family.adopt(held) if family else held["model"]
+        settings = family.adopt(held) if family else held.get("model", {})
         config = _settings(settings, str(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
