@@ -106,6 +106,8 @@ class Cluster:
         """A requeued job is held back for two minutes; not here."""
         facts = self.facts(job)
         if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            # Its node refuses it while it still clears up after the last start.
+            time.sleep(3)
             self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait(self, job: str, seconds: float = 120) -> dict[str, str]:

@@ -94,6 +94,23 @@ checkpoint: {{every: 5}}
     return made
 
 
+def test_preparing_that_runs_out_of_time_goes_on(
+    place: Place, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Its warning comes in the midst of the training of the tokenizer."""
+    for source in sorted(Path(os.__file__).parent.glob("*.py"))[:60]:
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    sources = (f"data.source={tmp_path}/*.py", f"data.root={tmp_path}/corpora")
+    job = place.submit("slurm/prepare.sbatch", place.config, *sources, "data.vocab_size=4000")
+    until(lambda: "training a tokenizer" in place.log(job), place, job)
+    cluster.command("scancel", "--signal=USR1", "--batch", job)
+    until(lambda: "out of time, queueing again" in place.log(job), place, job)
+    place.finished(job)
+    assert cluster.facts(job)["Restarts"] == "1"
+    assert "is whole" in place.log(job)
+    assert "Traceback" not in place.log(job)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(place: Place) -> dict[int, float]:
     """The losses of one rank that nothing happened to, by the shipped smoke test."""
@@ -156,6 +173,21 @@ def test_a_killed_rank_ends_the_job_which_starts_again(
     assert place.losses("killed") == pytest.approx(undisturbed, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_job_which_starts_again(
+    place: Place, cluster: Cluster, undisturbed: dict[int, float]
+) -> None:
+    """Nothing of it is closed, so that only its silence tells."""
+    job = place.train("--nodes=2", run="stopped", settings=("faults.hang_seconds=5",))
+    place.wait_for_step("stopped", 7, job)
+    rank_of(job, 0).send_signal(signal.SIGSTOP)
+    until(lambda: "queueing again" in place.log(job), place, job)
+    assert "rank 0 hangs at step" in place.log(job)
+    place.finished(job)
+    assert int(cluster.facts(job)["Restarts"]) == 1
+    assert place.losses("stopped") == pytest.approx(undisturbed, rel=1e-5)
+
+
 def rank_of(job: str, rank: int) -> psutil.Process:
     for process in psutil.process_iter():
         try:
@@ -164,7 +196,9 @@ def rank_of(job: str, rank: int) -> psutil.Process:
         except psutil.Error:
             continue
         same = variables.get("SLURM_JOB_ID") == job
-        if same and variables.get("SLURM_PROCID") == str(rank) and "train" in words:
+        # srun has the variables of the batch script, which are those of rank 0.
+        trains = "train" in words and process.name() != "srun"
+        if same and variables.get("SLURM_PROCID") == str(rank) and trains:
             return process
     raise LookupError(f"rank {rank} of job {job}")
 
