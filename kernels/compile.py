@@ -56,6 +56,7 @@ class Configuration:
     unaligned: tuple[str, ...]  # integers that are not multiples of 16
     num_warps: int
     num_stages: int
+    may_spill: bool = False  # it has to compile and fit, and may be slow
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,29 @@ class Report:
     occupancy: float  # resident warps of the most that fit, 0 to 1
     seconds: float
     problem: str = ""
+    may_spill: bool = False
 
 
-OPS = ("linear_attention", "diagonal_scan", "convolution", "norm", "rotary", "cross_entropy")
+OPS = ("mixers", "diagonal_scan", "convolution", "norm", "rotary", "cross_entropy")
 
 
 def configurations(arch: str) -> Iterator[Configuration]:
     """Everything shipped for an architecture, each distinct launch once."""
-    seen = set()
+    mixers = importlib.import_module("kernels.triton.mixers")
+    seen: set[str] = set()
     for op in OPS:
         for name, launch in importlib.import_module(f"kernels.triton.{op}").shipped(arch):
-            configuration = _from_launch(name, arch, launch)
-            key = repr(replace(configuration, name=""))
-            if key not in seen:
-                seen.add(key)
-                yield configuration
+            yield from _unseen(_from_launch(name, arch, launch), seen)
+    for name, launch in mixers.spilling(arch):
+        yield from _unseen(replace(_from_launch(name, arch, launch), may_spill=True), seen)
+
+
+def _unseen(configuration: Configuration, seen: set[str]) -> Iterator[Configuration]:
+    """The configuration, unless one that differs in its name alone went before."""
+    key = repr(replace(configuration, name="", may_spill=False))
+    if key not in seen:
+        seen.add(key)
+        yield configuration
 
 
 def _from_launch(name: str, arch: str, launch: Any) -> Configuration:
@@ -153,7 +162,7 @@ def compile_one(configuration: Configuration) -> Report:
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # whatever the compiler raises is this row's report
         problem = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-        return Report(c.name, c.arch, c.num_warps, 0, 0, 0, 0, "", 0.0, 0.0, problem)
+        return Report(c.name, c.arch, c.num_warps, 0, 0, 0, 0, "", 0.0, 0.0, problem, c.may_spill)
     seconds = time.perf_counter() - began
     inspect = _inspect_nvidia if nvidia else _inspect_amd
     registers, stack, spills, tensor_cores = inspect(compiled)
@@ -163,7 +172,7 @@ def compile_one(configuration: Configuration) -> Report:
     problem = f"needs {shared} bytes of shared memory, of {limit}" if shared > limit else ""
     return Report(
         c.name, c.arch, c.num_warps, registers, stack, spills, shared, tensor_cores,
-        occupancy, seconds, problem,
+        occupancy, seconds, problem, c.may_spill,
     )  # fmt: skip
 
 
@@ -222,9 +231,10 @@ def compile_all(configurations: Iterable[Configuration], jobs: int) -> Iterator[
 
 
 def failed(report: Report) -> bool:
-    """Whether a report breaks the promise of the gate: it compiles, fits and spills nothing."""
+    """Whether a report breaks the promise of the gate: it compiles, fits and, unless that is
+    allowed, spills nothing."""
     gated = report.arch in LIMITS
-    return gated and bool(report.problem or report.spills)
+    return gated and bool(report.problem or (report.spills and not report.may_spill))
 
 
 def main(archs: list[str], pattern: str, as_json: bool, jobs: int | None) -> int:
@@ -241,10 +251,14 @@ def main(archs: list[str], pattern: str, as_json: bool, jobs: int | None) -> int
         if not as_json:
             print(_row(report), flush=True)
     bad = [report for report in reports if failed(report)]
+    slow = sum(r.spills > 0 for r in reports) - sum(r.spills > 0 for r in bad)
     if as_json:
         print(json.dumps([asdict(r) | {"failed": failed(r)} for r in reports], indent=1))
     else:
-        print(f"{len(reports)} configurations, {len(bad)} of them spill, do not fit or fail")
+        print(
+            f"{len(reports)} configurations, {len(bad)} of them spill, do not fit or fail; "
+            f"{slow} more may spill and do"
+        )
     return 1 if bad else 0
 
 

@@ -17,6 +17,7 @@ The gate's gradient is what rows read (q ⊙ dq, k ⊙ dk as a reader) minus wha
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: PLR1714  (Triton compiles `==`, and not `in`)
 from __future__ import annotations
 
 import triton
@@ -27,6 +28,7 @@ from kernels.triton.tiles import (
     CHUNK,
     NONE,
     VECTOR,
+    at,
     decayed,
     decayed_state,
     dot,
@@ -112,15 +114,129 @@ def backward_chunks(
     )
 
 
+@triton.jit
+def load_written(
+    errors, beta, start, length, heads, head,
+    DV: tl.constexpr, column, COLUMNS: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
+    """What a chunk writes: β r, or v without the delta rule, whose errors are the values."""
+    written = load_rows(errors, start, length, heads, head, DV, column, COLUMNS)
+    if DELTA:
+        written = written * load_scalars(beta, start, length, heads, head)[:, None]
+    return written
+
+
+@triton.jit
+def pair_gradient(
+    d_rows, sign, errors, beta, x, k, gate, dP, start, length,
+    key_heads, key_head, value_heads, head, STRICT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    KIND: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Leave sign · d_rows (βr)ᵀ, the gradient of P_ij = ⟨x_i, k_j e^{g_i − g_j}⟩, in dP: times
+    e^{g_i − g_j} unless the decay is a vector, zero for j > i and, if STRICT, j = i.
+
+    Returns what a row's step owes to pairs across it, Σ dP_mj P_mj over j < i ≤ m: a sum of those
+    alone, since a difference of larger sums would leave their round-off where the rest is small.
+    """
+    rows = tl.arange(0, CHUNK)
+    earlier = rows[:, None] > rows[None, :]
+    d_pairs = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for column in range(0, DV, BLOCK_V):
+        tile = load_rows(d_rows, start, length, value_heads, head, DV, column, BLOCK_V)
+        written = load_written(
+            errors, beta, start, length, value_heads, head, DV, column, BLOCK_V, DELTA
+        )
+        d_pairs += dot(tile, tl.trans(written), PRECISION)
+    # A flat gate leaves a mask.
+    d_pairs *= sign * pair_decay(gate)
+    if STRICT:
+        d_pairs = tl.where(earlier, d_pairs, 0.0)
+    store_rows(dP, d_pairs, start, length, value_heads, head, CHUNK, 0, CHUNK)
+    crossed = tl.zeros((CHUNK,), tl.float32)
+    if KIND != NONE and KIND != VECTOR:
+        P = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for column in range(0, DK, BLOCK_K):
+            x_strip = load_rows(x, start, length, key_heads, key_head, DK, column, BLOCK_K)
+            k_strip = load_rows(k, start, length, key_heads, key_head, DK, column, BLOCK_K)
+            P += dot(x_strip, tl.trans(k_strip), PRECISION)
+        later = tl.cumsum(tl.where(earlier, d_pairs * P, 0.0), axis=0, reverse=True)
+        crossed = tl.sum(tl.where(earlier, later, 0.0), axis=1)
+    return crossed
+
+
+@triton.jit
+def pair_gradients(
+    q, k, decay, beta, errors, d_o, d_v, dA, dK, d_decay, chunks, key_heads, value_heads, scale,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    KIND: tl.constexpr, DELTA: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dA and dK of one chunk and value head, and the share of a scalar decay's gradient that goes
+    through them. A kernel of its own: beside the sums of `gradients` these spill on sm_80."""
+    slot = tl.program_id(0)
+    start = tl.load(chunks + slot * 2)
+    length = tl.load(chunks + slot * 2 + 1).to(tl.int32)
+    if length == 0:
+        return
+    head = tl.program_id(1)
+    key_head = head // (value_heads // key_heads)
+    gate, _, _ = load_row_gate(decay, start, length, value_heads, head, DK, BLOCK_K, KIND)
+    d_steps = tl.zeros((CHUNK,), tl.float32)
+    if OUTPUT:
+        d_steps += pair_gradient(
+            d_o, scale, errors, beta, q, k, gate, dA, start, length,
+            key_heads, key_head, value_heads, head, False,
+            DK, DV, BLOCK_K, BLOCK_V, KIND, DELTA, PRECISION,
+        )  # fmt: skip
+    if DELTA:
+        d_steps += pair_gradient(
+            d_v, -1.0, errors, beta, k, k, gate, dK, start, length,
+            key_heads, key_head, value_heads, head, True,
+            DK, DV, BLOCK_K, BLOCK_V, KIND, DELTA, PRECISION,
+        )  # fmt: skip
+    if KIND != NONE and KIND != VECTOR:
+        store_scalars(d_decay, d_steps, start, length, value_heads, head)
+
+
+@triton.jit
+def through_pairs(
+    dP, x, k, gate, dx, dk, d_gate,
+    BLOCK_K: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what P_ij = ⟨x_i, k_j e^{g_i − g_j}⟩ owes to x, k and, if it is a vector's, the gate."""
+    if KIND == VECTOR:
+        for level in range(6):
+            factor = half_factor(gate, level, BLOCK_K)
+            # What the reading and the read row add to the gate's gradient cancels for earlier
+            # rows only if both come from the very same rounded operands.
+            x_half = operand(x * factor, PRECISION)
+            k_half = operand(k * factor, PRECISION)
+            d_pairs = tl.where(halves(level), dP, 0.0)
+            reads = dot(d_pairs, k_half, PRECISION)
+            dx += factor * reads
+            d_gate += x_half * reads
+            read_by = dot(tl.trans(d_pairs), x_half, PRECISION)
+            dk += factor * read_by
+            d_gate -= k_half * read_by
+    else:
+        dx += dot(dP, k, PRECISION)
+        dk += dot(tl.trans(dP), x, PRECISION)
+    return dx, dk, d_gate
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def gradients(
-    q, k, decay, beta, errors, states, d_o, d_v, d_states, d_q, d_k, d_decay, chunks,
+    q, k, decay, beta, errors, states, dA, dK, d_o, d_v, d_states, d_q, d_k, d_decay, chunks,
     key_heads, value_heads, tokens, scale,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     KIND: tl.constexpr, DELTA: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk (a value head each) and the decay's gradient of one chunk, value head and BLOCK_K
-    columns of the keys. A scalar decay's gradient is a share for each column block."""
+    columns of the keys. A scalar decay's gradient is a share for each column block.
+
+    Registers: three sums of CHUNK × BLOCK_K, and beside them a block of both states or of a pair
+    gradient.
+    """
     slot = tl.program_id(0)
     start = tl.load(chunks + slot * 2)
     length = tl.load(chunks + slot * 2 + 1).to(tl.int32)
@@ -131,17 +247,11 @@ def gradients(
     key_head = head // (value_heads // key_heads)
     rows = tl.arange(0, CHUNK)
 
-    dA = tl.zeros((CHUNK, CHUNK), tl.float32)
-    dK = tl.zeros((CHUNK, CHUNK), tl.float32)
     dq = tl.zeros((CHUNK, BLOCK_K), tl.float32)
     dk_reader = tl.zeros((CHUNK, BLOCK_K), tl.float32)
-    dk_written = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+    dk = tl.zeros((CHUNK, BLOCK_K), tl.float32)
     kept = tl.zeros((BLOCK_K,), tl.float32)
     for value_column in range(0, DV, BLOCK_V):
-        written = load_rows(errors, start, length, value_heads, head, DV, value_column, BLOCK_V)
-        if DELTA:
-            b = load_scalars(beta, start, length, value_heads, head)
-            written = written * b[:, None]
         S = load_state(
             states, slot, value_heads, head, DK, DV, column, BLOCK_K, value_column, BLOCK_V
         )
@@ -149,94 +259,60 @@ def gradients(
             d_states, slot, value_heads, head, DK, DV, column, BLOCK_K, value_column, BLOCK_V
         )
         kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
-        dk_written += dot(written, tl.trans(dS), PRECISION)
+        written = load_written(
+            errors, beta, start, length, value_heads, head, DV, value_column, BLOCK_V, DELTA
+        )
+        dk += dot(written, tl.trans(dS), PRECISION)
         if OUTPUT:
             d_out = load_rows(d_o, start, length, value_heads, head, DV, value_column, BLOCK_V)
-            dA += dot(d_out, tl.trans(written), PRECISION)
             dq += dot(d_out, tl.trans(S), PRECISION)
         if DELTA:
             dv = load_rows(d_v, start, length, value_heads, head, DV, value_column, BLOCK_V)
-            dK -= dot(dv, tl.trans(written), PRECISION)
             dk_reader -= dot(dv, tl.trans(S), PRECISION)
 
     k_tile = load_rows(k, start, length, key_heads, key_head, DK, column, BLOCK_K)
     gate, last = load_gate(decay, start, length, value_heads, head, DK, column, BLOCK_K, KIND)
+    dk = decayed(dk, to_last(gate, last, KIND), KIND)
+    dk_reader = decayed(dk_reader, gate, KIND)
+    d_gate = k_tile * dk_reader
     if OUTPUT:
         q_tile = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
-        dA *= scale
-        own = tl.sum(tl.where(rows[:, None] == rows[None, :], dA, 0.0), axis=1)[:, None]
         dq = decayed(dq * scale, gate, KIND)
-    dk_reader = decayed(dk_reader, gate, KIND)
-    dk_written = decayed(dk_written, to_last(gate, last, KIND), KIND)
-
+        d_gate += q_tile * dq
     if KIND == VECTOR:
-        d_last = tl.sum(k_tile * dk_written, axis=0) + tl.exp(last) * kept
-        dA, dK = operand(dA, PRECISION), operand(dK, PRECISION)
-        d_gate = k_tile * (dk_reader - dk_written)
-        dk = dk_reader + dk_written
-        if OUTPUT:
-            d_gate += q_tile * dq
-        for level in range(6):
-            span = 1 << level
-            pairs = halves(span)
-            factor = half_factor(
-                decay, gate, start, length, value_heads, head, span, DK, column, BLOCK_K
-            )
-            # What the reading and the read row add to the gate's gradient cancels for earlier
-            # rows only if both come from the very same rounded operands.
-            k_half = operand(k_tile * factor, PRECISION)
-            read_by = tl.zeros((CHUNK, BLOCK_K), tl.float32)
-            if OUTPUT:
-                q_half = operand(q_tile * factor, PRECISION)
-                d_reads = tl.where(pairs, dA, 0.0)
-                reads = dot(d_reads, k_half, PRECISION)
-                read_by += dot(tl.trans(d_reads), q_half, PRECISION)
-                dq += factor * reads
-                d_gate += q_half * reads
-            if DELTA:
-                d_sees = tl.where(pairs, dK, 0.0)
-                sees = dot(d_sees, k_half, PRECISION)
-                read_by += dot(tl.trans(d_sees), k_half, PRECISION)
-                dk += factor * sees
-                d_gate += k_half * sees
-            dk += factor * read_by
-            d_gate -= k_half * read_by
+        d_last = tl.sum(k_tile * dk, axis=0) + tl.exp(last) * kept
+        d_gate -= k_tile * dk
+    elif KIND != NONE:
+        # A step decays what its own and later rows read of the entering state, what earlier rows
+        # wrote, and the state itself.
+        d_written = tl.sum(k_tile * dk, axis=1)[None, :]
+        d_steps = tl.sum(tl.where(rows[:, None] > rows[None, :], d_written, 0.0), axis=1)
+        d_steps += tl.cumsum(tl.sum(d_gate, axis=1), axis=0, reverse=True)
+        d_steps += tl.exp(last) * tl.sum(kept)
+        share = tl.program_id(2).to(tl.int64) * tokens * value_heads
+        store_scalars(d_decay + share, d_steps, start, length, value_heads, head)
+    dk += dk_reader
+
+    if OUTPUT:
+        if KIND == VECTOR:
+            # A row reads itself undecayed, which is nothing to the gate.
+            diagonal = at(dA, start, value_heads, head, CHUNK) + rows * (value_heads * CHUNK + 1)
+            own = tl.load(diagonal, mask=rows < length, other=0.0).to(tl.float32)[:, None]
+            dq += own * k_tile
+            dk += own * q_tile
+        dA_tile = load_rows(dA, start, length, value_heads, head, CHUNK, 0, CHUNK)
+        dq, dk, d_gate = through_pairs(
+            dA_tile, q_tile, k_tile, gate, dq, dk, d_gate, BLOCK_K, KIND, PRECISION
+        )
+        store_rows(d_q, dq, start, length, value_heads, head, DK, column, BLOCK_K)
+    if DELTA:
+        dK_tile = load_rows(dK, start, length, value_heads, head, CHUNK, 0, CHUNK)
+        d_reader = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+        d_reader, dk, d_gate = through_pairs(
+            dK_tile, k_tile, k_tile, gate, d_reader, dk, d_gate, BLOCK_K, KIND, PRECISION
+        )
+        dk += d_reader
+    store_rows(d_k, dk, start, length, value_heads, head, DK, column, BLOCK_K)
+    if KIND == VECTOR:
         d_steps = tl.cumsum(d_gate, axis=0, reverse=True) + d_last[None, :]
         store_rows(d_decay, d_steps, start, length, value_heads, head, DK, column, BLOCK_K)
-    else:
-        pair = pair_decay(gate)
-        earlier = rows[:, None] > rows[None, :]
-        if KIND != NONE:
-            # A step decays what later rows read of the entering state, what earlier rows wrote,
-            # what crosses it between two rows, and the state itself: sums of those alone, since
-            # a difference of larger sums would leave their round-off where the rest is small.
-            d_read = tl.sum(k_tile * dk_reader, axis=1)
-            if OUTPUT:
-                d_read += tl.sum(q_tile * dq, axis=1)
-            d_written = tl.sum(k_tile * dk_written, axis=1)
-            crossing = tl.zeros((CHUNK, CHUNK), tl.float32)
-        if OUTPUT:
-            d_reads = tl.where(earlier, dA * pair, 0.0)
-            dq += dot(d_reads, k_tile, PRECISION)
-            dk_written += dot(tl.trans(d_reads), q_tile, PRECISION)
-            if KIND != NONE:
-                crossing += d_reads * dot(q_tile, tl.trans(k_tile), PRECISION)
-        if DELTA:
-            d_sees = tl.where(earlier, dK * pair, 0.0)
-            dk_reader += dot(d_sees, k_tile, PRECISION)
-            dk_written += dot(tl.trans(d_sees), k_tile, PRECISION)
-            if KIND != NONE:
-                crossing += d_sees * dot(k_tile, tl.trans(k_tile), PRECISION)
-        dk = dk_reader + dk_written
-        if KIND != NONE:
-            crossing = tl.cumsum(crossing, axis=0, reverse=True) + d_written[None, :]
-            d_steps = tl.sum(tl.where(earlier, crossing, 0.0), axis=1)
-            d_steps += tl.cumsum(d_read, axis=0, reverse=True) + tl.exp(last) * tl.sum(kept)
-            share = tl.program_id(2).to(tl.int64) * tokens * value_heads
-            store_scalars(d_decay + share, d_steps, start, length, value_heads, head)
-    if OUTPUT:
-        # A row reads itself undecayed, which is nothing to the gate.
-        dq += own * k_tile
-        dk += own * q_tile
-        store_rows(d_q, dq, start, length, value_heads, head, DK, column, BLOCK_K)
-    store_rows(d_k, dk, start, length, value_heads, head, DK, column, BLOCK_K)

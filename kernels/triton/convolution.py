@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import Launch, launch, recording
+from kernels.triton.launch import DTYPES, Launch, launch, recording
 from kernels.triton.sequences import (
     chunk_of,
     load_rows,
@@ -304,7 +304,7 @@ def short_convolution(
 
 def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
     """Every launch of a forward and backward pass, with its name."""
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in DTYPES:
         for packed in (True, False):
 
             def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import Launch, launch, recording
+from kernels.triton.launch import DTYPES, Launch, launch, recording
 
 IGNORED = tl.constexpr(-100)
 # Columns that a row's program holds at a time.
@@ -81,7 +81,7 @@ def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
     """The kernel with and without the gradient, with its name."""
     logits = torch.empty(512, 65536, device="meta")
     labels = torch.empty(512, dtype=torch.int64, device="meta")
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in DTYPES:
         for gradient in (False, True):
             with recording(arch) as launches:
                 losses(logits, labels, 1e-4, gradient, dtype)

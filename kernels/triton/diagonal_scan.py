@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import Launch, architecture, launch, recording
+from kernels.triton.launch import DTYPES, Launch, architecture, launch, recording
 from kernels.triton.sequences import chunk_of, load_rows, packed_bounds, programs, store_rows
 
 
@@ -299,7 +299,7 @@ def diagonal_scan(
 
 def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
     """Every launch of a forward and backward pass, with its name."""
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in DTYPES:
         for packed in (True, False):
             x, decay = torch.empty(2, 1, 8192, 2048, device="meta", requires_grad=True).unbind()
             state = torch.empty(8 if packed else 1, 2048, device="meta", requires_grad=True)

@@ -66,22 +66,24 @@ def forward_chunks(
         if STATES:
             slot = first_chunk + chunk
             store_state(states, S, slot, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
+        # All reads of the state one after the other: what they take of it in registers dies then.
         r = load_rows(v, start, length, value_heads, head, DV, column, BLOCK_V).to(tl.float32)
+        if DELTA:
+            k_tile = load_rows(k_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+            r -= read_state(k_tile, gate, S, KIND, PRECISION)
+        if OUTPUT:
+            q_tile = load_rows(q_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
+            out = read_state(q_tile, gate, S, KIND, PRECISION)
+        written = r
         if DELTA:
             b = load_scalars(beta, start, length, value_heads, head)[:, None]
             Z_tile = load_rows(Z, start, length, value_heads, head, CHUNK, 0, CHUNK)
-            k_tile = load_rows(k_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
-            r -= read_state(k_tile, gate, S, KIND, PRECISION)
             r += dot(Z_tile, -b * r, PRECISION)
             written = b * r
-        else:
-            written = r
         if STATES:
             store_rows(errors, r, start, length, value_heads, head, DV, column, BLOCK_V)
         if OUTPUT:
-            q_tile = load_rows(q_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
             A_tile = load_rows(A, start, length, value_heads, head, CHUNK, 0, CHUNK)
-            out = read_state(q_tile, gate, S, KIND, PRECISION)
             out += dot(A_tile, written, PRECISION)
             store_rows(o, out * scale, start, length, value_heads, head, DV, column, BLOCK_V)
         if KIND == VECTOR or not DELTA:

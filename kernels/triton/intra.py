@@ -21,7 +21,6 @@ from kernels.triton.tiles import (
     CHUNK,
     FORGET_ALL,
     VECTOR,
-    at,
     dot,
     load_gate,
     load_rows,
@@ -46,30 +45,24 @@ def accumulate_gate(decay, gate, chunks, heads, DK: tl.constexpr, BLOCK_K: tl.co
 
 
 @triton.jit
-def halves(span):
-    """Pairs (i, j) with i in the upper and j in the lower half of one block of 2·span rows.
+def halves(level):
+    """Pairs (i, j) with i in the upper and j in the lower half of one block of 2·2^level rows.
 
-    Over span = 32, 16, … 1 these are all pairs j < i, each once.
+    Over levels 0 … 5 these are all pairs j < i, each once. One comparison of a number a row with
+    a number a column: a mask of more terms is kept in registers, one for each pair.
     """
-    rows = tl.arange(0, CHUNK)
-    upper = (rows // span) % 2 == 1
-    block = rows // (2 * span)
-    return (block[:, None] == block[None, :]) & upper[:, None] & (upper == 0)[None, :]
+    half = tl.arange(0, CHUNK) >> level
+    upper = tl.where((half & 1) == 1, half, -1)
+    return upper[:, None] == half[None, :] + 1
 
 
 @triton.jit
-def half_factor(
-    decay, gate, start, length, heads, head, span,
-    DK: tl.constexpr, column, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def half_factor(gate, level, COLUMNS: tl.constexpr):
     """e^{g_i − g_m} for rows of an upper half, e^{g_m − g_j} for rows of a lower one, with m the
     first row of the upper half: e^{g_i − g_j} in two factors, neither exponent positive."""
     rows = tl.arange(0, CHUNK)
-    middle = rows // (2 * span) * (2 * span) + span
-    columns = column + tl.arange(0, COLUMNS)
-    mask = (middle < length)[:, None] & (columns < DK)[None, :]
-    offsets = (middle * (heads * DK))[:, None] + columns[None, :]
-    reference = tl.load(at(decay, start, heads, head, DK) + offsets, mask=mask, other=0.0)
+    middle = ((rows >> level) | 1) << level
+    reference = tl.gather(gate, tl.broadcast_to(middle[:, None], (CHUNK, COLUMNS)), axis=0)
     return tl.exp(-tl.abs(gate - reference))
 
 
@@ -149,11 +142,8 @@ def intra_chunk(
                 weighted = q_strip * tl.exp(gate)
                 store_rows(q_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
             for level in range(6):
-                span = 1 << level
-                pairs = halves(span)
-                factor = half_factor(
-                    decay, gate, start, length, value_heads, head, span, DK, column, BLOCK_K
-                )
+                pairs = halves(level)
+                factor = half_factor(gate, level, BLOCK_K)
                 lower = tl.trans(k_strip * factor)
                 if OUTPUT:
                     reads += tl.where(pairs, dot(q_strip * factor, lower, PRECISION), 0.0)

@@ -22,6 +22,10 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
+# What ops take, each compiled ahead of time.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
 class Launch(NamedTuple):
     """One kernel launch, as it was asked for."""
 
@@ -94,14 +98,26 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     """The launch of one kernel.
 
     The passes over a sequence keep a state of BLOCK_K × BLOCK_V in registers, beside tiles of
-    64 × BLOCK_K: columns are halved where heads are wide. From sm_90 on products read shared
-    memory and take four warps; before, their operands are registers too, and need eight.
+    64 × BLOCK_K: columns are halved where heads or operands are wide. sm_80 multiplies operands
+    from registers, and each of its warps holds a whole one: twice the warps, half the columns.
     """
     K, V = padded(DK), padded(DV)
+    wide = dtype != torch.bfloat16 and arch.startswith("sm_")
     if kernel in ("forward", "backward"):
-        narrow = K > 128 or (arch != "sm_90" and vector)
-        return Blocks(K, min(V, 16 if narrow else 32), 8 if K > 128 or arch == "sm_80" else 4, 2)
+        narrow = wide or K > 128 or (vector and arch != "sm_90")
+        narrow = narrow or (arch == "sm_80" and kernel == "backward" and K > 64)
+        warps = 8 if wide or K > 128 or arch == "sm_80" else 4
+        # A second stage of three tiles of 64 × 256, or in fp32, is more than there is to share.
+        return Blocks(
+            K, min(V, 16 if narrow else 32), warps, 1 if wide or (vector and K > 128) else 2
+        )
     if kernel == "intra":
-        return Blocks(min(K, 32), V, 4, 2) if vector else Blocks(min(K, 64), V, 4, 1)
+        if vector:
+            return Blocks(min(K, 32), V, 4 if arch == "sm_80" else 8, 1 if wide else 2)
+        return Blocks(min(K, 32 if wide else 64), V, 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.
+    if arch == "sm_80":
+        return Blocks(min(K, 32), min(V, 32), 8 if vector and kernel == "gradients" else 4, 1)
+    if kernel == "pair_gradients":
+        return Blocks(min(K, 64), min(V, 64), 8, 1)
     return Blocks(min(K, 32 if vector else 64), min(V, 64 if V > 64 else 32), 8, 1)

@@ -1,11 +1,12 @@
 """The Triton backend of `kernels.linear_attention`: chunk kernels, forward and backward.
 
-Five kernels serve every decay (none, head, scalar, vector), with or without the delta rule:
+Six kernels serve every decay (none, head, scalar, vector), with or without the delta rule:
 
     accumulate_gate   a vector decay summed inside each chunk               (vector only)
     intra_chunk       A, what tokens of a chunk read of each other, and Z, the delta rule solved
     forward_chunks    the state from chunk to chunk, and the outputs beside it
     backward_chunks   the state's gradient from the last chunk to the first; dv, dβ
+    pair_gradients    the gradients of A and K = ⟨k_i, k_j⟩ decayed, each chunk for itself
     gradients         dq, dk and the decay's gradient, each chunk for itself
 
 The backward pass keeps nothing but the op's inputs: 0 bytes a token beyond q, k, v, decay, β and
@@ -17,7 +18,6 @@ numbers of e bytes (2 for bf16, else 4), A and Z: 128 e, r and dv: 2 Dv e, S and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +26,11 @@ from torch import Tensor
 from kernels.triton import backward, forward, intra
 from kernels.triton.launch import (
     Blocks,
-    Launch,
     architecture,
     blocks,
     launch,
     padded,
     precision,
-    recording,
 )
 from kernels.triton.layout import Layout, lay_out
 from kernels.triton.tiles import CHUNK, HEAD, NONE, SCALAR, VECTOR
@@ -239,6 +237,17 @@ def run_backward(
         DV=DV, BLOCK_V=chosen.BLOCK_V, FINAL=d_final_state is not None, **constants,
     )  # fmt: skip
 
+    chosen, constants = p.choices("pair_gradients")
+    d_crossed = None
+    if p.kind in (HEAD.value, SCALAR.value):
+        d_crossed = p.result(tokens, Hv, dtype=torch.float32)
+    # dA and dK take the place of A and Z, which nobody reads any more.
+    launch(
+        backward.pair_gradients, (slots, Hv),
+        p.q, p.k, p.decay, p.beta, errors, d_o, d_v, made.A, made.Z, d_crossed,
+        p.layout.chunks, Hk, Hv, p.scale, DV=DV, BLOCK_V=chosen.BLOCK_V, **constants,
+    )  # fmt: skip
+
     chosen, constants = p.choices("gradients")
     column_blocks = -(-DK // chosen.BLOCK_K)
     head_dtype = p.k.dtype if Hk == Hv else torch.float32
@@ -251,16 +260,16 @@ def run_backward(
         d_decay = p.result(column_blocks, tokens, Hv, dtype=torch.float32)
     launch(
         backward.gradients, (slots, Hv, column_blocks),
-        p.q, p.k, p.decay, p.beta, errors, states, d_o, d_v, d_states, d_q, d_k, d_decay,
-        p.layout.chunks, Hk, Hv, tokens, p.scale,
+        p.q, p.k, p.decay, p.beta, errors, states, made.A, made.Z, d_o, d_v, d_states,
+        d_q, d_k, d_decay, p.layout.chunks, Hk, Hv, tokens, p.scale,
         DV=DV, BLOCK_V=chosen.BLOCK_V, **constants,
     )  # fmt: skip
 
     def over_group(x: Tensor) -> Tensor:
         return x if Hk == Hv else x.unflatten(1, (Hk, Hv // Hk)).sum(2).to(p.k.dtype)
 
-    if d_decay is not None and p.kind != VECTOR.value:
-        d_decay = d_decay.sum(0)
+    if d_decay is not None and d_crossed is not None:
+        d_decay = d_decay.sum(0) + d_crossed
     return Gradients(
         None if d_q is None else over_group(d_q),
         over_group(d_k),
@@ -352,42 +361,3 @@ def final_state(
     _, final = _LinearAttention.apply(None, k, v, decay, beta, 1.0, initial_state, cu_seqlens)
     final_state: Tensor = final
     return final_state
-
-
-# Rows that are compiled ahead of time: every mixer of the table at the common head dim, the gated
-# delta rules at others, in the dtype of training. fp32 and fp16 run the same kernels for checks:
-# their operands are twice as wide and spill, which is slow and not wrong.
-SHIPPED = [
-    ("linear", NONE, False, 128, torch.bfloat16),
-    ("retention", HEAD, False, 128, torch.bfloat16),
-    ("mamba2", SCALAR, False, 128, torch.bfloat16),
-    ("gla", VECTOR, False, 128, torch.bfloat16),
-    ("deltanet", NONE, True, 128, torch.bfloat16),
-    ("gated_deltanet", SCALAR, True, 64, torch.bfloat16),
-    ("gated_deltanet", SCALAR, True, 128, torch.bfloat16),
-    ("gated_deltanet", SCALAR, True, 256, torch.bfloat16),
-    ("kda", VECTOR, True, 64, torch.bfloat16),
-    ("kda", VECTOR, True, 128, torch.bfloat16),
-]
-
-
-def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Every launch of a forward and backward pass of the shipped rows, with its name."""
-    B, T, H = 2, 4096, 16
-    for mixer, kind, delta, D, dtype in SHIPPED:
-
-        def x(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-
-        decay_shape = {NONE: (), HEAD: (H,), SCALAR: (B, T, H), VECTOR: (B, T, H, D)}[kind]
-        decay = x(*decay_shape, dtype=torch.float32) if decay_shape else None
-        beta = x(B, T, H, dtype=torch.float32) if delta else None
-        state = x(B, H, D, D, dtype=torch.float32)
-        with recording(arch) as launches:
-            q, k, v = (x(B, T, H, D) for _ in range(3))
-            outputs = linear_attention(q, k, v, decay, beta, 1.0, state, None)
-            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
-        name = f"{mixer} D{D} {str(dtype).removeprefix('torch.')}"
-        for launched in launches:
-            states = " states" if launched.constants.get("STATES") else ""
-            yield f"{name} {launched.kernel.__name__}{states}", launched

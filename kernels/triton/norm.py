@@ -14,6 +14,7 @@ where a program walks many rows, so that its share of dw stays in registers unti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import Launch, launch, recording
+from kernels.triton.launch import DTYPES, Launch, launch, recording
 
 # The widest row that registers hold; wider ones are left to torch.
 MAX_WIDTH = 8192
@@ -164,14 +165,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float) 
 
 def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
     """Every launch of a forward and backward pass, with its name."""
-    for D in (64, 128, 1024, 4096, MAX_WIDTH):
+    for dtype, D in product(DTYPES, (64, 128, 1024, 4096, MAX_WIDTH)):
         for gated in (False, True):
             x, gate = torch.empty(
-                2, 8192, D, dtype=torch.bfloat16, device="meta", requires_grad=True
+                2, 8192, D, dtype=dtype, device="meta", requires_grad=True
             ).unbind()
             weight = torch.empty(D, device="meta", requires_grad=True)
             with recording(arch) as launches:
                 y = rms_norm(x, weight, gate if gated else None, 1e-6)
                 y.backward(torch.empty_like(y))
             for launched in launches:
-                yield f"{'gated ' * gated}norm D{D} {launched.kernel.__name__}", launched
+                name = f"{'gated ' * gated}norm D{D} {str(dtype).removeprefix('torch.')}"
+                yield f"{name} {launched.kernel.__name__}", launched

@@ -10,6 +10,7 @@ of x, where torch's operators make nine passes. The backward turns by −φ.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import Launch, launch, recording
+from kernels.triton.launch import DTYPES, Launch, launch, recording
 
 TOKENS = 16
 NUM_WARPS = 4
@@ -101,12 +102,13 @@ def rotated(x: Tensor, positions: Tensor, frequencies: Tensor, sign: int) -> Ten
 
 def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
     """The kernel at usual head dims, forward and backward, with its name."""
-    for D, R in ((64, 64), (128, 128), (256, 64)):
-        x: Any = torch.empty(2, 8192, 16, D, dtype=torch.bfloat16, device="meta")
+    for dtype, (D, R) in product(DTYPES, ((64, 64), (128, 128), (256, 64))):
+        x: Any = torch.empty(2, 8192, 16, D, dtype=dtype, device="meta")
         positions = torch.empty(8192, dtype=torch.int64, device="meta")
         frequencies = torch.empty(R // 2, dtype=torch.float64, device="meta")
         for sign in (1, -1):
             with recording(arch) as launches:
                 rotated(x, positions, frequencies, sign)
             for launched in launches:
-                yield f"rotary D{D} R{R} {'forward' if sign > 0 else 'backward'}", launched
+                name = f"rotary D{D} R{R} {str(dtype).removeprefix('torch.')}"
+                yield f"{name} {'forward' if sign > 0 else 'backward'}", launched

@@ -44,7 +44,10 @@ def dot(a, b, PRECISION: tl.constexpr):
     """a · b, summed in fp32; PRECISION is "bf16" or an input precision for fp32 operands."""
     a, b = operand(a, PRECISION), operand(b, PRECISION)
     if PRECISION != "bf16":
-        return tl.dot(a, b, input_precision=PRECISION)
+        if b.shape[1] < a.shape[0]:
+            return tl.trans(tl.dot(tl.trans(b), tl.trans(a), input_precision=PRECISION))
+        else:
+            return tl.dot(a, b, input_precision=PRECISION)
     elif INTERPRETED:
         # The interpreter multiplies the bit patterns of bf16. Products of bf16 are exact in fp32.
         return tl.dot(a.to(tl.float32), b.to(tl.float32))

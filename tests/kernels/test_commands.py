@@ -51,6 +51,8 @@ def test_a_spill_is_an_error():
     assert not failed(good)
     assert failed(replace(good, spills=3))
     assert failed(replace(good, problem="needs more shared memory"))
+    assert not failed(replace(good, spills=3, may_spill=True))
+    assert failed(replace(good, problem="needs more shared memory", may_spill=True))
 
 
 def test_compile_says_that_the_interpreter_is_in_the_way():
@@ -72,24 +74,18 @@ def test_bench_times_ours_and_a_peer(tmp_path):
     assert plot.stat().st_size > 1000
 
 
-KNOWN = {
-    "sm_80": "`gradients` spills there: operands of products are registers",
-    "sm_100": "`gradients` of deltanet and `intra_chunk` of KDA at D 64 spill four instructions",
-}
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_no_shipped_kernel_spills_in_the_dtype_of_training(arch):
+    result = run("compile", "--arch", arch, "--only", "bfloat16", "--json", timeout=1800)
+    reports = json.loads(result.stdout)
+    assert not [r for r in reports if r["failed"]]
+    assert result.returncode == 0
+    assert len(reports) > 100
 
 
-@pytest.mark.parametrize(
-    "arch",
-    [
-        "sm_90",
-        *(
-            pytest.param(arch, marks=[pytest.mark.slow, pytest.mark.xfail(reason=reason)])
-            for arch, reason in KNOWN.items()
-        ),
-    ],
-)
-def test_no_shipped_kernel_spills(arch):
-    result = run("compile", "--arch", arch, "--json", timeout=1800)
-    failures = [r for r in json.loads(result.stdout) if r["failed"]]
-    assert not failures
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_every_configuration_fits(arch):
+    result = run("compile", "--arch", arch, "--json", timeout=3600)
+    assert not [r for r in json.loads(result.stdout) if r["failed"]]
     assert result.returncode == 0

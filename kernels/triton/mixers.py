@@ -1,0 +1,65 @@
+"""The rows of the recurrence that are compiled ahead of time: every mixer of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.triton.launch import DTYPES, Launch, recording
+from kernels.triton.linear_attention import linear_attention
+from kernels.triton.tiles import HEAD, NONE, SCALAR, VECTOR
+
+# Mixer, decay, whether the delta rule is on, head dim.
+ROWS = [
+    ("linear", NONE, False, 128),
+    ("retention", HEAD, False, 128),
+    ("mamba2", SCALAR, False, 128),
+    ("gla", VECTOR, False, 128),
+    ("deltanet", NONE, True, 128),
+    ("gated_deltanet", SCALAR, True, 64),
+    ("gated_deltanet", SCALAR, True, 128),
+    ("gated_deltanet", SCALAR, True, 256),
+    ("kda", VECTOR, True, 64),
+    ("kda", VECTOR, True, 128),
+]
+
+
+def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
+    """Every launch of a forward and backward pass in the dtype of training, with its name."""
+    for mixer, kind, delta, D in ROWS:
+        yield from _launches(arch, mixer, kind, delta, D, torch.bfloat16)
+
+
+def spilling(arch: str) -> Iterator[tuple[str, Launch]]:
+    """Launches that users can make as well, and that may be slow: fp16 and fp32, whose operands
+    are twice as wide, or six times where three tf32 products make one of fp32, and a vector
+    decay with wider heads than any model has."""
+    for dtype in (torch.float16, torch.float32):
+        for mixer, kind, delta, D in ROWS:
+            yield from _launches(arch, mixer, kind, delta, D, dtype)
+    for dtype in DTYPES:
+        yield from _launches(arch, "kda", VECTOR, True, 256, dtype)
+
+
+def _launches(
+    arch: str, mixer: str, kind: int, delta: bool, D: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Launch]]:
+    B, T, H = 2, 4096, 16
+
+    def x(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    decay_shape = {NONE: (), HEAD: (H,), SCALAR: (B, T, H), VECTOR: (B, T, H, D)}[kind]
+    decay = x(*decay_shape, dtype=torch.float32) if decay_shape else None
+    beta = x(B, T, H, dtype=torch.float32) if delta else None
+    state = x(B, H, D, D, dtype=torch.float32)
+    with recording(arch) as launches:
+        q, k, v = (x(B, T, H, D) for _ in range(3))
+        outputs = linear_attention(q, k, v, decay, beta, 1.0, state, None)
+        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    name = f"{mixer} D{D} {str(dtype).removeprefix('torch.')}"
+    for launched in launches:
+        states = " states" if launched.constants.get("STATES") else ""
+        yield f"{name} {launched.kernel.__name__}{states}", launched
