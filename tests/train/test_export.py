@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,10 +119,10 @@ def make(settings: ModelConfig) -> Model:
     return model
 
 
-def save(model: Model, folder: Path, most: int = 1 << 30) -> Path:
+def save(model: Model, folder: Path) -> Path:
     """A folder as `import` leaves it, without a tokenizer."""
     folder.mkdir()
-    weights.write(model.named_parameters(), folder, weights.OURS, most)
+    weights.write(model.named_parameters(), folder, weights.OURS)
     return folder
 
 
@@ -324,6 +325,24 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
         adopt.adopt(tmp_path / "hf", tmp_path / "hf-run", print)
 
 
+@pytest.mark.parametrize(
+    ("stem", "read_back"), [("model", weights.of_family), ("weights", weights.of_ours)]
+)
+def test_large_weights_are_written_in_parts(stem: str, read_back: Any, tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.full((n + 1, 25), float(n)) for n in range(7)}
+    weights.write(tensors.items(), tmp_path, stem, most=600)
+    files_there = sorted(tmp_path.glob("*.safetensors"))
+    # Of 100 bytes a row: rows 1 + 2 + 3, 4, 5, 6, and 7, which is more than a part should be.
+    assert [file.name for file in files_there] == [
+        f"{stem}-{n:05d}-of-00005.safetensors" for n in range(1, 6)
+    ]
+    index = json.loads((tmp_path / f"{stem}.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2800
+    found = read_back(tmp_path)
+    assert found.names == set(tensors)
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors.items())
+
+
 TEXTS = [
     "def f(x):\n    return [\n        x,  # two  spaces\n\n\t]\n",
     "▁ \ue00a \ue020 </s><s> <unk> <0x41> 漢字🙂 \r\n é\u0301",
@@ -349,6 +368,25 @@ def test_auto_tokenizer_has_the_same_pieces_and_loses_nothing(tmp_path: Path) ->
         for start in range(0, len(text), 4000):
             part = text[start : start + 4000]
             assert theirs(part, add_special_tokens=False)["input_ids"] == pieces.encode(part)
+
+
+def test_a_tokenizer_json_goes_as_it_is(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    pieces = tokenizers.train([Path(__file__).read_text(encoding="utf-8")], 600)
+    for name in ("made", "once", "again"):
+        (tmp_path / name).mkdir()
+    files.write(pieces, tmp_path / "made", print)
+    shutil.copy(tmp_path / "made" / "tokenizer.json", tmp_path / "once")
+    found = files.find(tmp_path / "once")
+    assert found == tmp_path / "once" / "tokenizer.json"
+    files.write(tokenizers.load(found), tmp_path / "again", print)
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == found.read_bytes()
+    (tmp_path / "again" / "config.json").write_text('{"model_type": "llama"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (pieces.bos_id, pieces.eos_id)
+    for text in TEXTS:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
 
 
 def test_a_unigram_tokenizer_goes_along_with_a_word_of_why(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 For a head and a token i, attention has weights a_ij = softmax_j(⟨q_i, k_j⟩ / √D) and the layer
 that stands in for it w_ij = ⟨φ_q(q_i), φ_k(k_j)⟩ / Σ_j. What is made small is the mean over
-heads and tokens of Σ_j a_ij log(a_ij / w_ij) (Zhang et al. 2024, arXiv 2402.04347, section 4.2:
-its cross-entropy less the entropy of a, which nothing can change). Every layer learns by itself,
-on what reaches it in the model with attention everywhere.
+heads and tokens of Σ_j a_ij log(a_ij / w_ij): the cross-entropy of Zhang et al. 2024 (arXiv
+2402.04347) less the entropy of a, which nothing can change. Every layer learns by itself, on
+what reaches it in the model with attention everywhere.
 """
 
 from __future__ import annotations

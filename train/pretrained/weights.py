@@ -113,7 +113,9 @@ def write(
     total = size = 0
 
     def flush() -> None:
-        save_file(held, folder / f"{stem}-{len(parts) + 1:05d}.safetensors", {"format": "pt"})
+        path = folder / f"{stem}-{len(parts) + 1:05d}.safetensors"
+        save_file(held, path, {"format": "pt"})
+        path.chmod(0o644)  # it is written for its owner alone
         parts.append(list(held))
         held.clear()
 
