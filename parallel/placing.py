@@ -101,7 +101,7 @@ class Prices:
         self.lengths, self.topology, self.costs, self.settled = lengths, topology, costs, settled
         self.alone, _ = self.on(lengths, 1, 1)
         self.level = float(self.alone.sum()) / topology.ranks
-        self._inside: dict[int, tuple[Array, Array]] = {}
+        self._of: dict[tuple[int, int], tuple[Array, Array]] = {}
         self._over: dict[int, tuple[Array, Array]] = {}
 
     def on(self, n: Array, nodes: Array | int, each: int) -> tuple[Array, Array]:
@@ -118,11 +118,11 @@ class Prices:
         best = seconds.argmin(axis=0)
         return np.take_along_axis(seconds, best[None], axis=0)[0], np.array(ways)[best]
 
-    def inside(self, size: int) -> tuple[Array, Array]:
-        """Of each sequence on `size` ranks of one node: seconds and slices, (N,) each."""
-        if size not in self._inside:
-            self._inside[size] = self.on(self.lengths, 1, size)
-        return self._inside[size]
+    def of(self, nodes: int, each: int) -> tuple[Array, Array]:
+        """Of each sequence on nodes · each ranks: seconds and slices, (N,) each."""
+        if (nodes, each) not in self._of:
+            self._of[nodes, each] = self.on(self.lengths, nodes, each)
+        return self._of[nodes, each]
 
     def over(self, i: int) -> tuple[Array, Array]:
         """Of sequence i on 1, 2, 3, … nodes: seconds and slices, (nodes,) each."""
@@ -249,10 +249,9 @@ class _Placing:
                 continue
             b = a + spread
             first, end = a * each, min(b * each, self.topology.ranks)
-            all_seconds, slices = self.prices.over(i)
-            seconds = float(all_seconds[spread - 1])
+            seconds, slices = (x[i] for x in self.prices.of(spread, each))
             even = end == b * each  # the last node may be a smaller one
-            self.owner[i] = self.ring(first, end, int(slices[spread - 1]) if even else 1)
+            self.owner[i] = self.ring(first, end, int(slices) if even else 1)
             self.seconds[first:end] += seconds
             self.tokens[first:end] += n / (end - first)
             load[a:b] += seconds * self.sizes[a:b]
@@ -314,7 +313,7 @@ class _Placing:
         size = groups.sum(axis=1)
         singly = min(steps, max(_SINGLY * each, 64))
         # (nodes, singly, groups): what a sequence costs each rank of a group.
-        by_size = {int(s): self.prices.inside(int(s))[0] for s in np.unique(size)}
+        by_size = {int(s): self.prices.of(1, int(s))[0] for s in np.unique(size)}
         costs = np.stack([by_size[int(s)][table[:, :singly]] for s in size], axis=2)
         every = np.arange(len(nodes))
         for step in range(singly):
@@ -389,7 +388,7 @@ class _Placing:
         self.owner[sequence[whole]] = (first + begin[chosen])[whole]
         for at in np.flatnonzero((size[chosen] > 1) & (sequence >= 0)):
             i, a, count = sequence[at], int(first[at] + begin[chosen[at]]), int(size[chosen[at]])
-            self.owner[i] = self.ring(a, a + count, int(self.prices.inside(count)[1][i]))
+            self.owner[i] = self.ring(a, a + count, int(self.prices.of(1, count)[1][i]))
 
 
 def _halves(each: int, least: int) -> Array:

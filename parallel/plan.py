@@ -36,7 +36,8 @@ _LIMITS = (
     Limits(nodes=4.0, ranks=1.0, tokens=np.inf),
 )
 _ENOUGH = 1.03
-_MANY = 256  # sequences above which placings are compared by their own estimate
+_LARGE = 1 << 15  # ranks · sequences above which few placings are tried,
+_FEW = 2  # and of these only the best by their own estimate are built
 
 
 def plan(
@@ -93,12 +94,14 @@ def _cheapest(
     room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
     prices = placing.Prices(lengths, topology, costs, settled=not contiguous)
     enough = _ENOUGH * prices.level
-    many = len(lengths) > _MANY
+    large = len(lengths) * topology.ranks > _LARGE
     placed = [
-        placing.balanced(prices, room, limits) for limits in (_LIMITS[:3] if many else _LIMITS)
+        placing.balanced(prices, room, limits) for limits in (_LIMITS[:3] if large else _LIMITS)
     ]
     placed.sort(key=lambda owners: owners.seconds)
-    if not many:
+    if large:
+        placed = placed[:_FEW]
+    else:
         placed.append(placing.even(len(lengths), topology))
     best, least = None, np.inf
     for owners in placed:

@@ -5,7 +5,8 @@ common to all (ZeRO's traffic, the optimiser) is left out. Where a paper leaves 
 alternative gets the better reading, except where the text says otherwise:
 
 - headrace: the planner that training uses. Dense models keep tokens where attention wants
-  them (`contiguous=False`).
+  them (`contiguous=False`). Moves between layouts overlap attention in waves of heads; the
+  others' do not, as published.
 - even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine).
 - allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
   values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2).
