@@ -33,7 +33,7 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> int:
     """Run what the words ask for; the exit code: 0 done or stopped as told, with a checkpoint;
-    1 a fault; 2 something the user can mend; 75 stopped in time and saved: start again.
+    1 a fault; 70 a rank hangs; 2 something the user can mend; 75 stopped in time and saved: start again.
     """
     try:
         if arguments and arguments[0] in COMMANDS:
@@ -129,6 +129,7 @@ def print_help(parser: argparse.ArgumentParser) -> None:
     for name, line in COMMANDS.items():
         print(f"  python -m train {name:<12} {line}")
     print("\nexit codes: 0 done, or stopped by SIGTERM or SIGINT and saved; 2 an error to mend;")
+    print("  70 a rank hangs, and was named (faults.hang_seconds); 1 any other fault")
     print("  75 stopped by SIGUSR1 or the end of the job's time and saved, to be started again")
     print("\nsettings, with their defaults:", flush=True)
     print(describe(Config), flush=True)

@@ -48,7 +48,11 @@ class ZeroConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int = setting(500, "steps between checkpoints; the last step always has one")
+    every: int = setting(
+        500,
+        "steps between checkpoints; the last step always has one. A kill loses at most twice as "
+        "many: a checkpoint is written beside training, and whole before the next one begins",
+    )
     keep: int = setting(2, "newest checkpoints to keep; 0 for all")
     keep_every: int = setting(0, "steps whose multiples are kept for good; 0 for none")
 
