@@ -33,7 +33,8 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> int:
     """Run what the words ask for; the exit code: 0 done or stopped as told, with a checkpoint;
-    1 a fault; 70 a rank hangs; 2 something the user can mend; 75 stopped in time and saved: start again.
+    1 a fault; 2 something the user can mend; 70 a rank hangs; 75 stopped in time and saved:
+    start again.
     """
     try:
         if arguments and arguments[0] in COMMANDS:
