@@ -20,6 +20,7 @@ from parallel.cost import Costs, price
 from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
 from parallel.ordering import arrange, resident, seat
 from parallel.placing import Limits, Owners
+from parallel.prices import Prices
 
 __all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Topology", "plan"]
 
@@ -92,7 +93,7 @@ def _cheapest(
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
     room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
-    prices = placing.Prices(lengths, topology, costs, settled=not contiguous)
+    prices = Prices(lengths, topology, costs, settled=not contiguous)
     enough = _ENOUGH * prices.level
     large = len(lengths) * topology.ranks > _LARGE
     placed = [

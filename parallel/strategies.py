@@ -35,6 +35,7 @@ from parallel.layout import Array, Plan, Topology
 from parallel.models import Cluster, Model, costs
 from parallel.ordering import arrange
 from parallel.plan import build, plan, shard_bounds
+from parallel.prices import Prices
 
 STEP = 3.0  # a dense layer's forward and backward, in units of its forward
 BOTH = float(BACKWARD.sum())
@@ -281,7 +282,7 @@ def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     model, weigh = case.model, case.costs().with_heads_together()
     room = (1 + case.slack) * case.share
     limits = placing.Limits(nodes=1.0, ranks=1.0, tokens=1.15)
-    prices = placing.Prices(case.lengths, case.topology, weigh, settled=True)
+    prices = Prices(case.lengths, case.topology, weigh, settled=True)
     owners = placing.balanced(prices, room, limits)
     order = arrange(case.lengths, owners, case.topology)
     made = build("zeppelin", case.lengths, owners, order, case.topology, contiguous=False)
