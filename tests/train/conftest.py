@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,14 @@ def world() -> Iterator[None]:
     from parallel import join
 
     with join():
+        yield
+
+
+@pytest.fixture(scope="module")
+def torch_code() -> Iterator[None]:
+    """transformers would run flash-linear-attention's kernels, which want a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "fla", None)
         yield
 
 

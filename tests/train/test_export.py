@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,7 @@ GDN = {"heads": 2, "value_heads": 4, "head_dim": 6, "value_head_dim": 10}
 HYBRID = ["gated_deltanet", "gated_deltanet", "attention"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def torch_code() -> Iterator[None]:
-    """transformers would run flash-linear-attention's kernels, which want a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "fla", None)
-        yield
+pytestmark = pytest.mark.usefixtures("torch_code")
 
 
 def attention(**changes: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from train.model import mixers
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 
+pytestmark = pytest.mark.usefixtures("torch_code")
 TOKENS = 70
 Weights = dict[str, Tensor]
 
