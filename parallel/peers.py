@@ -1,8 +1,9 @@
 """When a rank is gone: who it is, told by those that waited for it.
 
 A rank whose exchange fails knows only whom it waited for itself, who may have waited in turn. So
-each writes down whom it blames, gives the others a moment to do the same, and reads: missing is
-who is blamed and has not written. Where no one can be asked, the blame stays where it was.
+each writes down whom it blames, gives the others time to do the same, until all but one have, and
+reads: missing is who is blamed and has not written. Where no one can be asked, the blame stays
+where it was.
 
 This ends exchanges that torch ends: those of gloo, by the timeout of `join`. NCCL ends the process
 by itself, and names no rank; a run's watchdog sees such hangs from outside.
@@ -13,12 +14,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 
-_GRACE_S = 3.0  # for the others to write
+_GRACE_S = 10.0  # for the others to write: they may have begun to wait that much later
+_LOOK_S = 0.1
 _ANSWER_S = 5.0  # for the store to answer
 
 
@@ -82,17 +84,28 @@ def _ask(peer: int | None) -> list[int]:
     store = _Here.store
     if store is None:
         return []
+    others = [rank for rank in range(_Here.size) if rank != _Here.rank]
+
+    def those_who(key: str) -> list[int]:
+        return [rank for rank in others if store.check([f"{key}{rank}"])]
+
     try:
-        store.set(str(_Here.rank), json.dumps(peer))
-        time.sleep(_GRACE_S)
-        others = [rank for rank in range(_Here.size) if rank != _Here.rank]
-        wrote = {
-            rank: json.loads(store.get(str(rank))) for rank in others if store.check([str(rank)])
-        }
+        store.set(f"blames{_Here.rank}", json.dumps(peer))
+        wrote = _until(lambda: those_who("blames"), len(others) - 1)
+        blames = {rank: json.loads(store.get(f"blames{rank}")) for rank in wrote}
+        store.set(f"read{_Here.rank}", "")
         if _Here.rank == 0:  # which may be where the store lives
-            time.sleep(_GRACE_S)
+            _until(lambda: those_who("read"), len(wrote))
     except RuntimeError:
         return []
-    silent = [rank for rank in others if rank not in wrote]
-    blamed = {peer, *wrote.values()}
+    silent = [rank for rank in others if rank not in blames]
+    blamed = {peer, *blames.values()}
     return [rank for rank in silent if rank in blamed] or silent
+
+
+def _until(those: Callable[[], list[int]], enough: int) -> list[int]:
+    """Those, once there are enough of them, or when the time is up."""
+    end = time.monotonic() + _GRACE_S
+    while len(found := those()) < enough and time.monotonic() < end:
+        time.sleep(_LOOK_S)
+    return found

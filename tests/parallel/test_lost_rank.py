@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,8 +64,9 @@ def test_survivors_end_and_name_the_rank_and_the_step(kind: str) -> None:
                 ends.append(time.monotonic())
                 assert process.returncode == 1, said
                 last = said.strip().splitlines()[-1]
-                how = "is gone" if kind == "SIGKILL" else "has not answered for "
-                assert f"LostRankError: rank {LAST} {how}" in last
+                # On a loaded machine a broken connection may be noticed later than silence.
+                how = "(is gone|has not answered for )" if kind == "SIGKILL" else "has not answered"
+                assert re.search(f"LostRankError: rank {LAST} {how}", last)
                 assert f" in step {STEP}; so says rank {rank}" in last
         assert ends[-1] - ends[0] < WAIT_S + 15
     finally:
