@@ -42,14 +42,15 @@ def summarise(trainer: Trainer) -> None:
 
 
 def _compare(trainer: Trainer, recorder: Recorder) -> None:
-    """The validation set as the untrained model, a known bar and the trained model see it."""
+    """The validation set as the model at first, a known bar and the trained model see it."""
     rows = recorder.evaluations()
     if not rows:
         return
+    first = "at first" if trainer.config.run.start_from else "untrained"
     metric, who, bar = trainer.material.bar(trainer.config.eval.tokens)
     recorder.say(
         f"validation, {METRICS[metric]}\n"
-        f"  untrained  {rows[0][metric]:.3f}\n"
+        f"  {first:<9}  {rows[0][metric]:.3f}\n"
         f"  {who:<9}  {bar:.3f}\n"
         f"  trained    {rows[-1][metric]:.3f}"
         f"  after {trainer.step} steps, {trainer.tokens:,} tokens"
