@@ -109,20 +109,20 @@ def _orthogonal_pieces(flat: Tensor, pieces: list[Piece], world: World) -> Tenso
     """`orthogonal` of every matrix that ranks hold pieces of; zero where `flat` is padding."""
     rank = world.rank
     owners = _owners(pieces, world.size)
-    mine = [flat[piece.offset :][: piece.bounds[rank + 1] - piece.bounds[rank]] for piece in pieces]
-    whole = {j: flat.new_empty(piece.shape) for j, piece in enumerate(pieces) if owners[j] == rank}
+
+    def slices(of: Tensor) -> list[Tensor]:
+        return [of[p.offset :][: p.bounds[rank + 1] - p.bounds[rank]] for p in pieces]
+
+    whole = {j: flat.new_empty(p.shape) for j, p in enumerate(pieces) if owners[j] == rank}
     result = torch.zeros_like(flat)
-    back = [
-        result[piece.offset :][: piece.bounds[rank + 1] - piece.bounds[rank]] for piece in pieces
-    ]
     there = {
         j: [matrix.view(-1)[a:b] for a, b in pairwise(pieces[j].bounds)]
         for j, matrix in whole.items()
     }
-    _trade(mine, there, owners, world, home=False)
+    _trade(slices(flat), there, owners, world, home=False)
     for matrix in whole.values():
         matrix.copy_(orthogonal(matrix))
-    _trade(back, there, owners, world, home=True)
+    _trade(slices(result), there, owners, world, home=True)
     return result
 
 
