@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from data.settings import ConfigError
 from train.config import Config, read
 from train.model import mixers
+from train.model.config import ModelConfig
 from train.model.transformer import Model
+from train.pretrained.convert import hybrid
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -27,6 +30,16 @@ def model(config: Config) -> Model:
 
 def size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_a_pattern_may_count_its_mixers() -> None:
+    long = ["gla", "gla", "gla", "attention"]
+    assert ModelConfig(pattern=["gla*3", "attention"]).pattern == long
+    attentive = ModelConfig(pattern=["attention"], layers=4)
+    assert hybrid(attentive, ["liger*3", "attention"]).blocks == ["liger"] * 3 + ["attention"]
+    for wrong in ("gla*", "gla*0", "gla*x"):
+        with pytest.raises(ConfigError, match="a whole number above 0"):
+            ModelConfig(pattern=[wrong])
 
 
 @pytest.mark.parametrize("file", FILES)

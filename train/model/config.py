@@ -43,7 +43,7 @@ class ModelConfig:
             raise ConfigError(f"model.dim is {self.dim}; it must be a multiple of 8")
         if not self.pattern:
             raise ConfigError("model.pattern is empty; name at least one mixer")
-        self.pattern = [name for entry in self.pattern for name in _repeated(entry)]
+        self.pattern = expanded(self.pattern)
 
     @property
     def blocks(self) -> list[str]:
@@ -51,14 +51,17 @@ class ModelConfig:
         return [self.pattern[i % len(self.pattern)] for i in range(self.layers)]
 
 
-def _repeated(entry: str) -> list[str]:
-    """The mixers that an entry of the pattern stands for: `gla*3` for three times gla."""
-    name, star, times = entry.partition("*")
-    if star and not (times.strip().isdecimal() and int(times) > 0):
-        raise ConfigError(
-            f"model.pattern has {entry!r}; after the * a whole number above 0 says how many"
-        )
-    return [name.strip()] * int(times or 1)
+def expanded(pattern: list[str]) -> list[str]:
+    """The mixers that a pattern stands for: `gla*3` for three times gla."""
+    names = []
+    for entry in pattern:
+        name, star, times = entry.partition("*")
+        if star and not (times.strip().isdecimal() and int(times) > 0):
+            raise ConfigError(
+                f"model.pattern has {entry!r}; after the * a whole number above 0 says how many"
+            )
+        names += [name.strip()] * int(times or 1)
+    return names
 
 
 def require_positive(config: object, *keys: str, prefix: str = "") -> None:

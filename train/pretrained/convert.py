@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.settings import ConfigError
 from train.model import mixers
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, expanded
 from train.model.mixers import hedgehog, liger
 from train.pretrained import adopt, families
 from train.pretrained.distil import Distillation, distil
@@ -67,6 +67,7 @@ def hybrid(config: ModelConfig, pattern: list[str]) -> ModelConfig:
     """
     if not pattern:
         raise ConfigError("--pattern is empty; name the mixers, as in [liger, liger, attention]")
+    pattern = expanded(pattern)
     settings: dict[str, dict[str, Any]] = {}
     for layer, (held, kind, given) in enumerate(families.layers(config)):
         wanted = pattern[layer % len(pattern)]
