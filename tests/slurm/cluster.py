@@ -12,6 +12,19 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
+# The states that a job ends in. What else `scontrol` shows, such as SIGNALING, goes by.
+ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+)
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -116,13 +129,7 @@ class Cluster:
         while time.monotonic() < end:
             self.hurry(job)
             facts = self.facts(job)
-            if facts["JobState"] not in (
-                "PENDING",
-                "RUNNING",
-                "COMPLETING",
-                "CONFIGURING",
-                "REQUEUED",
-            ):
+            if facts["JobState"] in ENDED:
                 return facts
             time.sleep(0.3)
         raise TimeoutError(f"{self.facts(job)}")
