@@ -62,9 +62,11 @@ def forward_chunks(
     for chunk in range(0, tl.cdiv(end - begin, CHUNK)):
         start = begin + chunk * CHUNK
         length = tl.minimum(end - start, CHUNK).to(tl.int32)
-        gate, rest, last = load_row_gate(decay, start, length, value_heads, head, DK, BLOCK_K, KIND)
+        slot = first_chunk + chunk
+        gate, rest, last = load_row_gate(
+            decay, start, length, slot, value_heads, head, DK, BLOCK_K, KIND
+        )
         if STATES:
-            slot = first_chunk + chunk
             store_state(states, S, slot, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
         # All reads of the state one after the other: what they take of it in registers dies then.
         r = load_rows(v, start, length, value_heads, head, DV, column, BLOCK_V).to(tl.float32)

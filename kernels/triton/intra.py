@@ -19,8 +19,8 @@ import triton.language as tl
 
 from kernels.triton.tiles import (
     CHUNK,
-    FORGET_ALL,
     VECTOR,
+    at,
     dot,
     load_gate,
     load_rows,
@@ -28,20 +28,8 @@ from kernels.triton.tiles import (
     pair_decay,
     store_rows,
     to_last,
+    within,
 )
-
-
-@triton.jit
-def accumulate_gate(decay, gate, chunks, heads, DK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Sum a vector decay (tokens, heads, DK) inside each chunk, in fp32."""
-    slot = tl.program_id(0)
-    start = tl.load(chunks + slot * 2)
-    length = tl.load(chunks + slot * 2 + 1).to(tl.int32)
-    head = tl.program_id(1)
-    column = tl.program_id(2) * BLOCK_K
-    steps = load_rows(decay, start, length, heads, head, DK, column, BLOCK_K).to(tl.float32)
-    sums = tl.cumsum(tl.maximum(steps, FORGET_ALL), axis=0)
-    store_rows(gate, sums, start, length, heads, head, DK, column, BLOCK_K)
 
 
 @triton.jit
@@ -67,53 +55,80 @@ def half_factor(gate, level, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def blocks_of(K, SIZE: tl.constexpr, mask):
+    """SIZE × SIZE blocks of a 64 × 64 K, one in each row of blocks: those that `mask` leaves."""
+    COUNT: tl.constexpr = CHUNK // SIZE
+    tiles = tl.reshape(tl.where(mask, K, 0.0), (COUNT, SIZE, COUNT, SIZE))
+    return tl.sum(tiles, axis=2)
+
+
+@triton.jit
+def spread(blocks, SIZE: tl.constexpr):
+    """The opposite of `blocks_of`: (CHUNK, CHUNK) with each block all along its row of blocks."""
+    COUNT: tl.constexpr = CHUNK // SIZE
+    tiles = tl.broadcast_to(blocks[:, :, None, :], (COUNT, SIZE, COUNT, SIZE))
+    return tl.reshape(tiles, (CHUNK, CHUNK))
+
+
+@triton.jit
 def solve(K, beta, PRECISION: tl.constexpr):
     """Z = K (I + Diag(β) K)⁻¹ for a strictly lower K, in fp32.
 
-    The two diagonal quadrants row after row, both at once: z_i = K_i − Σ_{j<i} K_ij β_j z_j.
-    Then the one below the diagonal by two products: Z₂₁ = (I − Z₂₂ β₂) K₂₁ (I − β₁ Z₁₁).
-    Doubling powers of K instead would be shorter, and loses all digits when keys repeat.
+    The four diagonal blocks of 16 row after row, all at once: z_i = K_i − Σ_{j<i} K_ij β_j z_j.
+    Then what is below the diagonal of a pair of blocks, Z₂₁ = (I − Z₂₂ β₂) K₂₁ (I − β₁ Z₁₁), for
+    blocks of 16 and of 32. Doubling powers of K instead would be shorter, and loses all digits
+    when keys repeat.
     """
+    SMALL: tl.constexpr = CHUNK // 4
     HALF: tl.constexpr = CHUNK // 2
     rows = tl.arange(0, CHUNK)
-    row = tl.arange(0, HALF)
-    lower = rows >= HALF
-    diagonal = lower[:, None] == lower[None, :]
-    corner = lower[:, None] & (rows < HALF)[None, :]
-    quadrants = tl.reshape(tl.where(diagonal, K, 0.0), (2, HALF, 2, HALF))
-    K_own = tl.sum(quadrants, axis=2)
-    b = tl.reshape(beta, (2, HALF))
+    block, half = rows // SMALL, rows // HALF
+    same_block = block[:, None] == block[None, :]
+    same_half = half[:, None] == half[None, :]
+    corner = half[:, None] > half[None, :]
+    between = same_half & (block[:, None] > block[None, :])
+    K_own = blocks_of(K, SMALL, same_block)
+    K_pair = tl.reshape(blocks_of(K, SMALL, between), (2, 2, SMALL, SMALL))
+    _, K_pair = tl.split(tl.permute(K_pair, (0, 2, 3, 1)))
+    K_corner = tl.sum(blocks_of(K, HALF, corner), axis=0)
+
+    row = tl.arange(0, SMALL)
+    b = tl.reshape(beta, (4, SMALL))
     z = K_own
-    for i in range(2, HALF):
+    for i in range(2, SMALL):
         current = (row == i)[None, :, None]
         weights = tl.sum(tl.where(current, K_own, 0.0), axis=1) * b
         z -= tl.where(current, tl.sum(weights[:, :, None] * z, axis=1)[:, None, :], 0.0)
 
-    quadrants = tl.reshape(tl.where(corner, K, 0.0), (2, HALF, 2, HALF))
-    K_21 = tl.sum(tl.sum(quadrants, axis=2), axis=0)
-    z_1, z_2 = tl.split(tl.permute(z, (1, 2, 0)))
-    b_1, b_2 = tl.split(tl.permute(b, (1, 0)))
-    identity = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
-    z_21 = dot(K_21, identity - b_1[:, None] * z_1, PRECISION)
-    z_21 = dot(identity - z_2 * b_2[None, :], z_21, PRECISION)
+    z_1, z_2 = tl.split(tl.permute(tl.reshape(z, (2, 2, SMALL, SMALL)), (0, 2, 3, 1)))
+    b_1, b_2 = tl.split(tl.permute(tl.reshape(beta, (2, 2, SMALL)), (0, 2, 1)))
+    z_21 = K_pair - tl.dot(K_pair * b_1[:, None, :], z_1, input_precision=PRECISION)
+    z_21 -= tl.dot(z_2 * b_2[:, None, :], z_21, input_precision=PRECISION)
+    below = tl.broadcast_to(z_21[:, None, :, :], (2, 2, SMALL, SMALL))
+    below = tl.reshape(below, (4, SMALL, SMALL))
+    Z = tl.where(same_block, spread(z, SMALL), 0.0)
+    Z = tl.where(between, spread(below, SMALL), Z)
 
-    own = tl.broadcast_to(z[:, :, None, :], (2, HALF, 2, HALF))
-    below = tl.broadcast_to(z_21[None, :, None, :], (2, HALF, 2, HALF))
-    Z = tl.where(diagonal, tl.reshape(own, (CHUNK, CHUNK)), 0.0)
-    return tl.where(corner, tl.reshape(below, (CHUNK, CHUNK)), Z)
+    z_1, z_2 = tl.split(tl.permute(blocks_of(Z, HALF, same_half), (1, 2, 0)))
+    b_1, b_2 = tl.split(tl.permute(tl.reshape(beta, (2, HALF)), (1, 0)))
+    z_21 = K_corner - dot(K_corner * b_1[None, :], z_1, PRECISION)
+    z_21 -= dot(z_2 * b_2[None, :], z_21, PRECISION)
+    below = tl.broadcast_to(z_21[None, :, :], (2, HALF, HALF))
+    return tl.where(corner, spread(below, HALF), Z)
 
 
 @triton.jit
 def intra_chunk(
-    q, k, decay, beta, A, Z, q_read, k_read, k_written, chunks, key_heads, value_heads,
+    q, k, decay, beta, A, Z, q_read, k_read, k_written, lasts, chunks, key_heads, value_heads,
     DK: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
     OUTPUT: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """A and Z of one chunk and value head, both (tokens, value_heads, CHUNK).
+    """A and Z of one chunk and value head, both (tokens, value_heads, CHUNK); none that is None.
 
     Registers: one or two 64 × 64 sums, and a CHUNK × BLOCK_K strip of q, k and the gate.
     A vector decay cannot leave the product over Dk. It is split as in `half_factor`: six
-    products of tensor cores over halves of halves, instead of exponentials a pair.
+    products of tensor cores over halves of halves, instead of exponentials a pair. It is also
+    multiplied into q and k here, once for all column blocks of the passes over a sequence.
     """
     slot = tl.program_id(0)
     start = tl.load(chunks + slot * 2)
@@ -133,6 +148,9 @@ def intra_chunk(
             gate, last = load_gate(
                 decay, start, length, value_heads, head, DK, column, BLOCK_K, KIND
             )
+            columns = column + tl.arange(0, BLOCK_K)
+            place = at(lasts, slot, value_heads, head, DK) + columns
+            tl.store(place, last, mask=within(columns, DK, BLOCK_K))
             weighted = k_strip * tl.exp(to_last(gate, last, KIND))
             store_rows(k_written, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
             if DELTA:
@@ -141,30 +159,31 @@ def intra_chunk(
             if OUTPUT:
                 weighted = q_strip * tl.exp(gate)
                 store_rows(q_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
-            for level in range(6):
-                pairs = halves(level)
-                factor = half_factor(gate, level, BLOCK_K)
-                lower = tl.trans(k_strip * factor)
-                if OUTPUT:
-                    reads += tl.where(pairs, dot(q_strip * factor, lower, PRECISION), 0.0)
-                if DELTA:
-                    sees += tl.where(pairs, dot(k_strip * factor, lower, PRECISION), 0.0)
-            if OUTPUT:
+            if A is not None or Z is not None:
+                for level in range(6):
+                    pairs = halves(level)
+                    factor = half_factor(gate, level, BLOCK_K)
+                    lower = tl.trans(k_strip * factor)
+                    if A is not None:
+                        reads += tl.where(pairs, dot(q_strip * factor, lower, PRECISION), 0.0)
+                    if Z is not None:
+                        sees += tl.where(pairs, dot(k_strip * factor, lower, PRECISION), 0.0)
+            if A is not None:
                 own = tl.sum(q_strip.to(tl.float32) * k_strip.to(tl.float32), axis=1)
                 reads += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
         else:
-            if OUTPUT:
+            if A is not None:
                 reads += dot(q_strip, tl.trans(k_strip), PRECISION)
-            if DELTA:
+            if Z is not None:
                 sees += dot(k_strip, tl.trans(k_strip), PRECISION)
     if KIND != VECTOR:
         gate, _ = load_gate(decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND)
         pair = pair_decay(gate)
         reads *= pair
         sees *= pair
-    if OUTPUT:
+    if A is not None:
         store_rows(A, reads, start, length, value_heads, head, CHUNK, 0, CHUNK)
-    if DELTA:
+    if Z is not None:
         strictly_lower = rows[:, None] > rows[None, :]
         b = load_scalars(beta, start, length, value_heads, head)
         solved = solve(tl.where(strictly_lower, sees, 0.0), b, SOLVE)

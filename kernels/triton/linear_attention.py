@@ -1,19 +1,18 @@
 """The Triton backend of `kernels.linear_attention`: chunk kernels, forward and backward.
 
-Six kernels serve every decay (none, head, scalar, vector), with or without the delta rule:
+Five kernels serve every decay (none, head, scalar, vector), with or without the delta rule:
 
-    accumulate_gate   a vector decay summed inside each chunk               (vector only)
     intra_chunk       A, what tokens of a chunk read of each other, and Z, the delta rule solved
     forward_chunks    the state from chunk to chunk, and the outputs beside it
     backward_chunks   the state's gradient from the last chunk to the first; dv, dβ
     pair_gradients    the gradients of A and K = ⟨k_i, k_j⟩ decayed, each chunk for itself
     gradients         dq, dk and the decay's gradient, each chunk for itself
 
-The backward pass keeps nothing but the op's inputs: 0 bytes a token beyond q, k, v, decay, β and
-the initial state. It runs the first three kernels again (without outputs), which costs less than
-the traffic of what they would have kept. While it runs it holds, for a token and value head and
-numbers of e bytes (2 for bf16, else 4), A and Z: 128 e, r and dv: 2 Dv e, S and dS of each chunk:
-2 Dk Dv e / 64, and in the forward pass A and Z alone.
+Kept for the backward pass, beside the op's inputs, is what it could not make again cheaply, in
+numbers of e bytes (2 for bf16, else 4) a token and value head: Z with the delta rule, whose rows
+are solved one after the other, 64 e; A with a vector decay, which takes six products for one,
+64 e. Nothing else: the states (2 Dk Dv e / 64 with their gradients) and errors (Dv e) are made
+again, at less than the traffic of keeping them, and live while the backward pass runs.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from kernels.triton.launch import (
     architecture,
     blocks,
     launch,
-    padded,
     precision,
 )
 from kernels.triton.layout import Layout, lay_out
@@ -42,7 +40,7 @@ class Problem(NamedTuple):
     q: Tensor | None  # (tokens, Hk, Dk); None where no output is wanted
     k: Tensor  # (tokens, Hk, Dk)
     v: Tensor  # (tokens, Hv, Dv)
-    decay: Tensor | None  # (Hv,), (tokens, Hv), or (tokens, Hv, Dk) accumulated inside chunks
+    decay: Tensor | None  # (Hv,), (tokens, Hv), or (tokens, Hv, Dk)
     beta: Tensor | None  # (tokens, Hv)
     kind: int
     scale: float
@@ -91,7 +89,7 @@ def pose(
     cu_seqlens: Tensor | None,
 ) -> Problem:
     """Lay the op's arguments, (B, T, …), out for the kernels."""
-    B, T, _, DK = k.shape
+    B, T = k.shape[:2]
     Hv, DV = v.shape[2:]
 
     def rows(x: Tensor) -> Tensor:
@@ -102,16 +100,6 @@ def pose(
     if decay is not None:
         kind = {1: HEAD, 3: SCALAR, 4: VECTOR}[decay.dim()]
         decay = decay.contiguous() if kind is HEAD else rows(decay)
-    if kind is VECTOR:
-        assert decay is not None
-        gate = torch.empty_like(decay, dtype=torch.float32)
-        BLOCK_K = min(padded(DK), 64)
-        grid = (len(layout.chunks), Hv, -(-DK // BLOCK_K))
-        launch(
-            intra.accumulate_gate, grid, decay, gate, layout.chunks, Hv,
-            DK=DK, BLOCK_K=BLOCK_K, num_warps=4, num_stages=1,
-        )  # fmt: skip
-        decay = gate
     return Problem(
         None if q is None else rows(q), rows(k), rows(v), decay,
         None if beta is None else rows(beta), kind.value, scale, Hv, DV, layout,
@@ -120,17 +108,18 @@ def pose(
 
 
 class Intra(NamedTuple):
-    """What the passes over a sequence read of q and k."""
+    """What the passes over a sequence read of q, k and the decay."""
 
     q_read: Tensor | None  # q, k to read a state with and k to write it with: the very inputs, or
     k_read: Tensor | None  # (tokens, Hv, Dk) with a vector decay multiplied in
     k_written: Tensor
+    decay: Tensor | None  # the op's, or (slots, Hv, Dk): a vector decay summed over each chunk
     A: Tensor | None  # (tokens, Hv, CHUNK); None without outputs
     Z: Tensor | None  # (tokens, Hv, CHUNK); None without β
 
 
-def run_intra(p: Problem) -> Intra:
-    """Launch `intra_chunk` for what the problem has a use for."""
+def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> Intra:
+    """Launch `intra_chunk` for what the problem has a use for; A and Z may be known."""
     tokens, Hk, DK = p.k.shape
     _, constants = p.choices("intra")
     output, delta, vector = p.q is not None, p.beta is not None, p.kind == VECTOR.value
@@ -138,18 +127,25 @@ def run_intra(p: Problem) -> Intra:
     def buffer(wanted: bool, width: int) -> Tensor | None:
         return p.empty(tokens, p.Hv, width, dtype=p.operand_dtype) if wanted else None
 
-    A, Z = buffer(output, CHUNK.value), buffer(delta, CHUNK.value)
+    A_made, Z_made = (
+        buffer(output and A is None, CHUNK.value),
+        buffer(delta and Z is None, CHUNK.value),
+    )
     q_read = buffer(output, DK) if vector else p.q
     k_read = buffer(delta, DK) if vector else p.k
     k_written = p.empty(tokens, p.Hv, DK, dtype=p.operand_dtype) if vector else p.k
-    if output or delta or vector:
+    decay = p.decay
+    if vector:
+        decay = p.empty(len(p.layout.chunks), p.Hv, DK, dtype=torch.float32)
+    if vector or A_made is not None or Z_made is not None:
         solve = "ieee" if constants["PRECISION"] == "ieee" else "tf32x3"
         launch(
             intra.intra_chunk, (len(p.layout.chunks), p.Hv),
-            p.q, p.k, p.decay, p.beta, A, Z, q_read, k_read, k_written,
-            p.layout.chunks, Hk, p.Hv, SOLVE=solve, **constants,
+            p.q, p.k, p.decay, p.beta, A_made, Z_made, q_read, k_read, k_written,
+            decay if vector else None, p.layout.chunks, Hk, p.Hv, SOLVE=solve, **constants,
         )  # fmt: skip
-    return Intra(q_read, k_read, k_written, A, Z)
+    made = [given if given is not None else new for given, new in ((A, A_made), (Z, Z_made))]
+    return Intra(q_read, k_read, k_written, decay, *made)
 
 
 def run_forward(
@@ -190,7 +186,7 @@ def _launch_forward(
     N, Hv = final_state.shape[:2]
     launch(
         forward.forward_chunks, (-(-p.DV // chosen.BLOCK_V), Hv, N),
-        made.q_read, made.k_read, made.k_written, p.v, p.decay, p.beta, made.A, made.Z,
+        made.q_read, made.k_read, made.k_written, p.v, made.decay, p.beta, made.A, made.Z,
         initial_state, o, final_state, states, errors,
         p.layout.bounds, p.layout.first_chunks, made.k_written.shape[1], Hv, p.scale,
         DV=p.DV, BLOCK_V=chosen.BLOCK_V,
@@ -208,7 +204,12 @@ class Gradients(NamedTuple):
 
 
 def run_backward(
-    p: Problem, initial_state: Tensor | None, d_o: Tensor | None, d_final_state: Tensor | None
+    p: Problem,
+    initial_state: Tensor | None,
+    A: Tensor | None,
+    Z: Tensor | None,
+    d_o: Tensor | None,
+    d_final_state: Tensor | None,
 ) -> Gradients:
     """Gradients over tokens in the shapes of `Problem`; a head's decay still has one a token.
 
@@ -218,7 +219,7 @@ def run_backward(
     tokens, Hk, DK = p.k.shape
     Hv, DV = p.Hv, p.DV
     N, slots = len(p.layout.first_chunks), len(p.layout.chunks)
-    made = run_intra(p)
+    made = run_intra(p, A, Z)
     states, errors = run_states(p, made, initial_state)
 
     chosen, constants = p.choices("backward")
@@ -231,7 +232,7 @@ def run_backward(
     d_initial_state = p.empty(N, Hv, DK, DV, dtype=torch.float32)
     launch(
         backward.backward_chunks, (column_blocks, Hv, N),
-        made.q_read, made.k_read, made.k_written, p.decay, p.beta, made.A, made.Z, errors,
+        made.q_read, made.k_read, made.k_written, made.decay, p.beta, made.A, made.Z, errors,
         d_o, d_final_state, d_v, d_beta, d_states, d_initial_state,
         p.layout.bounds, p.layout.first_chunks, made.k_written.shape[1], Hv, tokens, p.scale,
         DV=DV, BLOCK_V=chosen.BLOCK_V, FINAL=d_final_state is not None, **constants,
@@ -241,10 +242,11 @@ def run_backward(
     d_crossed = None
     if p.kind in (HEAD.value, SCALAR.value):
         d_crossed = p.result(tokens, Hv, dtype=torch.float32)
-    # dA and dK take the place of A and Z, which nobody reads any more.
+    dA = None if made.A is None else torch.empty_like(made.A)
+    dK = None if made.Z is None else torch.empty_like(made.Z)
     launch(
         backward.pair_gradients, (slots, Hv),
-        p.q, p.k, p.decay, p.beta, errors, d_o, d_v, made.A, made.Z, d_crossed,
+        p.q, p.k, p.decay, p.beta, errors, d_o, d_v, dA, dK, d_crossed,
         p.layout.chunks, Hk, Hv, p.scale, DV=DV, BLOCK_V=chosen.BLOCK_V, **constants,
     )  # fmt: skip
 
@@ -260,7 +262,7 @@ def run_backward(
         d_decay = p.result(column_blocks, tokens, Hv, dtype=torch.float32)
     launch(
         backward.gradients, (slots, Hv, column_blocks),
-        p.q, p.k, p.decay, p.beta, errors, states, made.A, made.Z, d_o, d_v, d_states,
+        p.q, p.k, p.decay, p.beta, errors, states, dA, dK, d_o, d_v, d_states,
         d_q, d_k, d_decay, p.layout.chunks, Hk, Hv, tokens, p.scale,
         DV=DV, BLOCK_V=chosen.BLOCK_V, **constants,
     )  # fmt: skip
@@ -305,19 +307,21 @@ class _LinearAttention(torch.autograd.Function):
         if initial_state is not None:
             initial_state = initial_state.float().contiguous()
         p = pose(q, k, v, decay, beta, scale, cu_seqlens)
-        o, final_state = run_forward(p, run_intra(p), initial_state)
-        ctx.save_for_backward(q, k, v, decay, beta, initial_state, cu_seqlens)
+        made = run_intra(p)
+        o, final_state = run_forward(p, made, initial_state)
+        A = made.A if p.kind == VECTOR.value else None
+        ctx.save_for_backward(q, k, v, decay, beta, initial_state, cu_seqlens, A, made.Z)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
         return None if o is None else o.reshape(v.shape), final_state
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, beta, initial_state, cu_seqlens = ctx.saved_tensors
+        q, k, v, decay, beta, initial_state, cu_seqlens, A, Z = ctx.saved_tensors
         d_o, d_final_state = (None if d is None else d.contiguous() for d in d_outputs)
         read = None if d_o is None else q
         p = pose(read, k, v, decay, beta, ctx.scale, cu_seqlens)
-        g = run_backward(p, initial_state, d_o, d_final_state)
+        g = run_backward(p, initial_state, None if read is None else A, Z, d_o, d_final_state)
         return (
             torch.zeros_like(q) if q is not None and g.q is None else _like(g.q, q),
             _like(g.k, k),

@@ -142,20 +142,27 @@ def store_state(
 
 
 @triton.jit
+def last_row(gate):
+    """The very sum that the last row of a gate has: another order of summing would differ by its
+    round-off, and `last − gate` of the last rows is much smaller than either."""
+    rows = tl.arange(0, CHUNK)
+    if len(gate.shape) == 1:
+        return tl.sum(tl.where(rows == CHUNK - 1, gate, 0.0))
+    else:
+        return tl.sum(tl.where((rows == CHUNK - 1)[:, None], gate, 0.0), axis=0)
+
+
+@triton.jit
 def load_gate(
     decay, start, length, heads, head,
     DK: tl.constexpr, column, COLUMNS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Cumulative log decay g of a chunk's rows, and its value at the last row.
+    """Cumulative log decay g of a chunk's rows, flat past the chunk's end, and at its last row.
 
     g_i multiplied the state that row i reads, its own step included: e^{g_i} S_in. (CHUNK,) and
-    a number, flat past the chunk's end; for the vector kind, whose `decay` `accumulate_gate` has
-    summed, (CHUNK, COLUMNS) and (COLUMNS,), zero past the end.
+    a number; for a vector decay (CHUNK, COLUMNS) and (COLUMNS,).
     """
-    if KIND == VECTOR:
-        gate = load_rows(decay, start, length, heads, head, DK, column, COLUMNS)
-        last = load_last(decay, start, length, heads, head, DK, column, COLUMNS)
-    elif KIND == NONE:
+    if KIND == NONE:
         gate = tl.zeros((CHUNK,), tl.float32)
         last = 0.0
     elif KIND == HEAD:
@@ -163,33 +170,29 @@ def load_gate(
         gate = step * tl.minimum(tl.arange(0, CHUNK) + 1, length).to(tl.float32)
         last = step * length.to(tl.float32)
     else:
-        steps = load_scalars(decay, start, length, heads, head)
-        gate = tl.cumsum(tl.maximum(steps, FORGET_ALL), axis=0)
-        # The very sum that the last row has: another order of summing would differ by its
-        # round-off, and `last − gate` of the last rows is much smaller than either.
-        last = tl.sum(tl.where(tl.arange(0, CHUNK) == CHUNK - 1, gate, 0.0))
+        if KIND == VECTOR:
+            steps = load_rows(decay, start, length, heads, head, DK, column, COLUMNS)
+        else:
+            steps = load_scalars(decay, start, length, heads, head)
+        gate = tl.cumsum(tl.maximum(steps.to(tl.float32), FORGET_ALL), axis=0)
+        last = last_row(gate)
     return gate, last
 
 
 @triton.jit
-def load_last(decay, start, length, heads, head, DK: tl.constexpr, column, COLUMNS: tl.constexpr):
-    """The summed vector decay at the last row of a chunk."""
-    columns = column + tl.arange(0, COLUMNS)
-    last_row = at(decay, start + length - 1, heads, head, DK)
-    return tl.load(last_row + columns, mask=columns < DK, other=0.0)
-
-
-@triton.jit
 def load_row_gate(
-    decay, start, length, heads, head,
+    decay, start, length, slot, heads, head,
     DK: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """The gate of each row, from each row to the last, and of the last, for `read_state` and
-    `write_state`. Rows come with a vector decay multiplied in, and only the last is left."""
+    `write_state`. Rows come with a vector decay multiplied in, and only the last is left: `decay`
+    is then what `intra_chunk` made, (slots, heads, DK)."""
     if KIND == VECTOR:
         gate = tl.zeros((CHUNK,), tl.float32)
         rest = gate
-        last = load_last(decay, start, length, heads, head, DK, 0, COLUMNS)
+        columns = tl.arange(0, COLUMNS)
+        place = at(decay, slot, heads, head, DK) + columns
+        last = tl.load(place, mask=within(columns, DK, COLUMNS), other=0.0)
     else:
         gate, last = load_gate(decay, start, length, heads, head, DK, 0, COLUMNS, KIND)
         rest = last - gate
@@ -241,9 +244,8 @@ def write_state(rows, log, values, KIND: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def to_last(gate, last, KIND: tl.constexpr):
-    """Log decay from a row to the end of its chunk, never positive, zero past the end."""
+    """Log decay from a row to the end of its chunk, never positive."""
     if KIND == VECTOR:
-        # Rows past the end have a zero gate: `last` itself, not above zero either.
         return last[None, :] - gate
     else:
         return last - gate
