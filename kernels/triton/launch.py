@@ -7,10 +7,13 @@ A table and no tuner: nothing is timed at run time, a second run compiles nothin
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 
 class Blocks(NamedTuple):
@@ -70,10 +73,45 @@ def architecture(device: torch.device) -> str:
         return _recordings[-1].arch
     if device.type != "cuda":
         return "interpreter"
+    return _of_gpu(device)
+
+
+@cache
+def _of_gpu(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
+    if properties.major == 9:
+        from triton import knobs
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        path = sound_assembler(get_ptxas(90), knobs.nvidia.ptxas_blackwell)
+        os.environ["TRITON_PTXAS_PATH"] = path
     return f"sm_{properties.major}{properties.minor}"
+
+
+def sound_assembler(own: Any, newer: Any) -> str:
+    """The path of a `ptxas` that is safe for Hopper: Triton's own choice, or one beside it.
+
+    ptxas before 13.1 gives registers that an asynchronous wgmma still reads to somebody else
+    (triton issue 11366, pull request 11781): with 12.8 the gradients of heads 256 wide with a
+    vector decay were off by their own size on an H100, and with 13.4 right. Triton up to 3.8
+    takes it, and carries a newer one for Blackwell.
+
+    Args:
+        own, newer: with a `path` and a `version` such as "12.8".
+
+    Raises:
+        RuntimeError: neither is new enough.
+    """
+    for tool in (own, newer):
+        if tuple(int(part) for part in tool.version.split(".")[:2]) >= (13, 1):
+            return str(tool.path)
+    raise RuntimeError(
+        f"Triton {triton.__version__} assembles Hopper code with ptxas {own.version}, which gives "
+        "wrong gradients; install triton 3.7.1 or newer, or set TRITON_PTXAS_PATH to a ptxas of "
+        "CUDA 13.1 or newer"
+    )
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
@@ -95,29 +133,37 @@ def padded(width: int) -> int:
 
 
 def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector: bool) -> Blocks:
-    """The launch of one kernel.
+    """The launch of one kernel; on sm_90 the fastest of those tried on an H100.
 
     The passes over a sequence keep a state of BLOCK_K × BLOCK_V in registers, beside tiles of
-    64 × BLOCK_K: columns are halved where heads or operands are wide. sm_80 multiplies operands
-    from registers, and each of its warps holds a whole one: twice the warps, half the columns.
+    64 × BLOCK_K: columns are halved where heads or operands are wide. They wait for memory more
+    than for anything: as many stages as shared memory holds. sm_80 has less of it, multiplies
+    operands from registers, and each of its warps holds a whole one: twice the warps, half the
+    columns.
     """
     K, V = padded(DK), padded(DV)
     wide = dtype != torch.bfloat16 and arch.startswith("sm_")
+    ampere = arch == "sm_80"
     if kernel in ("forward", "backward"):
         narrow = wide or K > 128 or (vector and arch != "sm_90")
-        narrow = narrow or (arch == "sm_80" and kernel == "backward" and K > 64)
-        warps = 8 if wide or K > 128 or arch == "sm_80" else 4
-        # A second stage of three tiles of 64 × 256, or in fp32, is more than there is to share.
-        return Blocks(
-            K, min(V, 16 if narrow else 32), warps, 1 if wide or (vector and K > 128) else 2
-        )
+        narrow = narrow or (ampere and kernel == "backward" and K > 64)
+        warps = 8 if wide or K > 128 or ampere else 4
+        stages = 3 if arch == "sm_90" and K <= 128 else 2
+        if wide or (vector and K > 128):
+            stages = 1
+        return Blocks(K, min(V, 16 if narrow else 32), warps, stages)
     if kernel == "intra":
         if vector:
-            return Blocks(min(K, 32), V, 4 if arch == "sm_80" else 8, 1 if wide else 2)
-        return Blocks(min(K, 32 if wide else 64), V, 4, 1)
+            return Blocks(min(K, 32), V, 4 if ampere else 8, 1 if wide else 2)
+        return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.
-    if arch == "sm_80":
+    if ampere:
         return Blocks(min(K, 32), min(V, 32), 8 if vector and kernel == "gradients" else 4, 1)
     if kernel == "pair_gradients":
-        return Blocks(min(K, 64), min(V, 64), 8, 1)
-    return Blocks(min(K, 32 if vector else 64), min(V, 64 if V > 64 else 32), 8, 1)
+        if wide:
+            return Blocks(min(K, 64), min(V, 64), 8, 1)
+        return Blocks(min(K, 128), min(V, 128), 4, 1)
+    V = min(V, 64 if V > 64 else 32)
+    if vector or wide:
+        return Blocks(min(K, 32 if vector else 64), V, 8, 1)
+    return Blocks(min(K, 64), V, 8, 2)

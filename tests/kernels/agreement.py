@@ -37,14 +37,18 @@ def device_of(backend: str) -> str:
 Op = Callable[..., Any]
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str, terms: int = 1
+) -> None:
+    """`terms` is how many numbers of size 1 and of either sign each expected one is the sum of:
+    their roundings add up to those of √terms, however little the sum itself comes to."""
     assert actual.shape == expected.shape, f"{what}: {actual.shape} for {expected.shape}"
     if not actual.numel():
         return
     actual, expected = actual.detach().cpu().double(), expected.detach().double()
     same = actual == expected  # infinities
     error = (actual - expected).masked_fill(same, 0).abs().max()
-    size = expected.masked_fill(expected.isinf(), 0).abs().max().clamp(min=1)
+    size = expected.masked_fill(expected.isinf(), 0).abs().max().clamp(min=terms**0.5)
     assert error <= TOLERANCE[dtype] * size, f"{what}: error {error:.3g} at magnitude {size:.3g}"
 
 
@@ -57,12 +61,13 @@ def assert_agrees(
     device: str = "cpu",
     keep_fp32: Collection[str] = (),
     rows_used: int | None = None,
+    terms: Mapping[str, int] | None = None,
 ) -> None:
     """Call both with the named fp64 inputs (rounded to `dtype` for the op, fp32 for those in
     `keep_fp32`) and compare outputs and gradients under random cotangents.
 
     With `rows_used`, rows of the first output from there on must be zero, and their
-    cotangents are NaN for the op.
+    cotangents are NaN for the op. `terms` is `assert_close`'s, for gradients by input.
     """
     given: dict[str, Tensor | None] = {}
     exact: dict[str, Tensor | None] = {}
@@ -104,7 +109,10 @@ def assert_agrees(
         assert x is not None
         assert actual.dtype == x.dtype
         zero = torch.zeros(x.shape, dtype=torch.float64)
-        assert_close(actual, zero if wanted is None else wanted, dtype, f"gradient of {name}")
+        assert_close(
+            actual, zero if wanted is None else wanted, dtype, f"gradient of {name}",
+            (terms or {}).get(name, 1),
+        )  # fmt: skip
 
 
 def bounds(lengths: Collection[int]) -> Tensor:

@@ -232,7 +232,9 @@ def test_what_it_cannot_do_is_said(change, message):
 @pytest.mark.parametrize("D", [64, 100, 128, 256])
 def test_bf16_on_tensor_cores(decay, delta, D, poisoned_memory):
     inputs = tokens(decay, delta, 300, Dk=D, Dv=D)
-    assert_agrees(in_triton, reference, inputs, dtype=torch.bfloat16, **on_device)
+    # The gradient of a head's decay is a sum over all tokens, products rounded to bf16.
+    terms = {"decay": 300} if decay == "head" else None
+    assert_agrees(in_triton, reference, inputs, dtype=torch.bfloat16, terms=terms, **on_device)
 
 
 @pytest.mark.gpu
