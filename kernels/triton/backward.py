@@ -203,6 +203,32 @@ def pair_gradients(
         store_scalars(d_decay, d_steps, start, length, value_heads, head)
 
 
+@triton.jit
+def through_pairs(
+    dP, x, k, gate, dx, dk, d_gate,
+    BLOCK_K: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what P_ij = ⟨x_i, k_j e^{g_i − g_j}⟩ owes to x, k and, if it is a vector's, the gate."""
+    if KIND == VECTOR:
+        for level in range(6):
+            factor = half_factor(gate, level, BLOCK_K)
+            # What the reading and the read row add to the gate's gradient cancels for earlier
+            # rows only if both come from the very same rounded operands.
+            x_half = operand(x * factor, PRECISION)
+            k_half = operand(k * factor, PRECISION)
+            d_pairs = tl.where(halves(level), dP, 0.0)
+            reads = dot(d_pairs, k_half, PRECISION)
+            dx += factor * reads
+            d_gate += x_half * reads
+            read_by = dot(tl.trans(d_pairs), x_half, PRECISION)
+            dk += factor * read_by
+            d_gate -= k_half * read_by
+    else:
+        dx += dot(dP, k, PRECISION)
+        dk += dot(tl.trans(dP), x, PRECISION)
+    return dx, dk, d_gate
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def gradients(
     q, k, decay, beta, errors, states, dA, dK, d_o, d_v, d_states, d_q, d_k, d_decay, chunks,
@@ -272,48 +298,25 @@ def gradients(
         store_scalars(d_decay + share, d_steps, start, length, value_heads, head)
     dk += dk_reader
 
-    if KIND == VECTOR and OUTPUT:
-        # A row reads itself undecayed, which is nothing to the gate.
-        diagonal = at(dA, start, value_heads, head, CHUNK) + rows * (value_heads * CHUNK + 1)
-        own = tl.load(diagonal, mask=rows < length, other=0.0).to(tl.float32)[:, None]
-        dq += own * k_tile
-        dk += own * q_tile
     if OUTPUT:
+        if KIND == VECTOR:
+            # A row reads itself undecayed, which is nothing to the gate.
+            diagonal = at(dA, start, value_heads, head, CHUNK) + rows * (value_heads * CHUNK + 1)
+            own = tl.load(diagonal, mask=rows < length, other=0.0).to(tl.float32)[:, None]
+            dq += own * k_tile
+            dk += own * q_tile
         dA_tile = load_rows(dA, start, length, value_heads, head, CHUNK, 0, CHUNK)
+        dq, dk, d_gate = through_pairs(
+            dA_tile, q_tile, k_tile, gate, dq, dk, d_gate, BLOCK_K, KIND, PRECISION
+        )
+        store_rows(d_q, dq, start, length, value_heads, head, DK, column, BLOCK_K)
     if DELTA:
         dK_tile = load_rows(dK, start, length, value_heads, head, CHUNK, 0, CHUNK)
-    if KIND == VECTOR:
-        for level in range(6):
-            pairs = halves(level)
-            factor = half_factor(gate, level, BLOCK_K)
-            # What the reading and the read row add to the gate's gradient cancels for earlier
-            # rows only if both come from the very same rounded operands.
-            k_half = operand(k_tile * factor, PRECISION)
-            read_by = tl.zeros((CHUNK, BLOCK_K), tl.float32)
-            if OUTPUT:
-                q_half = operand(q_tile * factor, PRECISION)
-                d_pairs = tl.where(pairs, dA_tile, 0.0)
-                reads = dot(d_pairs, k_half, PRECISION)
-                dq += factor * reads
-                d_gate += q_half * reads
-                read_by += dot(tl.trans(d_pairs), q_half, PRECISION)
-            if DELTA:
-                d_pairs = tl.where(pairs, dK_tile, 0.0)
-                reads = dot(d_pairs, k_half, PRECISION)
-                dk += factor * reads
-                d_gate += k_half * reads
-                read_by += dot(tl.trans(d_pairs), k_half, PRECISION)
-            dk += factor * read_by
-            d_gate -= k_half * read_by
-    else:
-        if OUTPUT:
-            dq += dot(dA_tile, k_tile, PRECISION)
-            dk += dot(tl.trans(dA_tile), q_tile, PRECISION)
-        if DELTA:
-            dk += dot(dK_tile, k_tile, PRECISION)
-            dk += dot(tl.trans(dK_tile), k_tile, PRECISION)
-    if OUTPUT:
-        store_rows(d_q, dq, start, length, value_heads, head, DK, column, BLOCK_K)
+        d_reader = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+        d_reader, dk, d_gate = through_pairs(
+            dK_tile, k_tile, k_tile, gate, d_reader, dk, d_gate, BLOCK_K, KIND, PRECISION
+        )
+        dk += d_reader
     store_rows(d_k, dk, start, length, value_heads, head, DK, column, BLOCK_K)
     if KIND == VECTOR:
         d_steps = tl.cumsum(d_gate, axis=0, reverse=True) + d_last[None, :]

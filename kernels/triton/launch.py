@@ -152,18 +152,20 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
         if wide or (vector and K > 128):
             stages = 1
         return Blocks(K, min(V, 16 if narrow else 32), warps, stages)
+    # One stage: with more, the loads of `gradients` race with the products on an H100.
+    hopper = arch == "sm_90" and not wide
     if kernel == "intra":
         if vector:
-            return Blocks(min(K, 32), V, 4 if ampere else 8, 1 if wide else 2)
+            return Blocks(min(K, 32), V, 4 if hopper or ampere else 8, 1)
         return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.
     if ampere:
         return Blocks(min(K, 32), min(V, 32), 8 if vector and kernel == "gradients" else 4, 1)
     if kernel == "pair_gradients":
-        if wide:
-            return Blocks(min(K, 64), min(V, 64), 8, 1)
-        return Blocks(min(K, 128), min(V, 128), 4, 1)
-    V = min(V, 64 if V > 64 else 32)
-    if vector or wide:
-        return Blocks(min(K, 32 if vector else 64), V, 8, 1)
-    return Blocks(min(K, 64), V, 8, 2)
+        return (
+            Blocks(min(K, 64), min(V, 64), 8, 1) if wide else Blocks(min(K, 128), min(V, 128), 4, 1)
+        )
+    if vector and hopper:
+        return Blocks(min(K, 32), min(V, 128), 4, 1)
+    warps = 4 if hopper and K <= 128 else 8
+    return Blocks(min(K, 32 if vector else 64), min(V, 64 if V > 64 else 32), warps, 1)
