@@ -32,6 +32,8 @@ from kernels.triton.tiles import (
     decayed,
     decayed_state,
     dot,
+    exp,
+    fine,
     load_gate,
     load_row_gate,
     load_rows,
@@ -86,7 +88,7 @@ def backward_chunks(
         store_state(d_states, dS, slot, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
 
         gate, rest, last = load_row_gate(
-            decay, start, length, slot, value_heads, head, DK, BLOCK_K, KIND
+            decay, start, length, slot, value_heads, head, DK, BLOCK_K, KIND, PRECISION
         )
         k_tile = load_rows(k_written, start, length, key_heads, key_head, DK, 0, BLOCK_K)
         d_written = read_state(k_tile, rest, dS, KIND, PRECISION)
@@ -185,7 +187,9 @@ def pair_gradients(
     if KIND == VECTOR:
         gate = tl.zeros((CHUNK,), tl.float32)
     else:
-        gate, _ = load_gate(decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND)
+        gate, _ = load_gate(
+            decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND, PRECISION
+        )
     d_steps = tl.zeros((CHUNK,), tl.float32)
     if OUTPUT:
         d_steps += pair_gradient(
@@ -219,10 +223,10 @@ def through_pairs(
             d_pairs = tl.where(halves(level), dP, 0.0)
             reads = dot(d_pairs, k_half, PRECISION)
             dx += factor * reads
-            d_gate += x_half * reads
+            d_gate += fine(x_half, PRECISION) * fine(reads, PRECISION)
             read_by = dot(tl.trans(d_pairs), x_half, PRECISION)
             dk += factor * read_by
-            d_gate -= k_half * read_by
+            d_gate -= fine(k_half, PRECISION) * fine(read_by, PRECISION)
     else:
         dx += dot(dP, k, PRECISION)
         dk += dot(tl.trans(dP), x, PRECISION)
@@ -276,24 +280,26 @@ def gradients(
             dk_reader -= dot(dv, tl.trans(S), PRECISION)
 
     k_tile = load_rows(k, start, length, key_heads, key_head, DK, column, BLOCK_K)
-    gate, last = load_gate(decay, start, length, value_heads, head, DK, column, BLOCK_K, KIND)
+    gate, last = load_gate(
+        decay, start, length, value_heads, head, DK, column, BLOCK_K, KIND, PRECISION
+    )
     dk = decayed(dk, to_last(gate, last, KIND), KIND)
     dk_reader = decayed(dk_reader, gate, KIND)
-    d_gate = k_tile * dk_reader
+    d_gate = fine(k_tile, PRECISION) * fine(dk_reader, PRECISION)
     if OUTPUT:
         q_tile = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
         dq = decayed(dq * scale, gate, KIND)
-        d_gate += q_tile * dq
+        d_gate += fine(q_tile, PRECISION) * fine(dq, PRECISION)
     if KIND == VECTOR:
-        d_last = tl.sum(k_tile * dk, axis=0) + tl.exp(last) * kept
-        d_gate -= k_tile * dk
+        d_last = tl.sum(k_tile * dk, axis=0) + exp(last) * kept
+        d_gate -= fine(k_tile, PRECISION) * fine(dk, PRECISION)
     elif KIND != NONE:
         # A step decays what its own and later rows read of the entering state, what earlier rows
         # wrote, and the state itself.
         d_written = tl.sum(k_tile * dk, axis=1)[None, :]
         d_steps = tl.sum(tl.where(rows[:, None] > rows[None, :], d_written, 0.0), axis=1)
         d_steps += tl.cumsum(tl.sum(d_gate, axis=1), axis=0, reverse=True)
-        d_steps += tl.exp(last) * tl.sum(kept)
+        d_steps += exp(last) * tl.sum(kept)
         share = tl.program_id(2).to(tl.int64) * tokens * value_heads
         store_scalars(d_decay + share, d_steps, start, length, value_heads, head)
     dk += dk_reader

@@ -64,7 +64,7 @@ def forward_chunks(
         length = tl.minimum(end - start, CHUNK).to(tl.int32)
         slot = first_chunk + chunk
         gate, rest, last = load_row_gate(
-            decay, start, length, slot, value_heads, head, DK, BLOCK_K, KIND
+            decay, start, length, slot, value_heads, head, DK, BLOCK_K, KIND, PRECISION
         )
         if STATES:
             store_state(states, S, slot, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)

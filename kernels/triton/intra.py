@@ -22,6 +22,7 @@ from kernels.triton.tiles import (
     VECTOR,
     at,
     dot,
+    exp,
     load_gate,
     load_rows,
     load_scalars,
@@ -51,7 +52,7 @@ def half_factor(gate, level, COLUMNS: tl.constexpr):
     rows = tl.arange(0, CHUNK)
     middle = ((rows >> level) | 1) << level
     reference = tl.gather(gate, tl.broadcast_to(middle[:, None], (CHUNK, COLUMNS)), axis=0)
-    return tl.exp(-tl.abs(gate - reference))
+    return exp(-tl.abs(gate - reference))
 
 
 @triton.jit
@@ -146,18 +147,18 @@ def intra_chunk(
             q_strip = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
         if KIND == VECTOR:
             gate, last = load_gate(
-                decay, start, length, value_heads, head, DK, column, BLOCK_K, KIND
+                decay, start, length, value_heads, head, DK, column, BLOCK_K, KIND, PRECISION
             )
             columns = column + tl.arange(0, BLOCK_K)
             place = at(lasts, slot, value_heads, head, DK) + columns
             tl.store(place, last, mask=within(columns, DK, BLOCK_K))
-            weighted = k_strip * tl.exp(to_last(gate, last, KIND))
+            weighted = k_strip * exp(to_last(gate, last, KIND))
             store_rows(k_written, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
             if DELTA:
-                weighted = k_strip * tl.exp(gate)
+                weighted = k_strip * exp(gate)
                 store_rows(k_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
             if OUTPUT:
-                weighted = q_strip * tl.exp(gate)
+                weighted = q_strip * exp(gate)
                 store_rows(q_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
             if A is not None or Z is not None:
                 for level in range(6):
@@ -177,7 +178,9 @@ def intra_chunk(
             if Z is not None:
                 sees += dot(k_strip, tl.trans(k_strip), PRECISION)
     if KIND != VECTOR:
-        gate, _ = load_gate(decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND)
+        gate, _ = load_gate(
+            decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND, PRECISION
+        )
         pair = pair_decay(gate)
         reads *= pair
         sees *= pair

@@ -118,13 +118,12 @@ def precision(dtype: torch.dtype, arch: str) -> str:
     """How a chunk's products are made for inputs of that dtype.
 
     fp16 tensors are multiplied as tf32: its mantissa is as long, and states and loss-scaled
-    gradients leave the range of fp16. fp32 is emulated by three tf32 products.
+    gradients leave the range of fp16. fp32 is fp32: three tf32 products for one came to three
+    times the error of plain torch on an H100.
     """
     if dtype == torch.bfloat16:
         return "bf16"
-    if not arch.startswith("sm_"):
-        return "ieee"
-    return "tf32" if dtype == torch.float16 else "tf32x3"
+    return "tf32" if dtype == torch.float16 and arch.startswith("sm_") else "ieee"
 
 
 def padded(width: int) -> int:

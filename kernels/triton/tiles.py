@@ -40,6 +40,25 @@ def operand(a, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def fine(a, PRECISION: tl.constexpr):
+    """a as log decays and their gradients are summed: in fp32, or beside fp32 products in fp64.
+
+    Neighbours' sums differ by far less than they come to, and the difference has the round-off
+    of the sums: more than that of everything else, unless the products are rounded more.
+    """
+    if PRECISION == "ieee":
+        return a.to(tl.float64)
+    else:
+        return a.to(tl.float32)
+
+
+@triton.jit
+def exp(log):
+    """e^log in fp32, for a difference of sums that `fine` made."""
+    return tl.exp(log.to(tl.float32))
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a · b, summed in fp32; PRECISION is "bf16" or an input precision for fp32 operands."""
     a, b = operand(a, PRECISION), operand(b, PRECISION)
@@ -155,7 +174,7 @@ def last_row(gate):
 @triton.jit
 def load_gate(
     decay, start, length, heads, head,
-    DK: tl.constexpr, column, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+    DK: tl.constexpr, column, COLUMNS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cumulative log decay g of a chunk's rows, flat past the chunk's end, and at its last row.
 
@@ -166,15 +185,15 @@ def load_gate(
         gate = tl.zeros((CHUNK,), tl.float32)
         last = 0.0
     elif KIND == HEAD:
-        step = tl.maximum(tl.load(decay + head).to(tl.float32), FORGET_ALL)
-        gate = step * tl.minimum(tl.arange(0, CHUNK) + 1, length).to(tl.float32)
-        last = step * length.to(tl.float32)
+        step = fine(tl.maximum(tl.load(decay + head).to(tl.float32), FORGET_ALL), PRECISION)
+        gate = step * tl.minimum(tl.arange(0, CHUNK) + 1, length)
+        last = step * length
     else:
         if KIND == VECTOR:
             steps = load_rows(decay, start, length, heads, head, DK, column, COLUMNS)
         else:
             steps = load_scalars(decay, start, length, heads, head)
-        gate = tl.cumsum(tl.maximum(steps.to(tl.float32), FORGET_ALL), axis=0)
+        gate = tl.cumsum(fine(tl.maximum(steps.to(tl.float32), FORGET_ALL), PRECISION), axis=0)
         last = last_row(gate)
     return gate, last
 
@@ -182,7 +201,7 @@ def load_gate(
 @triton.jit
 def load_row_gate(
     decay, start, length, slot, heads, head,
-    DK: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+    DK: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gate of each row, from each row to the last, and of the last, for `read_state` and
     `write_state`. Rows come with a vector decay multiplied in, and only the last is left: `decay`
@@ -194,7 +213,7 @@ def load_row_gate(
         place = at(decay, slot, heads, head, DK) + columns
         last = tl.load(place, mask=within(columns, DK, COLUMNS), other=0.0)
     else:
-        gate, last = load_gate(decay, start, length, heads, head, DK, 0, COLUMNS, KIND)
+        gate, last = load_gate(decay, start, length, heads, head, DK, 0, COLUMNS, KIND, PRECISION)
         rest = last - gate
     return gate, rest, last
 
@@ -205,9 +224,9 @@ def decayed(tile, log, KIND: tl.constexpr):
     if KIND == NONE:
         return tile
     elif KIND == VECTOR:
-        return tile * tl.exp(log)
+        return tile * exp(log)
     else:
-        return tile * tl.exp(log)[:, None]
+        return tile * exp(log)[:, None]
 
 
 @triton.jit
@@ -216,9 +235,9 @@ def decayed_state(state, last, KIND: tl.constexpr):
     if KIND == NONE:
         return state
     elif KIND == VECTOR:
-        return state * tl.exp(last)[:, None]
+        return state * exp(last)[:, None]
     else:
-        return state * tl.exp(last)
+        return state * exp(last)
 
 
 @triton.jit
@@ -230,7 +249,7 @@ def read_state(rows, log, state, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """
     product = dot(rows, state, PRECISION)
     if KIND == HEAD or KIND == SCALAR:
-        product *= tl.exp(log)[:, None]
+        product *= exp(log)[:, None]
     return product
 
 
@@ -238,7 +257,7 @@ def read_state(rows, log, state, KIND: tl.constexpr, PRECISION: tl.constexpr):
 def write_state(rows, log, values, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """(e^log ⊙ rows)ᵀ · values: (Dk, CHUNK) by (CHUNK, Dv)."""
     if KIND == HEAD or KIND == SCALAR:
-        values = values * tl.exp(log)[:, None]
+        values = values * exp(log)[:, None]
     return dot(tl.trans(rows), values, PRECISION)
 
 
@@ -257,4 +276,4 @@ def pair_decay(gate):
     rows = tl.arange(0, CHUNK)
     causal = rows[:, None] >= rows[None, :]
     log = tl.where(causal, gate[:, None] - gate[None, :], 0.0)
-    return tl.where(causal, tl.exp(log), 0.0)
+    return tl.where(causal, exp(log), 0.0)

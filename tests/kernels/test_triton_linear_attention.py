@@ -12,7 +12,7 @@ from itertools import cycle, product
 import pytest
 import torch
 
-from kernels import linear_attention
+from kernels import check, linear_attention
 from kernels.segments import apply_segment, segment_state
 from tests.kernels.agreement import assert_agrees, assert_close, bounds, device_of
 from tests.kernels.test_linear_attention import (
@@ -48,7 +48,7 @@ WALK = list(
 )
 
 
-def check(case, dims, heads, dtype, packed):
+def agrees(case, dims, heads, dtype, packed):
     inputs, cu_seqlens, rows_used = of_grid(case, dims, heads, packed)
     assert_agrees(
         partial(in_triton, cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(DEVICE)),
@@ -62,7 +62,7 @@ def check(case, dims, heads, dtype, packed):
 
 @pytest.mark.parametrize(("case", "dims", "heads", "dtype", "packed"), WALK)
 def test_agrees_with_its_definition(case, dims, heads, dtype, packed, poisoned_memory):
-    check(case, dims, heads, dtype, packed)
+    agrees(case, dims, heads, dtype, packed)
 
 
 # Hours in the interpreter: asked for by name only.
@@ -75,7 +75,15 @@ WHOLE_GRID = product(ROWS, LENGTHS) if os.environ.get("WHOLE_GRID") == "1" else 
 @pytest.mark.parametrize("dims", [*product((16, 60, 64, 128), repeat=2)])
 @pytest.mark.parametrize("case", WHOLE_GRID)
 def test_agrees_on_the_whole_grid(case, dims, dtype, packed, poisoned_memory):
-    check(case, dims, (1, 2), dtype, packed)
+    agrees(case, dims, (1, 2), dtype, packed)
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "gla", "kda"])
+def test_fp32_is_no_more_than_twice_as_wrong_as_plain_torch(mixer, monkeypatch):
+    monkeypatch.setattr("kernels.linear_attention", partial(linear_attention, backend="triton"))
+    torch.manual_seed(0)
+    (case,) = (c for c in check.cases() if c.name == f"linear_attention: {mixer}")
+    assert not [e for e in check.errors(case, torch.float32, DEVICE) if e.bad]
 
 
 @pytest.mark.parametrize(("decay", "delta"), ROWS)
