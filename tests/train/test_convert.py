@@ -236,8 +236,9 @@ def test_what_a_layer_cannot_become_is_said(pattern: list[str], said: str) -> No
     assert "\n" not in str(error.value)
 
 
-def test_a_layer_with_a_window_is_left_alone() -> None:
-    local = {"kind": "attention", "window": 7}
+@pytest.mark.parametrize("change", [{"window": 7}, {"conv_size": 4}])
+def test_a_layer_with_a_window_or_a_convolution_is_left_alone(change: dict[str, int]) -> None:
+    local = {"kind": "attention", **change}
     config = ModelConfig(pattern=["local", "attention"], layers=LAYERS, mixers={"local": local})
     assert hybrid(config, ["local", "liger"]).blocks == ["local", "liger"] * 2
     with pytest.raises(ConfigError, match="only attention without a window"):

@@ -257,6 +257,11 @@ def test_a_model_that_transformers_has_not_goes_through_our_own_format(tmp_path:
             "gated_deltanet.conv_size is 0",
         ),
         (
+            "qwen3",
+            config(["attention"], {"attention": attention(output_gate=False, conv_size=4)}),
+            "model.mixers.attention.conv_size is 4",
+        ),
+        (
             "qwen3_next",
             config(["gated_deltanet", "kda"], {"gated_deltanet": GDN}),
             "model.pattern names 'kda'",

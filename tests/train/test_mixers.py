@@ -38,6 +38,7 @@ TINY = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "attention-window": {"window": 5, "rotary_fraction": 0.5, "qk_norm_over": "heads"},
     "attention-nope": {"rotary_fraction": 0.0, "output_gate": False, "qkv_bias": True},
+    "attention-conv": {"conv_size": 4},
     "liger": {"window": 5, "gate_pool": 2},
     "deltanet-gate": {"output_gate": True, "negative_eigenvalues": True},
     "gated_deltanet-bare": {"conv_size": 0, "negative_eigenvalues": True},
@@ -46,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mamba2-groups": {"groups": 2, "heads": 4},
 }
 KINDS = list(dict.fromkeys([*mixers.names(), *OPTIONS]))
-GROWING = {"attention", "attention-nope"}  # their cache holds every token
+GROWING = {"attention", "attention-nope", "attention-conv"}  # their cache holds every token
 
 
 def config(kind: str, **changes: Any) -> ModelConfig:

@@ -79,10 +79,10 @@ def hybrid(config: ModelConfig, pattern: list[str]) -> ModelConfig:
                 f"--pattern names {wanted!r} where the model has {held!r}; a layer stays, or "
                 f"becomes {' or '.join(RECIPES)}"
             )
-        if kind != "attention" or given.window is not None:
+        if kind != "attention" or given.window is not None or given.conv_size:
             raise ConfigError(
                 f"--pattern makes layer {layer} a {wanted}; in the model it is {held!r}, and "
-                "only attention without a window can become one"
+                "only attention without a window or a short convolution can become one"
             )
         known = {field.name for field in dataclasses.fields(RECIPES[wanted].Config)}
         kept = {k: v for k, v in config.mixers.get(held, {}).items() if k in known - {"window"}}

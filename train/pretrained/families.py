@@ -89,6 +89,7 @@ class Family:
             "qk_norm": self.qk_norm is not None,
             "qkv_bias": self.bias,
             "output_gate": self.gate,
+            "conv_size": 0,
         }
         if self.qk_norm and settings.qk_norm:
             wanted["qk_norm_over"] = self.qk_norm

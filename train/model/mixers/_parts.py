@@ -67,32 +67,18 @@ class LinearMixer(mixers.Mixer):
         self.widths = [key_dim, key_dim, self.value_dim]
 
         self.qkv = nn.Linear(model.dim, sum(self.widths), bias=False)
-        size = config.conv_size
-        self.conv = nn.Parameter(torch.empty(sum(self.widths), size)) if size else None
+        self.conv = short_filters(sum(self.widths), config.conv_size)
         self.conv_bias: nn.Parameter | None = None
         self.out = nn.Linear(self.value_dim, model.dim, bias=False)
 
     def reset_parameters(self) -> None:
-        if self.conv is not None:
-            bound = self.conv.shape[1] ** -0.5
-            nn.init.uniform_(self.conv, -bound, bound)
+        reset_filters(self.conv)
 
     def project(
         self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v by head, after the short convolution and SiLU if there is one."""
-        qkv = self.qkv(x)
-        if self.conv is not None:
-            qkv, halo = parallel.short_convolution(
-                qkv,
-                self.conv,
-                shard,
-                bias=self.conv_bias,
-                initial_state=None if cache is None else cache.get("conv"),
-                output_final_state=cache is not None,
-            )
-            if cache is not None and halo is not None:
-                cache["conv"] = halo
+        qkv = convolved(self.qkv(x), self.conv, self.conv_bias, shard, cache)
         q, k, v = qkv.split(self.widths, dim=-1)
         return by_head(q, self.heads), by_head(k, self.heads), by_head(v, self.value_heads)
 
@@ -100,6 +86,41 @@ class LinearMixer(mixers.Mixer):
         return flops.linear_attention(
             lengths, self.value_heads, self.head_dim, self.value_head_dim, self.delta
         )
+
+
+def short_filters(channels: int, size: int) -> nn.Parameter | None:
+    """Filters of a short convolution over `size` tokens; None without one."""
+    return nn.Parameter(torch.empty(channels, size)) if size else None
+
+
+def reset_filters(filters: Tensor | None) -> None:
+    """As `nn.Conv1d` begins."""
+    if filters is not None:
+        bound = filters.shape[1] ** -0.5
+        nn.init.uniform_(filters, -bound, bound)
+
+
+def convolved(
+    x: Tensor,
+    filters: Tensor | None,
+    bias: Tensor | None,
+    shard: Shard,
+    cache: dict[str, Tensor] | None,
+) -> Tensor:
+    """`x` after the short convolution and SiLU; `x` itself without filters."""
+    if filters is None:
+        return x
+    x, halo = parallel.short_convolution(
+        x,
+        filters,
+        shard,
+        bias=bias,
+        initial_state=None if cache is None else cache.get("conv"),
+        output_final_state=cache is not None,
+    )
+    if cache is not None and halo is not None:
+        cache["conv"] = halo
+    return x
 
 
 def recur(

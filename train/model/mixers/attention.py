@@ -17,6 +17,7 @@ from kernels import flops
 from parallel import Shard
 from train.model import mixers
 from train.model.config import ModelConfig, require_positive
+from train.model.mixers._parts import convolved, reset_filters, short_filters
 from train.model.norm import RMSNorm
 
 
@@ -48,10 +49,13 @@ class Projections:
 @dataclass
 class Config(Projections):
     window: int | None = setting(None, "tokens that a token sees, itself included (null: all)")
+    conv_size: int = setting(0, "tokens under a short convolution over q, k and v; 0 for none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "window")
+        if self.conv_size < 0:
+            raise ConfigError(f"conv_size is {self.conv_size}; it must not be negative")
 
 
 class ProjectedMixer(mixers.Mixer):
@@ -89,7 +93,11 @@ class ProjectedMixer(mixers.Mixer):
 
     def project_unturned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same without rotary embedding."""
-        q, k, v = self.qkv(x).split(self.widths, dim=-1)
+        return self.by_head(self.qkv(x))
+
+    def by_head(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v side by side, to heads with their norms."""
+        q, k, v = qkv.split(self.widths, dim=-1)
         if self.norm_over == "heads":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
@@ -119,9 +127,14 @@ class Mixer(ProjectedMixer):
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
         self.window = config.window
+        self.conv = short_filters(sum(self.widths), config.conv_size)
+
+    def reset_parameters(self) -> None:
+        reset_filters(self.conv)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
-        q, k, v = self.project(x, shard)
+        q, k, v = self.by_head(convolved(self.qkv(x), self.conv, None, shard, cache))
+        q, k = self.turn(q, shard), self.turn(k, shard)
         return self.finish(attend(q, k, v, shard, cache, self.window), x)
 
     def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
