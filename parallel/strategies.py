@@ -281,7 +281,7 @@ def zeppelin_states(case: Case) -> Outcome:
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     model, weigh = case.model, case.costs().with_heads_together()
     room = (1 + case.slack) * case.share
-    limits = placing.Limits(nodes=1.0, ranks=1.0, tokens=1.15)
+    limits = placing.Limits(nodes=1.0, tokens=1.15)
     prices = Prices(case.lengths, case.topology, weigh, settled=True)
     owners = placing.balanced(prices, room, limits)
     order = arrange(case.lengths, owners, case.topology)
