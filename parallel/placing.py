@@ -235,8 +235,10 @@ class _Placing:
     @staticmethod
     def _window(load: Array, filled: Array, spread: int) -> int:
         """The first of `spread` adjacent nodes with the least load, among those with room."""
-        view = np.lib.stride_tricks.sliding_window_view
-        load, filled = view(load, spread).max(axis=1), view(filled, spread).max(axis=1)
+        firsts = len(load) - spread + 1
+        load, filled = (
+            np.maximum.reduce([x[i : i + firsts] for i in range(spread)]) for x in (load, filled)
+        )
         fits = filled <= 1
         return int(np.where(fits, load, np.inf).argmin() if fits.any() else filled.argmin())
 

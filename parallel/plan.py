@@ -26,15 +26,17 @@ __all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Top
 
 Strategy = Literal["balanced", "ring", "even", "allgather"]
 
-# Placings that are tried. The longer one sequence may keep its ranks busy beside the even share,
-# the fewer ranks share it and the less moves; and where a node may hold more than its share of
-# tokens, fewer sequences are shared. The cheapest is taken, or the first that is good enough.
+# Placings that are tried, the likeliest first. The longer one sequence may keep its ranks busy
+# beside the even share, the fewer ranks share it and the less moves; and where a node may hold
+# more than its share of tokens, fewer sequences are shared. The cheapest is taken, or the first
+# that is good enough.
 _LIMITS = (
-    Limits(nodes=1.25, tokens=1.0),
     Limits(nodes=1.6, tokens=1.0),
-    Limits(nodes=1.0, tokens=1.04),
-    Limits(nodes=1.6, tokens=1.2),
+    Limits(nodes=1.25, tokens=1.0),
+    Limits(nodes=2.0, tokens=1.0),
     Limits(nodes=1.25, tokens=1.2),
+    Limits(nodes=1.6, tokens=1.2),
+    Limits(nodes=1.0, tokens=1.04),
     Limits(nodes=3.2, tokens=1.0),
 )
 _ENOUGH = 1.03  # of perfectly even
