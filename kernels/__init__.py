@@ -7,7 +7,7 @@ from kernels.linear_attention import linear_attention
 from kernels.norm import rms_norm
 from kernels.rotary import rotary_embedding
 from kernels.segments import apply_segment, compose_segments, segment_state
-from kernels.softmax_attention import softmax_attention
+from kernels.softmax_attention import softmax_attention, softmax_attention_backward
 
 __all__ = [
     "apply_segment",
@@ -20,5 +20,6 @@ __all__ = [
     "segment_state",
     "short_convolution",
     "softmax_attention",
+    "softmax_attention_backward",
     "token_cross_entropy",
 ]

@@ -62,7 +62,7 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, raw_lse, chance = ctx.saved_tensors
-        packed, width = ctx.packed, out.shape[2]
+        packed = ctx.packed
         if do is None:
             do = out.new_zeros(*out.shape[:2], v.shape[2])
         if dlse is not None:
@@ -72,15 +72,41 @@ class FlashAttention(torch.autograd.Function):
             do, out = _widened(do, width).clone(), _widened(out, width).clone()
             do[..., -1] = 1
             out[..., -1] = dlse.masked_fill(raw_lse.t().isposinf(), 0).neg()
-        inputs = (_widened(x, width) for x in (do, out, q, k, v))
-        gradients = _backward(*inputs, lse=raw_lse, chance=chance, p=packed)
-        results = []
-        for x, gradient, cu_seqlens in zip(
-            (q, k, v), gradients, (packed.cu_q, packed.cu_k, packed.cu_k), strict=True
-        ):
-            foreign = ~_owned(cu_seqlens, len(x))[:, None, None]
-            results.append(gradient[..., : x.shape[2]].masked_fill(foreign, 0))
-        return *results, None
+        return *_gradients(do, q, k, v, out, raw_lse, chance, packed), None
+
+
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packed: Packed
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, from o and lse as `FlashAttention` gives them, or of wider rows."""
+    raw_lse = lse.t().masked_fill(lse.t().isneginf(), float("inf")).contiguous()
+    chance = torch.empty(2, dtype=torch.uint64, device=q.device)  # there is no dropout
+    return _gradients(do, q, k, v, o, raw_lse, chance, packed)
+
+
+def _gradients(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    raw_lse: Tensor,
+    chance: Any,
+    p: Packed,
+) -> tuple[Tensor, ...]:
+    """From what the kernels gave themselves; do and out may be wider than v."""
+    width = _rounded(max(q.shape[2], do.shape[2]))
+    inputs = (_widened(x, width) for x in (do, out, q, k, v))
+    results = []
+    for x, gradient, cu_seqlens in zip(
+        (q, k, v),
+        _backward(*inputs, lse=raw_lse, chance=chance, p=p),
+        (p.cu_q, p.cu_k, p.cu_k),
+        strict=True,
+    ):
+        foreign = ~_owned(cu_seqlens, len(x))[:, None, None]
+        results.append(gradient[..., : x.shape[2]].masked_fill(foreign, 0))
+    return tuple(results)
 
 
 def _rounded(width: int) -> int:

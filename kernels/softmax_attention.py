@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import flash
-from kernels.packing import accumulation_dtype, check_cu_seqlens, device_bounds, host_bounds
-
-# Query rows that share one mask under a sliding window: each block of them looks at
-# window + WINDOW_ROWS − 1 keys.
-WINDOW_ROWS = 256
+from kernels import attention_tiles, flash
+from kernels.packing import check_cu_seqlens, device_bounds, host_bounds
 
 
 def softmax_attention(
@@ -71,130 +62,20 @@ def softmax_attention(
         cu_seqlens_k = cu_seqlens
     _check(q, k, v, cu_seqlens, cu_seqlens_k, causal, window)
     B, Tq, Hq, D = q.shape
-    Tk, Hk, Dv = v.shape[1:]
+    Dv = v.shape[3]
     scale = D**-0.5 if scale is None else scale
     if flash.usable(q, v) and q.numel() and k.numel():
-        cu_q, cu_k = (
-            device_bounds(B, T, cu, q.device).int()
-            for T, cu in ((Tq, cu_seqlens), (Tk, cu_seqlens_k))
-        )
-        if max_seqlen_k is None:
-            max_seqlen_k = max_seqlen
-        packed = flash.Packed(
-            cu_q,
-            cu_k,
-            max_q=_longest(max_seqlen, Tq, cu_seqlens),
-            max_k=_longest(max_seqlen_k, Tk, cu_seqlens_k),
-            causal=causal,
-            window=window,
-            scale=scale,
-        )
-        rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-        o, lse = flash.FlashAttention.apply(*rows, packed)
-        o = o.view(B, Tq, Hq, Dv)
-        return (o, lse.view(B, Tq, Hq)) if return_lse else o
-    q_bounds = host_bounds(B, Tq, cu_seqlens)
-    k_bounds = host_bounds(B, Tk, cu_seqlens_k)
-    o, lse = _SoftmaxAttention.apply(
-        q.reshape(B * Tq, Hq, D),
-        k.reshape(B * Tk, Hk, D),
-        v.reshape(B * Tk, Hk, Dv),
-        q_bounds,
-        k_bounds,
-        causal,
-        window,
-        scale,
-    )
+        longest = max_seqlen, max_seqlen_k
+        packed = _packed(q, k, cu_seqlens, cu_seqlens_k, longest, causal, window, scale)
+        o, lse = flash.FlashAttention.apply(*_rows(q, k, v), packed)
+    else:
+        tiling = _tiling(q, k, cu_seqlens, cu_seqlens_k, causal, window)
+        o, lse = attention_tiles.TiledAttention.apply(*_rows(q, k, v), tiling, scale)
     o = o.view(B, Tq, Hq, Dv)
     return (o, lse.view(B, Tq, Hq)) if return_lse else o
 
 
-def _longest(told: int | None, rows: int, cu_seqlens: Tensor | None) -> int:
-    if told is not None or cu_seqlens is None:
-        return rows if told is None else told
-    return int(cu_seqlens.diff().max())
-
-
-class _Tile(NamedTuple):
-    """Query rows × key rows of one sequence that are computed at once."""
-
-    q: slice
-    k: slice
-    causal: bool = False  # square: query i sees the keys up to i, counted inside the tile
-    lead: int | None = None  # band: query i sees the last `window` keys up to lead + i
-    merge: bool = False  # an earlier tile has the same queries
-
-
-def _tiles(
-    q_bounds: list[int], k_bounds: list[int], causal: bool, window: int | None, flash_tiles: bool
-) -> Iterator[_Tile]:
-    """Tiles that together cover what may be seen; no query of a tile sees nothing in it.
-
-    With `flash_tiles` a tile may have any number of queries, since no scores are stored.
-    """
-    for n in range(len(q_bounds) - 1):
-        q0, q1, k0, k1 = q_bounds[n], q_bounds[n + 1], k_bounds[n], k_bounds[n + 1]
-        if q0 == q1 or k0 == k1:
-            continue
-        if not causal:
-            step = q1 - q0 if flash_tiles else WINDOW_ROWS
-            for start in range(q0, q1, step):
-                yield _Tile(slice(start, min(start + step, q1)), slice(k0, k1))
-            continue
-        # The last `size` queries and keys face each other. Queries before them see
-        # nothing; keys before them are seen by all.
-        size = min(q1 - q0, k1 - k0)
-        first_q, first_k = q1 - size, k1 - size
-        if flash_tiles and (window is None or window >= k1 - k0):
-            if k0 < first_k:
-                yield _Tile(slice(q0, q1), slice(k0, first_k))
-            yield _Tile(slice(first_q, q1), slice(first_k, k1), causal=True, merge=k0 < first_k)
-            continue
-        for start in range(0, size, WINDOW_ROWS):
-            stop = min(start + WINDOW_ROWS, size)
-            oldest = k0 if window is None else max(first_k + start - window + 1, k0)
-            yield _Tile(
-                slice(first_q + start, first_q + stop),
-                slice(oldest, first_k + stop),
-                lead=first_k + start - oldest,
-            )
-
-
-def _band(tile: _Tile, window: int | None, like: Tensor) -> Tensor | None:
-    """What to add to the tile's scores: −inf outside the band."""
-    if tile.lead is None:
-        return None
-    own = torch.arange(tile.q.stop - tile.q.start, device=like.device).unsqueeze(1) + tile.lead
-    key = torch.arange(tile.k.stop - tile.k.start, device=like.device)
-    seen = key <= own
-    if window is not None:
-        seen &= key > own - window
-    return like.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-
-
-def _heads_first(x: Tensor, rows: slice, width: int) -> Tensor:
-    """Rows of (T, H, D) as (1, H, rows, width), zeros beyond D: the kernel wants one width."""
-    block = x[rows]
-    if block.shape[2] < width:
-        block = F.pad(block, (0, width - block.shape[2]))
-    return block.transpose(0, 1).unsqueeze(0)
-
-
-def _has_flash(x: Tensor) -> bool:
-    """Torch's flash kernel for CPUs; elsewhere (fp32 on a GPU, say) tiles are plain products."""
-    return x.device.type == "cpu"
-
-
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """o (1, H, rows, width) and lse (1, H, rows) of a tile, grouped heads side by side."""
-    s, values = _scores(q, k, mask, scale), v.to(accumulation_dtype(v.dtype)).unsqueeze(2)
-    lse = s.logsumexp(-1, keepdim=True)
-    return ((s - lse).exp() @ values).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)[..., 0]
-
-
-def _plain_backward(
+def softmax_attention_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -202,104 +83,102 @@ def _plain_backward(
     o: Tensor,
     lse: Tensor,
     *,
-    mask: Tensor | None,
-    scale: float,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a tile's q, k and v, given the whole rows' o and lse."""
-    groups = (k.shape[1], q.shape[1] // k.shape[1])
-    p = (_scores(q, k, mask, scale) - lse.unflatten(1, groups).unsqueeze(-1)).exp()
-    grouped = [x.to(p.dtype).unflatten(1, groups) for x in (do, o, q)]
-    keys, values = (x.to(p.dtype).unsqueeze(2) for x in (k, v))
-    ds = p * (grouped[0] @ values.mT - (grouped[0] * grouped[1]).sum(-1, keepdim=True)) * scale
-    dk, dv = (ds.mT @ grouped[2]).sum(2), (p.mT @ grouped[0]).sum(2)
-    return (ds @ keys).flatten(1, 2), dk, dv
+    """What the keys given here add to the gradients of a softmax over these and others.
+
+        p_ij = exp(s_ij − lse_i)        ds_ij = scale · p_ij · (⟨do_i, v_j⟩ − ⟨do_i, o_i⟩)
+        dq_i = Σ_j ds_ij k_j        dk_j = Σ_i ds_ij q_i        dv_j = Σ_i p_ij do_i
+
+    With o and lse of whole rows, and keys that are all or some of those that the rows saw: sums
+    over parts of the keys are the whole gradients. So a ring of ranks needs no part's own o.
+
+    Args:
+        do, o: (B, Tq, Hq, Dv), in the dtype of v.
+        lse: (B, Tq, Hq), fp32 (fp64 for fp64 inputs).
+        q, k, v and the rest: as in `softmax_attention`.
+
+    Returns:
+        dq, dk, dv, like q, k, v; zero in rows of no sequence.
+
+    Raises:
+        ValueError: shapes or arguments do not fit together.
+
+    Source: FlashAttention-2, Dao 2023 (arXiv 2307.08691), algorithm 2.
+    """
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    _check(q, k, v, cu_seqlens, cu_seqlens_k, causal, window)
+    wanted = (*q.shape[:3], v.shape[3])
+    if do.shape != wanted or o.shape != wanted or lse.shape != wanted[:3]:
+        raise ValueError(
+            f"do and o must be {wanted} and lse {wanted[:3]}; got {tuple(do.shape)}, "
+            f"{tuple(o.shape)} and {tuple(lse.shape)}"
+        )
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    do, q_rows, k_rows, v_rows, o, lse = _rows(do, q, k, v, o, lse)
+    if flash.usable(q, v) and q.numel() and k.numel():
+        longest = max_seqlen, max_seqlen_k
+        packed = _packed(q, k, cu_seqlens, cu_seqlens_k, longest, causal, window, scale)
+        found = flash.backward(do, q_rows, k_rows, v_rows, o, lse, packed)
+    else:
+        tiling = _tiling(q, k, cu_seqlens, cu_seqlens_k, causal, window)
+        found = attention_tiles.backward(do, q_rows, k_rows, v_rows, o, lse, tiling, scale)
+    dq, dk, dv = (x.view_as(like) for x, like in zip(found, (q, k, v), strict=True))
+    return dq, dk, dv
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(1, Hk, Hq / Hk, rows, keys), at least fp32."""
-    dtype = accumulation_dtype(q.dtype)
-    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
-    s = grouped @ k.to(dtype).unsqueeze(2).mT * scale
-    return s if mask is None else s + mask
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """(B, T, …) as the one stream (B · T, …)."""
+    return [x.reshape(-1, *x.shape[2:]) for x in tensors]
 
 
-class _SoftmaxAttention(torch.autograd.Function):
-    """Tile by tile, on any device."""
+def _tiling(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> attention_tiles.Tiling:
+    sides = (q, cu_seqlens), (k, cu_seqlens_k)
+    q_bounds, k_bounds = (host_bounds(len(x), x.shape[1], cu) for x, cu in sides)
+    return attention_tiles.Tiling(q_bounds, k_bounds, causal, window)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_bounds: list[int],
-        k_bounds: list[int],
-        causal: bool,
-        window: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        width = max(q.shape[2], v.shape[2])
-        o = v.new_zeros(*q.shape[:2], v.shape[2])
-        lse = q.new_full(q.shape[:2], float("-inf"), dtype=accumulation_dtype(q.dtype))
-        with_flash = _has_flash(q)
-        for tile in _tiles(q_bounds, k_bounds, causal, window, with_flash):
-            inputs: list[Any] = [
-                _heads_first(x, rows, width) for x, rows in ((q, tile.q), (k, tile.k), (v, tile.k))
-            ]
-            band = _band(tile, window, q)
-            if with_flash:
-                part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    *inputs, 0.0, tile.causal, attn_mask=band, scale=scale
-                )
-            else:
-                part, part_lse = _plain(*inputs, mask=band, scale=scale)
-            part, part_lse = part[0].transpose(0, 1)[..., : v.shape[2]], part_lse[0].t()
-            rows = tile.q
-            if tile.merge:
-                merged = torch.logaddexp(lse[rows], part_lse)
-                o[rows] *= (lse[rows] - merged).exp().unsqueeze(-1)
-                part, part_lse = part * (part_lse - merged).exp().unsqueeze(-1), merged
-                o[rows] += part
-            else:
-                o[rows] = part
-            lse[rows] = part_lse
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.tiling, ctx.scale = (q_bounds, k_bounds, causal, window), scale
-        ctx.set_materialize_grads(False)
-        return o, lse
 
-    @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        width = max(q.shape[2], v.shape[2])
-        if do is None:
-            do = torch.zeros_like(o)
-        if dlse is not None:
-            # ds = p ⊙ (do·v − ⟨do, o⟩ + dlse), and the kernel knows no dlse. A channel more,
-            # with 1 in do, −dlse in o and 0 in v, puts it into ⟨do, o⟩ and nowhere else.
-            width = -(-(width + 1) // 8) * 8
-            do = F.pad(do, (0, width - do.shape[2]))
-            o = F.pad(o, (0, width - o.shape[2]))
-            do[..., -1] = 1
-            o[..., -1] = -dlse
-        dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
-        with_flash = _has_flash(q)
-        q_bounds, k_bounds, causal, window = ctx.tiling
-        for tile in _tiles(q_bounds, k_bounds, causal, window, with_flash):
-            sides = ((do, tile.q), (q, tile.q), (k, tile.k), (v, tile.k), (o, tile.q))
-            inputs: list[Any] = [_heads_first(x, rows, width) for x, rows in sides]
-            inputs.append(lse[tile.q].t().unsqueeze(0))
-            band = _band(tile, window, q)
-            if with_flash:
-                parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    *inputs, 0.0, tile.causal, attn_mask=band, scale=ctx.scale
-                )
-            else:
-                parts = _plain_backward(*inputs, mask=band, scale=ctx.scale)
-            places = ((dq, tile.q), (dk, tile.k), (dv, tile.k))
-            for (total, rows), part in zip(places, parts, strict=True):
-                total[rows] += part[0].transpose(0, 1)[..., : total.shape[2]]
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    longest: tuple[int | None, int | None],
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> flash.Packed:
+    sides = (q, cu_seqlens), (k, cu_seqlens_k)
+    cu_q, cu_k = (device_bounds(len(x), x.shape[1], cu, q.device).int() for x, cu in sides)
+    return flash.Packed(
+        cu_q,
+        cu_k,
+        max_q=_longest(longest[0], q.shape[1], cu_seqlens),
+        max_k=_longest(longest[0] if longest[1] is None else longest[1], k.shape[1], cu_seqlens_k),
+        causal=causal,
+        window=window,
+        scale=scale,
+    )
+
+
+def _longest(told: int | None, rows: int, cu_seqlens: Tensor | None) -> int:
+    if told is not None or cu_seqlens is None:
+        return rows if told is None else told
+    return int(cu_seqlens.diff().max())
 
 
 def _check(

@@ -1,15 +1,16 @@
 """The state that enters a fragment whose sequence began on other ranks.
 
-Every rank's part of the sequence acts on the state as S_out = M · S_in + E (kernels.segments).
-Ranks compose these maps with those of the rank 1, 2, 4, … before them, so that after
-⌈log₂ n⌉ rounds each of the n ranks that share a sequence has composed all that precede it. A
-composition that reaches back to the sequence's start acts on the zero state: its E is the
-state, and no M travels. Maps are fp32 (fp64 for fp64 tokens) on the wire too.
+Every rank's part of the sequence acts on the state as S_out = M · S_in + E (kernels.segments),
+each head by itself. The ranks that share a sequence divide its heads: each but the first is
+told its heads' maps of all of them, composes these, and tells each rank the state that enters
+it. So two messages go between any two of them, whatever their number; together a rank sends
+about one map and one state. Nothing enters the first rank, so no M of it travels, and nothing
+follows the last. Maps are fp32 (fp64 for fp64 tokens) on the wire too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.packing import accumulation_dtype
-from kernels.segments import apply_segment, compose_segments
+from kernels.segments import compose_segments
 from parallel.exchange import post
+from parallel.heads import shares
 
 
 class Links(NamedTuple):
@@ -35,6 +37,16 @@ class Links(NamedTuple):
     after: int
     through: bool
 
+    @property
+    def lead(self) -> int:
+        """Ranks that hold earlier tokens of the sequence of its last fragment."""
+        return self.before if self.through else 0
+
+    @property
+    def trail(self) -> int:
+        """Ranks that hold later tokens of the sequence of its first fragment."""
+        return self.after if self.through else 0
+
     def mirrored(self) -> Links:
         """The same seen from the other end, as the backward pass goes."""
         return self._replace(before=self.after, after=self.before)
@@ -47,7 +59,7 @@ class Shapes(NamedTuple):
     E: torch.Size
 
 
-Map = tuple[Tensor | None, Tensor]  # M is None where the zero state enters
+Map = list[Tensor]  # E and M, or E alone where the zero state enters
 
 
 class Recurrence(NamedTuple):
@@ -105,7 +117,7 @@ class _Enter(torch.autograd.Function):
         M, own = None, None
         if links.after:
             M, E = recurrence.segment(*tails)
-            own = (M if links.through else None, E)
+            own = [E, M] if links.lead else [E]
         state = compose(own, links, 1, shapes, through, group)
         ctx.recurrence, ctx.links, ctx.last, ctx.group = recurrence, links, last, group
         ctx.shapes = shapes
@@ -119,8 +131,9 @@ class _Enter(torch.autograd.Function):
         links: Links = ctx.links
         own: Map | None = None
         if links.before:
-            transposed = M.mT.contiguous() if M is not None and M.dim() == 4 else M
-            own = (transposed if links.through else None, dstate)
+            own = [dstate]
+            if links.trail:
+                own.append(M.mT if M.dim() == 4 else M)
         dleaving = compose(own, links.mirrored(), -1, ctx.shapes, through, ctx.group)
         if not links.after:
             return None, None, None, None, dthrough, *[None] * len(inputs)
@@ -162,40 +175,64 @@ def compose(
         step: 1 if earlier ranks come before, −1 if later ones do.
         like: a tensor of the layer, for device and dtype.
     """
-    dtype = accumulation_dtype(like.dtype)
-    empty: Callable[[torch.Size], Tensor] = lambda shape: torch.empty(  # noqa: E731
-        shape, dtype=dtype, device=like.device
-    )
-    behind: Map | None = None  # the composition of as many maps before as are known
-    distance = 1
-    while distance <= max(links.before, links.after):
-        sends, receives, arriving = {}, {}, None
-        if links.after >= distance:
-            assert own is not None
-            M, E = _after(own, behind) if links.through else own
-            whole = not links.through or links.before < distance
-            sends[links.rank + step * distance] = (
-                [E.contiguous()] if whole or M is None else [E.contiguous(), M.contiguous()]
-            )
-        if links.before >= distance:
-            # The sender knows the `distance` maps up to its own, or all of them.
-            whole = links.before < 2 * distance
-            arriving = (None if whole else empty(shapes.M), empty(shapes.E))
-            receives[links.rank - step * distance] = [x for x in arriving[::-1] if x is not None]
-        post(sends, receives, group)()
-        if arriving is not None:
-            behind = arriving if behind is None else _after(behind, arriving)
-        distance *= 2
-    if behind is None:
+    dtype, heads = accumulation_dtype(like.dtype), shapes.E[1]
+
+    def empty(shape: torch.Size, run: slice) -> Tensor:
+        size = (1, run.stop - run.start, *shape[2:])
+        return torch.empty(size, dtype=dtype, device=like.device)
+
+    def rank_at(place: int) -> int:  # in the sequence of the first fragment
+        return links.rank + step * (place - links.before)
+
+    # This rank's map to those that compose the sequence of its last fragment.
+    sends = {}
+    if links.after:
+        assert own is not None
+        for place, run in _composers(links.lead + links.after, heads).items():
+            peer = links.rank + step * (place - links.lead)
+            sends[peer] = [x[:, run].contiguous() for x in own]
+    # What this rank composes itself, of the sequence of its first fragment.
+    last = links.before + links.trail
+    composers = _composers(last, heads) if links.before else {}
+    mine = composers.get(links.before)
+    maps: list[Map] = []
+    if mine is not None:
+        for place in range(last):
+            maps.append([empty(shapes.E, mine), *([empty(shapes.M, mine)] if place else [])])
+    if links.rank in sends:
+        maps[links.before] = sends.pop(links.rank)
+    others = [place for place in range(len(maps)) if place != links.before]
+    post(sends, {rank_at(place): maps[place] for place in others}, group)()
+
+    states = dict(enumerate(_states(maps), start=1))
+    parts = {place: empty(shapes.E, run) for place, run in composers.items()}
+    post(
+        {rank_at(place): [x] for place, x in states.items() if place != links.before},
+        {rank_at(place): [x] for place, x in parts.items() if place != links.before},
+        group,
+    )()
+    if mine is not None:
+        parts[links.before] = states[links.before]
+    if not parts:
         return torch.zeros(shapes.E, dtype=dtype, device=like.device)
-    return behind[1]
+    return torch.cat(list(parts.values()), dim=1)
 
 
-def _after(second: Map, first: Map | None) -> Map:
-    if first is None:
-        return second
-    (M2, E2), (M1, E1) = second, first
-    assert M2 is not None
-    if M1 is None:
-        return None, apply_segment(M2, E2, E1)
-    return compose_segments((M2, E2), (M1, E1))
+def _composers(last: int, heads: int) -> dict[int, slice]:
+    """The heads of each of the places 1 to `last` that composes any, in the order of heads."""
+    return {1 + takers[0]: slice(*run) for run, takers in shares(heads, last)}
+
+
+def _states(maps: Sequence[Map]) -> Sequence[Tensor]:
+    """E of the first map, of the first two composed, of the first three, …"""
+    if len(maps) < 2:
+        return [E for (E,) in maps]
+    E = torch.cat([one[0] for one in maps])
+    M = torch.cat([one[-1] for one in [maps[1], *maps[1:]]])  # the first one's is not used
+    distance = 1
+    while distance < len(maps):
+        # M and E come to be of up to twice as many maps, each with those before it.
+        later = compose_segments((M[distance:], E[distance:]), (M[:-distance], E[:-distance]))
+        M, E = (torch.cat([x[:distance], y]) for x, y in zip((M, E), later, strict=True))
+        distance *= 2
+    return E.split(1)

@@ -42,12 +42,15 @@ class Owners:
         owner: int64 (N,), by place in the batch: a rank that holds the sequence whole, or
             −1 − i for ring i.
         grids: the ranks of each ring, int64 (nodes, seats a node, slices): see `Ring`.
-        seconds: of the busiest rank in one layer, forward and backward, by estimate.
     """
 
     owner: Array
     grids: list[Array] = field(default_factory=list)
-    seconds: float = np.inf
+
+    @property
+    def key(self) -> bytes:
+        """Alike for placings that are alike."""
+        return b"".join(x.tobytes() for x in (self.owner, *self.grids))
 
 
 def even(count: int, topology: Topology) -> Owners:
@@ -80,12 +83,11 @@ class Limits(NamedTuple):
     """How far from even a placing may go, each as a multiple of the mean.
 
     Attributes:
-        nodes, ranks: seconds at which a sequence is spread over more nodes, more ranks.
+        nodes: seconds at which a sequence is spread over more nodes.
         tokens: of a node. What it holds too much crosses between nodes in every layer.
     """
 
     nodes: float
-    ranks: float
     tokens: float
 
 
@@ -98,7 +100,7 @@ def balanced(prices: Prices, room: float, limits: Limits) -> Owners:
     lengths, topology = prices.lengths, prices.topology
     placing = _Placing(prices, room)
     share = float(lengths.sum()) / topology.ranks
-    node_room, reach = min(room, limits.tokens * share), limits.ranks
+    node_room = min(room, limits.tokens * share)
     by_length = np.argsort(-lengths, kind="stable")
     by_length = by_length[lengths[by_length] > 0]
     inside = placing.over_nodes(by_length, limits.nodes, node_room)
@@ -106,10 +108,10 @@ def balanced(prices: Prices, room: float, limits: Limits) -> Owners:
     small = topology.ranks % topology.ranks_per_node
     if topology.nodes - bool(small):
         full = np.arange(topology.nodes - bool(small))
-        placing.inside_nodes(inside, full, topology.ranks_per_node, reach)
+        placing.inside_nodes(inside, full, topology.ranks_per_node)
     if small:
-        placing.inside_nodes(inside, np.array([last]), small, reach)
-    owners = Owners(placing.owner, placing.grids, float(placing.seconds.max()))
+        placing.inside_nodes(inside, np.array([last]), small)
+    owners = Owners(placing.owner, placing.grids)
     return owners if prices.settled else _in_step(owners, placing.tokens, topology)
 
 
@@ -145,7 +147,7 @@ def _in_step(owners: Owners, tokens: Array, topology: Topology) -> Owners:
     new[old] = np.arange(nodes)
     moved: Callable[[Array], Array] = lambda rank: new[rank // each] * each + rank % each  # noqa: E731
     owner = np.where(owners.owner >= 0, moved(np.maximum(owners.owner, 0)), owners.owner)
-    return Owners(owner, [moved(members) for members in owners.grids], owners.seconds)
+    return Owners(owner, [moved(members) for members in owners.grids])
 
 
 class _Placing:
@@ -180,6 +182,7 @@ class _Placing:
         load, held = np.zeros(self.topology.nodes), np.zeros(self.topology.nodes)
         wanted = self.level * self.sizes
         room = node_room * self.sizes
+        share = self.lengths.sum() / self.topology.ranks
         singly = min(len(by_length), max(256, _SINGLY * self.topology.nodes))
         wide = True
         for at in range(singly):
@@ -189,9 +192,11 @@ class _Placing:
                 spread = self._nodes_for(i, reach)
                 wide = spread > 1
             need = _LEVEL * (wanted - load) - (room - held) * worth[at]
-            need[held + n > room] = -np.inf
-            chosen = int(need.argmax())
-            if spread == 1 and need[chosen] > -np.inf:
+            fits = held + n <= room
+            if n <= share and not fits.any():  # too short to share: the emptiest takes it
+                need, fits = room - held, held + n <= self.room * self.sizes
+            chosen = int(np.where(fits, need, -np.inf).argmax())
+            if spread == 1 and fits[chosen]:
                 node[i] = chosen
                 load[chosen] += alone
                 held[chosen] += n
@@ -230,8 +235,10 @@ class _Placing:
     @staticmethod
     def _window(load: Array, filled: Array, spread: int) -> int:
         """The first of `spread` adjacent nodes with the least load, among those with room."""
-        view = np.lib.stride_tricks.sliding_window_view
-        load, filled = view(load, spread).max(axis=1), view(filled, spread).max(axis=1)
+        firsts = len(load) - spread + 1
+        load, filled = (
+            np.maximum.reduce([x[i : i + firsts] for i in range(spread)]) for x in (load, filled)
+        )
         fits = filled <= 1
         return int(np.where(fits, load, np.inf).argmin() if fits.any() else filled.argmin())
 
@@ -240,9 +247,7 @@ class _Placing:
         seconds = np.cumsum(self.alone[by_length][::-1])[::-1]
         return seconds / np.cumsum(self.lengths[by_length][::-1])[::-1]
 
-    def inside_nodes(
-        self, node: Array, nodes: Array, each: int, reach: float, least: int = 1
-    ) -> None:
+    def inside_nodes(self, node: Array, nodes: Array, each: int, least: int = 1) -> None:
         """Place the sequences of `nodes`, which have `each` ranks, all nodes in step.
 
         Where ranks overflow, whole sequences do not fill them well: such nodes begin anew
@@ -275,9 +280,7 @@ class _Placing:
         for step in range(singly):
             length, present = n[:, step, None], table[:, step] >= 0
             need = _LEVEL * (level - seconds) - (self.room - tokens) * worth[:, step, None]
-            good = (tokens + length <= self.room) & (
-                seconds + alone[:, step, None] <= reach * level
-            )
+            good = (tokens + length <= self.room) & (seconds + alone[:, step, None] <= level)
             alone_fits = good.any(axis=1) & (least == 1)
             chosen = np.where(alone_fits, np.where(good, need, -np.inf).argmax(axis=1), 0)
             shared = np.flatnonzero(present & ~alone_fits)
@@ -287,7 +290,7 @@ class _Placing:
                     seconds[shared],
                     tokens[shared],
                     need[shared],
-                    reach * level[shared],
+                    level[shared],
                     groups,
                     costs[shared, step],
                 )
@@ -306,7 +309,7 @@ class _Placing:
         self.seconds[ranks[~over]] = seconds[~over]
         self.tokens[ranks[~over]] = tokens[~over]
         if over.any():
-            self.inside_nodes(node, nodes[over], each, reach, min(2 * least, each))
+            self.inside_nodes(node, nodes[over], each, min(2 * least, each))
 
     def _share(
         self,

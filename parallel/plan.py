@@ -26,19 +26,22 @@ __all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Top
 
 Strategy = Literal["balanced", "ring", "even", "allgather"]
 
-# From placings that leave tokens where they lie to those that even out nothing but the work;
-# the cheapest is taken, or the first within `_ENOUGH` of perfectly even.
+# Placings that are tried, the likeliest first. The longer one sequence may keep its ranks busy
+# beside the even share, the fewer ranks share it and the less moves; and where a node may hold
+# more than its share of tokens, fewer sequences are shared. The cheapest is taken, or the first
+# that is good enough.
 _LIMITS = (
-    Limits(nodes=1.0, ranks=1.0, tokens=1.04),
-    Limits(nodes=1.3, ranks=1.1, tokens=1.04),
-    Limits(nodes=4.0, ranks=1.5, tokens=1.04),
-    Limits(nodes=1.15, ranks=1.0, tokens=1.15),
-    Limits(nodes=1.0, ranks=1.3, tokens=np.inf),
-    Limits(nodes=4.0, ranks=1.0, tokens=np.inf),
+    Limits(nodes=1.6, tokens=1.0),
+    Limits(nodes=1.25, tokens=1.0),
+    Limits(nodes=2.0, tokens=1.0),
+    Limits(nodes=1.25, tokens=1.2),
+    Limits(nodes=1.6, tokens=1.2),
+    Limits(nodes=1.0, tokens=1.04),
+    Limits(nodes=3.2, tokens=1.0),
 )
-_ENOUGH = 1.03
-_LARGE = 1 << 15  # ranks · sequences above which few placings are tried,
-_FEW = 2  # and of these only the best by their own estimate are built
+_ENOUGH = 1.03  # of perfectly even
+_LARGE = 1 << 15  # ranks · sequences above which
+_FEW = 3  # of them must do
 
 
 def plan(
@@ -94,18 +97,14 @@ def _cheapest(
     """The cheapest of a few placings, by the cost model."""
     room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
     prices = Prices(lengths, topology, costs, settled=not contiguous)
-    enough = _ENOUGH * prices.level
     large = len(lengths) * topology.ranks > _LARGE
-    placed = [
-        placing.balanced(prices, room, limits) for limits in (_LIMITS[:3] if large else _LIMITS)
-    ]
-    placed.sort(key=lambda owners: owners.seconds)
-    if large:
-        placed = placed[:_FEW]
-    else:
-        placed.append(placing.even(len(lengths), topology))
     best, least = None, np.inf
-    for owners in placed:
+    seen: set[bytes] = set()
+    for limits in _LIMITS[:_FEW] if large else _LIMITS:
+        owners = placing.balanced(prices, room, limits)
+        if owners.key in seen:
+            continue
+        seen.add(owners.key)
         order = arrange(lengths, owners, topology)
         found = build("balanced", lengths, owners, order, topology, contiguous)
         if not _fits(found, room):
@@ -115,7 +114,7 @@ def _cheapest(
         seconds = min(replace(layer, waves=waves).seconds for waves in _waves(found, costs))
         if seconds < least:
             best, least = found, seconds
-        if least <= enough:
+        if least <= _ENOUGH * prices.level:
             break
     if best is None:  # only an even split fits
         owners, order = placing.even(len(lengths), topology), np.arange(len(lengths))

@@ -8,7 +8,8 @@ softmax are merged by their log-sum-exp:
 
     lse = log Σ_p exp lse_p        o = Σ_p exp(lse_p − lse) · o_p
 
-The backward pass sends keys and values round once more. The gradients of a block add up behind
+The backward pass sends keys and values round once more; with o and lse of whole rows, each part
+of a softmax has its gradients by itself. The gradients of a block add up behind
 it, from member to member of a node; the last one there sends the node's sum to the owner. Sums
 are fp32 in place, and in the dtype of the tokens under way: they take at most one node's ranks.
 
@@ -204,8 +205,8 @@ class _Rings(torch.autograd.Function):
             for i, (step, *block) in enumerate(_round_trip(mine, k, v, ctx.group)):
                 sums = [torch.zeros_like(x, dtype=lse.dtype) for x in block]
                 for call in step.calls:
-                    rows = [q[call.q], *(x[call.k] for x in block)]
-                    part = _gradients(call, rows, do[call.q], o[call.q], lse[call.q])
+                    keys = (x[call.k] for x in block)
+                    part = _gradients(call, q[call.q], *keys, *(x[call.q] for x in (do, o, lse)))
                     _add([dq[call.q], *(total[call.k] for total in sums)], part)
                 if arrive is not None:
                     arrive(own if mine[i - 1].last else sums)
@@ -291,16 +292,15 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 
 def _gradients(
-    call: Call, rows: list[Tensor], do: Tensor, o: Tensor, lse: Tensor
+    call: Call, q: Tensor, k: Tensor, v: Tensor, do: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of the call's q, k, v, where o and lse are those of the whole softmax.
-
-    With the call's weight w = exp(lse_p − lse): do_p = w · do, dlse_p = w · ⟨do, o_p − o⟩.
-    """
-    leaves = [x.detach().requires_grad_() for x in rows]
-    with torch.enable_grad():
-        part, part_lse = _attend(call, *leaves)
-    weight = (part_lse.detach() - lse).exp_()
-    do = do.to(weight.dtype) * weight.unsqueeze(-1)
-    dlse = (do * (part.detach() - o)).sum(-1)
-    return torch.autograd.grad((part, part_lse), leaves, (do.to(part.dtype), dlse))
+    """Of the call's q, k, v, where do, o and lse are those of the whole softmax."""
+    found = kernels.softmax_attention_backward(
+        *(x.unsqueeze(0) for x in (do, q, k, v, o, lse)),
+        cu_seqlens=call.cu_seqlens,
+        cu_seqlens_k=call.cu_seqlens_k,
+        causal=call.causal,
+        max_seqlen=call.max_seqlen,
+        max_seqlen_k=call.max_seqlen_k,
+    )
+    return tuple(x[0] for x in found)

@@ -30,7 +30,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parallel import placing
-from parallel.cost import BACKWARD, TRAVEL, Costs, LayerPrice, price, ring_travel
+from parallel.cost import (
+    BACKWARD,
+    TRAVEL,
+    Costs,
+    LayerPrice,
+    Traffic,
+    move_time,
+    price,
+    ring_travel,
+)
+from parallel.heads import shares
 from parallel.layout import Array, Plan, Topology
 from parallel.models import Cluster, Model, costs
 from parallel.ordering import arrange
@@ -156,32 +166,45 @@ def price_plan(case: Case, made: Plan) -> Outcome:
 
 
 def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
-    """Seconds and bytes (inside, between) of one linear layer's states, forward and backward.
+    """Seconds and bytes (inside, between) of one linear layer's states, forward and backward."""
+    costs, ranks = case.costs(routed=False), case.topology.ranks
+    bounds = shard_bounds(int(made.cu_seqlens[-1]), ranks)
+    first, last = (
+        np.searchsorted(bounds, token, side="right") - 1
+        for token in (made.cu_seqlens[:-1], made.cu_seqlens[1:] - 1)
+    )
+    seconds, traffic = 0.0, Traffic(np.zeros(ranks), np.zeros(ranks))
+    for begin, end in ((first, last), (last, first)):
+        every = [
+            _states_of(np.linspace(a, b, abs(b - a) + 1), case.model)
+            for a, b in zip(begin[last > first], end[last > first], strict=True)
+        ]
+        for messages in zip(*every, strict=True):
+            source, target, size = np.concatenate(messages, axis=1)
+            away = source != target
+            source, target = source[away].astype(int), target[away].astype(int)
+            if len(source):
+                spent, sent, _ = move_time(source, target, size[away], case.topology, costs)
+                seconds += costs.latency_between + spent
+                traffic += sent
+    return seconds, float(traffic.inside.sum()), float(traffic.between.sum())
 
-    As `parallel.chain` sends them: of n ranks that share a sequence, each tells the one d after
-    it what it knows, for d = 1, 2, 4, …: E alone if that reaches back to the sequence's start.
+
+def _states_of(ranks: Array, model: Model) -> tuple[Array, Array]:
+    """Source, target and bytes of what ranks that share a sequence tell each other, in two turns.
+
+    As `parallel.chain` sends them: each but the first composes the maps of its heads, which all
+    but the last tell it, and tells all but the first the states that enter them.
     """
-    bounds = shard_bounds(int(made.cu_seqlens[-1]), case.topology.ranks)[1:-1]
-    cut = np.flatnonzero(~np.isin(bounds, made.cu_seqlens))
-    sequence = np.searchsorted(made.cu_seqlens, bounds[cut], side="right")
-    last = np.append(np.flatnonzero(np.diff(sequence)), len(cut) - 1)[: len(cut)]
-    first = np.append(0, last[:-1] + 1)[: len(cut)]
-    begin, end = cut[first], cut[last] + 1  # the first and the last rank of each sequence
-    weigh, E = case.costs(), case.model.state_bytes / 2  # M is as large
-    seconds, inside, between, distance = 0.0, 0.0, 0.0, 1
-    while (pairs := np.maximum(end - begin - distance + 1, 0)).any():
-        reach = np.arange(pairs.sum()) - np.repeat(np.cumsum(pairs) - pairs, pairs)
-        sender = np.repeat(begin, pairs) + reach
-        size = np.where(reach >= distance, 2 * E, E)
-        crosses = case.topology.node(sender) != case.topology.node(sender + distance)
-        inside += float(size[~crosses].sum())
-        between += float(size[crosses].sum())
-        hop = weigh.latency_inside + size.max() / weigh.inside
-        if np.any(crosses):
-            hop = max(hop, weigh.latency_between + size[crosses].max() / weigh.nic)
-        seconds += hop
-        distance *= 2
-    return 2 * seconds, 2 * inside, 2 * between
+    parts, E = shares(model.heads, len(ranks) - 1), model.state_bytes / 2  # M is as large
+    share = np.array([(end - begin) / model.heads for (begin, end), _ in parts])
+    composer = ranks[[1 + takers[0] for _, takers in parts]]
+    size = np.full(len(ranks) - 1, 2 * E)
+    size[0] = E
+    giver, taker = (np.repeat(x, len(parts)) for x in (ranks[:-1], ranks[1:]))
+    by = np.tile(composer, len(size))
+    told = np.stack([giver, by, np.outer(size, share).reshape(-1)])
+    return told, np.stack([by, taker, np.tile(E * share, len(size))])
 
 
 def even(case: Case) -> Outcome:
@@ -281,7 +304,7 @@ def zeppelin_states(case: Case) -> Outcome:
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     model, weigh = case.model, case.costs().with_heads_together()
     room = (1 + case.slack) * case.share
-    limits = placing.Limits(nodes=1.0, ranks=1.0, tokens=1.15)
+    limits = placing.Limits(nodes=1.0, tokens=1.15)
     prices = Prices(case.lengths, case.topology, weigh, settled=True)
     owners = placing.balanced(prices, room, limits)
     order = arrange(case.lengths, owners, case.topology)

@@ -1,12 +1,10 @@
 """`softmax_attention` against the whole matrix of scores, masked."""
 
-import sys
-
 import pytest
 import torch
 
-from kernels import softmax_attention
-from kernels.softmax_attention import WINDOW_ROWS
+from kernels import softmax_attention, softmax_attention_backward
+from kernels.attention_tiles import WINDOW_ROWS
 from tests.kernels.agreement import assert_agrees, bounds
 
 # Lengths of the queries and of the keys, sequence by sequence.
@@ -103,8 +101,7 @@ def path(request, monkeypatch):
     """Each way of computing it. Where there is no GPU, its kernels are stood in for by their
     definition: what is tested is all that is done around them."""
     if request.param == "products":
-        module = sys.modules["kernels.softmax_attention"]
-        monkeypatch.setattr(module, "_has_flash", lambda x: False)
+        monkeypatch.setattr("kernels.attention_tiles._has_flash", lambda x: False)
     elif request.param == "a GPU's flash":
         monkeypatch.setattr("kernels.flash.usable", lambda q, v: True)
         monkeypatch.setattr("kernels.flash._forward", flash_forward)
@@ -207,6 +204,66 @@ def test_parts_merge_to_the_whole_with_gradients():
         return definition(q, k, v, ends, ends, False, None, 8**-0.5)[0]
 
     assert_agrees(in_two, whole, {"q": q, "k": k, "v": v}, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lengths", SEQUENCES.values(), ids=SEQUENCES.keys())
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 5)])
+@pytest.mark.parametrize(("Hq", "Hk", "D", "Dv"), [(4, 2, 8, 5), (3, 1, 5, 9)])
+def test_gradients_from_the_results(path, lengths, causal, window, Hq, Hk, D, Dv):
+    """In fp64, against autograd; what lies in rows of no sequence is of no matter."""
+    torch.manual_seed(0)
+    q_ends, k_ends = (bounds(x) for x in lengths)
+    inputs = packed_inputs(*lengths, Hq, Hk, D, Dv)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    o, lse = definition(*leaves, q_ends, k_ends, causal, window, 0.3)
+    do = torch.randn_like(o)
+    wanted = torch.autograd.grad(o, leaves, do, allow_unused=True)
+    do[:, int(q_ends[-1]) :] = float("nan")
+    found = softmax_attention_backward(
+        do,
+        *(x.detach() for x in (*leaves, o, lse)),
+        cu_seqlens=q_ends,
+        cu_seqlens_k=k_ends,
+        causal=causal,
+        window=window,
+        scale=0.3,
+    )
+    for leaf, gradient, expected in zip(leaves, found, wanted, strict=True):
+        assert gradient.dtype == leaf.dtype
+        torch.testing.assert_close(
+            gradient, torch.zeros_like(leaf) if expected is None else expected
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_parts_of_the_keys_are_parts_of_the_gradients(dtype):
+    """What a ring does backward: a part knows o and lse of whole rows, and no other part."""
+    torch.manual_seed(0)
+    ends = bounds([40])
+    leaves = [torch.randn(1, 40, heads, 8, requires_grad=True).double() for heads in (4, 2, 2)]
+    o, lse = definition(*leaves, ends, ends, False, None, 8**-0.5)
+    do = torch.randn_like(o)
+    wanted = torch.autograd.grad(o, leaves, do)
+    do, q, k, v, o = (x.detach().to(dtype) for x in (do, *leaves, o))
+    lse = lse.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
+    one, two = (
+        softmax_attention_backward(do, q, k[:, part], v[:, part], o, lse, causal=False)
+        for part in (slice(0, 24), slice(24, 40))
+    )
+    found = (
+        one[0] + two[0],
+        *(torch.cat(both, dim=1) for both in zip(one[1:], two[1:], strict=True)),
+    )
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    for gradient, expected in zip(found, wanted, strict=True):
+        assert gradient.dtype == dtype
+        assert (gradient - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_results_of_another_shape_are_refused():
+    q, k = torch.zeros(1, 3, 4, 8), torch.zeros(1, 3, 2, 8)
+    with pytest.raises(ValueError, match=r"lse \(1, 3, 4\)"):
+        softmax_attention_backward(q, q, k, k, q, torch.zeros(1, 4, 3))
 
 
 @pytest.mark.parametrize(

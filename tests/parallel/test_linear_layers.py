@@ -141,9 +141,10 @@ def sent_by_the_delta_rule(world: World, length: int) -> int:
 
 @pytest.mark.parametrize("length", [40, 400])
 def test_linear_layers_send_states_alone(ranks, length: int) -> None:
-    """Of four ranks, 0 sends 1 and 2 its E, 1 sends 2 its map and 3 its state, 2 sends 3 its map.
+    """Of four ranks, 1 and 2 compose a head each, of 0's E and the maps of 1 and 2.
 
-    So 5 E and 2 M travel forward and as many back, of 2 heads in fp32, whatever the length.
+    Each is told two parts of E and one of M by the others, and tells two others their states: of
+    2 heads in fp32 that is 4 E and an M forward, and as much back, whatever the length.
     """
     E, M = 2 * 6 * 5 * 4, 2 * 6 * 6 * 4
-    assert sum(ranks(4).run(sent_by_the_delta_rule, length)) == 2 * (5 * E + 2 * M)
+    assert sum(ranks(4).run(sent_by_the_delta_rule, length)) == 2 * (4 * E + M)
