@@ -224,9 +224,10 @@ def _occupancy(arch: str, registers: int, shared: int, num_warps: int) -> float:
 
 
 def compile_all(configurations: Iterable[Configuration], jobs: int) -> Iterator[Report]:
-    """Reports in the order of the configurations, from `jobs` processes."""
+    """Reports in the order of the configurations, from `jobs` processes that let others go first:
+    they keep all cores busy for minutes."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=os.nice, initargs=(10,)) as pool:
         yield from pool.map(compile_one, configurations)
 
 
