@@ -38,14 +38,12 @@ def lay_out(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.de
     """
     if cu_seqlens is None:
         return _even(batch, length, device)
-    for known, version, of, place, layout in tuple(_recent):
-        if (known() is cu_seqlens and version == cu_seqlens._version) and (of, place) == (
-            length,
-            device,
-        ):
+    wanted = (cu_seqlens._version, length, device)
+    for known, *of, layout in tuple(_recent):
+        if known() is cu_seqlens and tuple(of) == wanted:
             return layout
     layout = _cut(batch, length, cu_seqlens, device)
-    _recent.append((weakref.ref(cu_seqlens), cu_seqlens._version, length, device, layout))
+    _recent.append((weakref.ref(cu_seqlens), *wanted, layout))
     return layout
 
 
