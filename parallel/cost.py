@@ -99,8 +99,7 @@ class Costs:
         """Seconds, forward and backward, on each of `nodes` · `each` ranks that share n tokens.
 
         An estimate for one sequence on a ring with `slices` ranks a seat; `price` has the last
-        word. Tokens are at home in their seat, spread over its ranks, if `settled`; else they
-        lie in order, and the zigzag finds about half of them in their seat.
+        word. Tokens lie in their seat, spread over its ranks, if `settled`, else on the node.
         """
         n = np.maximum(n, 1e-9)
         seats, over = nodes * each // slices, max(1, slices // each)
@@ -114,9 +113,8 @@ class Costs:
             inner * (self.latency_inside + block / self.inside),
             outer * (self.latency_between + each * block / self.between),
         )
-        kept = np.where(settled | np.equal(seats, 1), 1.0, 0.5)
-        far = 1 - np.where(np.equal(outer, 0), 1.0, kept) / over
-        near = 1 - kept / slices - far
+        far = 1 - 1 / over
+        near = 1 - far - 1 / (slices if settled else np.maximum(each, slices))
         moved = n * (2 * self.q_bytes + self.kv_bytes * keys * slices)
         move = np.maximum(near / each / self.inside, far / self.between) * moved / nodes
         seconds = np.maximum(work, travel) + np.maximum(BACKWARD[1] * work, TRAVEL[1] * travel)

@@ -1,9 +1,8 @@
 """Where tokens lie: layouts, the moves between two of them, and the rings that share keys.
 
 A layout is a table of spans. A span is a run of tokens of one sequence that lies unbroken in
-one rank's buffer. Sequences are numbered by their place in the stream (`Plan.order` says
-which sequence of the batch that is), positions count inside the sequence, offsets inside
-the rank's buffer. numpy only: plans are made on the host, and nothing here knows torch.
+one rank's buffer. Sequences are numbered by their place in the batch, positions count inside the
+sequence, offsets inside the rank's buffer. numpy only: plans are made on the host, and nothing here knows torch.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ def moves(stream: Layout, attention: Layout, cu_seqlens: Array) -> Moves:
     Args:
         stream: holds every token once, with all its heads.
         attention: holds every slice of every token once.
-        cu_seqlens: int64 (N + 1,), the stream's sequences in cumulative form.
+        cu_seqlens: int64 (N + 1,), the batch's sequences in cumulative form.
     """
     held = cu_seqlens[stream.sequence] + stream.start
     by_place = np.argsort(held, kind="stable")
@@ -200,7 +199,7 @@ class Ring:
     Attributes:
         ranks: int64 (nodes, seats a node, slices); seat x·(seats a node) + l is ranks[x, l].
             Slices may reach over nodes: then "a node" is as many as a seat needs.
-        sequences: int64 (S,), by place in the stream.
+        sequences: int64 (S,), by place in the batch.
         chunks: int64 (S, 2G + 1), where each sequence's chunks begin and end. Sizes differ
             by one at most; a sequence shorter than 2G has empty ones. Where there is one
             seat, all of a sequence is its early chunk.
@@ -271,13 +270,12 @@ class Plan:
     Attributes:
         topology: the ranks.
         strategy: what made it: "balanced", "ring", "even" or "allgather".
-        order: int64 (N,), the batch's sequences in the order of the stream.
-        cu_seqlens: int64 (N + 1,), the stream in cumulative form (empty sequences allowed).
+        cu_seqlens: int64 (N + 1,), the batch's lengths in cumulative form (empty sequences
+            allowed).
         stream: what all layers but full attention work on: equal shards, sizes differing by
-            one token at most; contiguous ones, unless no layer of the model needs that. A
-            reader takes a rank's tokens from its rows here, and is right in both cases.
+            one token at most. On each rank fragments that go on from elsewhere come first.
         attention: what full attention works on; on each rank the blocks of `rings` in
-            their order, then the sequences that it holds whole, in order of the stream.
+            their order, then the sequences that it holds whole, in the batch's order.
         rings: those between nodes first, then by falling size; every rank works through
             its own in this order, so no two ranks wait for each other in a circle.
         to_attention: the moves from the stream's layout to that of attention; read backwards,
@@ -288,13 +286,20 @@ class Plan:
 
     topology: Topology
     strategy: str
-    order: Array
     cu_seqlens: Array
     stream: Layout
     attention: Layout
     rings: tuple[Ring, ...]
     to_attention: Moves
     waves: int = 1
+
+    @cached_property
+    def fragments(self) -> dict[int, Array]:
+        """Of each sequence that is not empty, the ranks of its fragments in the stream, in order."""
+        order = np.lexsort((self.stream.start, self.stream.sequence))
+        found, first = np.unique(self.stream.sequence[order], return_index=True)
+        holders = np.split(self.stream.rank[order], first[1:])
+        return dict(zip(found.tolist(), holders, strict=bool(len(found))))
 
     @property
     def sliced(self) -> bool:

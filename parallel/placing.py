@@ -18,7 +18,6 @@ each node. At both, three rules decide:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -111,43 +110,7 @@ def balanced(prices: Prices, room: float, limits: Limits) -> Owners:
         placing.inside_nodes(inside, full, topology.ranks_per_node)
     if small:
         placing.inside_nodes(inside, np.array([last]), small)
-    owners = Owners(placing.owner, placing.grids)
-    return owners if prices.settled else _in_step(owners, placing.tokens, topology)
-
-
-def _in_step(owners: Owners, tokens: Array, topology: Topology) -> Owners:
-    """The same with nodes in an order in which attention's tokens keep step with the shards.
-
-    What a node has too much pushes the sequences of all nodes after it along the stream; so one
-    with too much is followed by one with too little. Nodes that share a ring stay together.
-    """
-    each, nodes = topology.ranks_per_node, topology.nodes
-    joined = np.zeros(nodes + 1, bool)
-    for members in owners.grids:
-        joined[members.min() // each + 1 : members.max() // each + 1] = True
-    if topology.ranks % each and nodes > 1:
-        joined[nodes - 1] = True  # a smaller node stays the last, with those before it
-    first = np.flatnonzero(~joined[:-1])
-    held = np.bincount(np.arange(topology.ranks) // each, tokens)
-    share = tokens.sum() / topology.ranks
-    surplus = np.add.reduceat(held - share * np.bincount(np.arange(topology.ranks) // each), first)
-    left = np.arange(len(first))
-    last = left[-1:] if topology.ranks % each else left[:0]
-    left = left[: len(left) - len(last)]
-    order: list[int] = []
-    ahead = 0.0
-    while len(left):
-        at = int(np.abs(ahead + surplus[left]).argmin())
-        order.append(int(left[at]))
-        ahead += float(surplus[left[at]])
-        left = np.delete(left, at)
-    sizes = np.diff(np.append(first, nodes))
-    old = np.concatenate([first[b] + np.arange(sizes[b]) for b in [*order, *last]])
-    new = np.empty(nodes, np.int64)
-    new[old] = np.arange(nodes)
-    moved: Callable[[Array], Array] = lambda rank: new[rank // each] * each + rank % each  # noqa: E731
-    owner = np.where(owners.owner >= 0, moved(np.maximum(owners.owner, 0)), owners.owner)
-    return Owners(owner, [moved(members) for members in owners.grids])
+    return Owners(placing.owner, placing.grids)
 
 
 class _Placing:
@@ -188,9 +151,8 @@ class _Placing:
         for at in range(singly):
             i = int(by_length[at])
             n, alone = float(self.lengths[i]), float(self.alone[i])
-            if wide:
-                spread = self._nodes_for(i, reach)
-                wide = spread > 1
+            spread = self._nodes_for(i, reach) if wide else 1
+            wide = spread > 1
             need = _LEVEL * (wanted - load) - (room - held) * worth[at]
             fits = held + n <= room
             if n <= share and not fits.any():  # too short to share: the emptiest takes it

@@ -1,7 +1,6 @@
 """The plan of a batch: from its lengths alone, where every token lies in every kind of layer.
 
-    lengths ── placing ──▶ owners ── order ──▶ stream ── cut ──▶ shards
-                              └──────────────▶ attention layout, rings, moves
+    lengths ── placing ──▶ owners ──▶ attention layout, rings ──▶ stream, near home ──▶ moves
 
 A pure function of its arguments: every rank computes the same plan, once a batch, on the
 CPU. numpy only.
@@ -18,7 +17,7 @@ import numpy as np
 from parallel import placing
 from parallel.cost import Costs, price
 from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
-from parallel.ordering import arrange, resident, seat
+from parallel.ordering import in_order, near_home, shard_bounds
 from parallel.placing import Limits, Owners
 from parallel.prices import Prices
 
@@ -50,24 +49,25 @@ def plan(
     strategy: Strategy = "balanced",
     costs: Costs | None = None,
     slack: float = 0.15,
-    contiguous: bool = True,
+    by_node: bool = True,
 ) -> Plan:
     """Plan one batch.
 
     Args:
         lengths: (N,) int, tokens of each sequence of the batch; zeros are allowed.
         topology: the ranks.
-        strategy: "balanced" chooses owners by length and work; "ring" leaves the batch's
-            order and puts each sequence on the ranks whose shards hold it; "even" puts each
-            sequence on all ranks; "allgather" leaves tokens in the stream's layout (a rank
-            fetches the keys that come before its own).
+        strategy: how full attention is shared out. "balanced" chooses owners by length and
+            work; "ring" puts each sequence on the ranks whose shards would hold it in the
+            batch's order; "even" puts each on all ranks; "allgather" leaves tokens in the
+            stream, which has the batch's order (a rank fetches the keys that come before its
+            own).
         costs: what `balanced` weighs; those of a usual layer and cluster unless given.
         slack: how far a rank's tokens in the attention layout may exceed the even share, as
             a fraction. Holds for "balanced" but for a rounding of two tokens a sequence on
             a ring.
-        contiguous: shards are contiguous runs of the stream, as linear attention,
-            convolutions and windows need. A model of full attention alone does not: then
-            tokens stay where attention wants them, but for what makes ranks even.
+        by_node: tokens of the stream stay on the node on which attention wants them, and few
+            sequences are cut in it, for layers that pass states on. Else they stay on the
+            rank: best for a model of full attention alone.
 
     Raises:
         ValueError: a negative length, or a strategy that is not known.
@@ -75,28 +75,29 @@ def plan(
     each = np.asarray(lengths, dtype=np.int64).reshape(-1)
     if len(each) and each.min() < 0:
         raise ValueError(f"lengths has {each.min()} at {each.argmin()}; a length is 0 or more")
-    unchanged = np.arange(len(each))
+    owners: Owners | None = None
     match strategy:
         case "balanced":
-            return _cheapest(each, topology, costs or Costs(), slack, contiguous)
+            return _cheapest(each, topology, costs or Costs(), slack, by_node)
         case "even":
             owners = placing.even(len(each), topology)
-            return build(strategy, each, owners, unchanged, topology, contiguous)
         case "ring":
             bounds = shard_bounds(int(each.sum()), topology.ranks)
             owners = placing.where_they_lie(each, bounds, topology)
-            return build(strategy, each, owners, unchanged, topology, contiguous)
         case "allgather":
-            return build(strategy, each, None, unchanged, topology, True)
-    raise ValueError(f"strategy {strategy!r}; it must be one of {', '.join(get_args(Strategy))}")
+            pass
+        case _:
+            known = ", ".join(get_args(Strategy))
+            raise ValueError(f"strategy {strategy!r}; it must be one of {known}")
+    return build(strategy, each, owners, topology, by_node)
 
 
 def _cheapest(
-    lengths: Array, topology: Topology, costs: Costs, slack: float, contiguous: bool
+    lengths: Array, topology: Topology, costs: Costs, slack: float, by_node: bool
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
     room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
-    prices = Prices(lengths, topology, costs, settled=not contiguous)
+    prices = Prices(lengths, topology, costs, settled=not by_node)
     large = len(lengths) * topology.ranks > _LARGE
     best, least = None, np.inf
     seen: set[bytes] = set()
@@ -105,8 +106,7 @@ def _cheapest(
         if owners.key in seen:
             continue
         seen.add(owners.key)
-        order = arrange(lengths, owners, topology)
-        found = build("balanced", lengths, owners, order, topology, contiguous)
+        found = build("balanced", lengths, owners, topology, by_node)
         if not _fits(found, room):
             continue
         layer = price(found, costs)
@@ -117,8 +117,8 @@ def _cheapest(
         if least <= _ENOUGH * prices.level:
             break
     if best is None:  # only an even split fits
-        owners, order = placing.even(len(lengths), topology), np.arange(len(lengths))
-        best = build("balanced", lengths, owners, order, topology, contiguous)
+        owners = placing.even(len(lengths), topology)
+        best = build("balanced", lengths, owners, topology, by_node)
     tried = [replace(best, waves=waves) for waves in _waves(best, costs)]
     return min(tried, key=lambda made: price(made, costs).seconds)
 
@@ -142,30 +142,19 @@ def _fits(found: Plan, room: float) -> bool:
 
 
 def build(
-    strategy: str,
-    lengths: Array,
-    owners: Owners | None,
-    order: Array,
-    topology: Topology,
-    contiguous: bool,
+    strategy: str, lengths: Array, owners: Owners | None, topology: Topology, by_node: bool
 ) -> Plan:
-    """The plan of given owners (none: full attention stays in the stream) and a given order."""
-    ranks = topology.ranks
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths[order])])
-    stream = cut(cu_seqlens, ranks)
-    attention = stream
+    """The plan of given owners; without any, full attention stays in the stream."""
     rings: tuple[Ring, ...] = ()
-    if owners is not None:
-        placed = Owners(owners.owner[order], owners.grids)
-        if contiguous:
-            placed = seat(placed, cu_seqlens, stream)
-        attention, home, rings = _attend(lengths[order], placed, ranks)
-        if not contiguous:
-            stream = resident(home, topology)
+    if owners is None:
+        stream = attention = in_order(lengths, topology.ranks)
+    else:
+        attention, home, rings = _attend(lengths, owners, topology.ranks)
+        stream = near_home(home, topology, by_node)
+    cu_seqlens = np.append(0, np.cumsum(lengths))
     return Plan(
         topology=topology,
         strategy=strategy,
-        order=order,
         cu_seqlens=cu_seqlens,
         stream=stream,
         attention=attention,
@@ -174,27 +163,8 @@ def build(
     )
 
 
-def shard_bounds(tokens: int, ranks: int) -> Array:
-    """int64 (ranks + 1,): where the shards of a stream begin and end; sizes differ by ≤ 1."""
-    return np.arange(ranks + 1) * tokens // ranks
-
-
-def cut(cu_seqlens: Array, ranks: int) -> Layout:
-    """The stream's layout: rank r holds the r-th of `ranks` equal contiguous shards."""
-    bounds = shard_bounds(int(cu_seqlens[-1]), ranks)
-    edges = np.union1d(bounds, cu_seqlens)
-    first, end = edges[:-1], edges[1:]
-    sequence = np.searchsorted(cu_seqlens, first, side="right") - 1
-    rank = np.searchsorted(bounds, first, side="right") - 1
-    return Layout.stack(
-        sequence, first - cu_seqlens[sequence], end - cu_seqlens[sequence], rank, ranks
-    )
-
-
 def _attend(lengths: Array, owners: Owners, ranks: int) -> tuple[Layout, Layout, tuple[Ring, ...]]:
-    """The attention layout of sequences in stream order, where its tokens are at home with all
-    their heads, and its rings.
-    """
+    """The attention layout, where its tokens are at home with all their heads, and its rings."""
     owner = owners.owner
     on_ring = np.flatnonzero((owner < 0) & (lengths > 0))
     on_ring = on_ring[np.argsort(-owner[on_ring], kind="stable")]

@@ -4,8 +4,8 @@ All are priced by `parallel.cost`, on the same machine and with the same overlap
 common to all (ZeRO's traffic, the optimiser) is left out. Where a paper leaves room, the
 alternative gets the better reading, except where the text says otherwise:
 
-- headrace: the planner that training uses. Dense models keep tokens where attention wants
-  them (`contiguous=False`). Moves between layouts overlap attention in waves of heads; the
+- headrace: the planner that training uses. Dense models keep tokens on the rank where attention
+  wants them, hybrids on the node. Moves between layouts overlap attention in waves of heads; the
   others' do not, as published.
 - even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine).
 - allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
@@ -40,11 +40,11 @@ from parallel.cost import (
     price,
     ring_travel,
 )
-from parallel.heads import shares
 from parallel.layout import Array, Plan, Topology
 from parallel.models import Cluster, Model, costs
-from parallel.ordering import arrange
-from parallel.plan import build, plan, shard_bounds
+from parallel.ordering import shard_bounds
+from parallel.passing import Message, Passing
+from parallel.plan import build, plan
 from parallel.prices import Prices
 
 STEP = 3.0  # a dense layer's forward and backward, in units of its forward
@@ -141,7 +141,7 @@ def our_plan(case: Case) -> Plan:
         case.topology,
         costs=case.costs(),
         slack=case.slack,
-        contiguous=case.model.linear_layers > 0,
+        by_node=case.model.linear_layers > 0,
     )
 
 
@@ -168,43 +168,24 @@ def price_plan(case: Case, made: Plan) -> Outcome:
 def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
     """Seconds and bytes (inside, between) of one linear layer's states, forward and backward."""
     costs, ranks = case.costs(routed=False), case.topology.ranks
-    bounds = shard_bounds(int(made.cu_seqlens[-1]), ranks)
-    first, last = (
-        np.searchsorted(bounds, token, side="right") - 1
-        for token in (made.cu_seqlens[:-1], made.cu_seqlens[1:] - 1)
-    )
     seconds, traffic = 0.0, Traffic(np.zeros(ranks), np.zeros(ranks))
-    for begin, end in ((first, last), (last, first)):
-        every = [
-            _states_of(np.linspace(a, b, abs(b - a) + 1), case.model)
-            for a, b in zip(begin[last > first], end[last > first], strict=True)
+    model = case.model
+    for way in (1, -1):
+        turns = [
+            Passing(holders[::way].tolist(), model.heads, case.topology).turns()
+            for holders in made.fragments.values()
+            if len(holders) > 1
         ]
-        for messages in zip(*every, strict=True):
-            source, target, size = np.concatenate(messages, axis=1)
-            away = source != target
-            source, target = source[away].astype(int), target[away].astype(int)
-            if len(source):
-                spent, sent, _ = move_time(source, target, size[away], case.topology, costs)
+        for messages in zip(*turns, strict=True):
+            away = [m for turn in messages for m in turn if m.source != m.target]
+            if away:
+                source, target = (np.array([getattr(m, end) for m in away]) for end in Message._fields[:2])
+                heads = [(m.heads[1] - m.heads[0]) * (1 + m.whole) for m in away]
+                size = np.array(heads) / model.heads * model.state_bytes / 2  # M is as large as E
+                spent, sent, _ = move_time(source, target, size, case.topology, costs)
                 seconds += costs.latency_between + spent
                 traffic += sent
     return seconds, float(traffic.inside.sum()), float(traffic.between.sum())
-
-
-def _states_of(ranks: Array, model: Model) -> tuple[Array, Array]:
-    """Source, target and bytes of what ranks that share a sequence tell each other, in two turns.
-
-    As `parallel.chain` sends them: each but the first composes the maps of its heads, which all
-    but the last tell it, and tells all but the first the states that enter them.
-    """
-    parts, E = shares(model.heads, len(ranks) - 1), model.state_bytes / 2  # M is as large
-    share = np.array([(end - begin) / model.heads for (begin, end), _ in parts])
-    composer = ranks[[1 + takers[0] for _, takers in parts]]
-    size = np.full(len(ranks) - 1, 2 * E)
-    size[0] = E
-    giver, taker = (np.repeat(x, len(parts)) for x in (ranks[:-1], ranks[1:]))
-    by = np.tile(composer, len(size))
-    told = np.stack([giver, by, np.outer(size, share).reshape(-1)])
-    return told, np.stack([by, taker, np.tile(E * share, len(size))])
 
 
 def even(case: Case) -> Outcome:
@@ -307,8 +288,7 @@ def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     limits = placing.Limits(nodes=1.0, tokens=1.15)
     prices = Prices(case.lengths, case.topology, weigh, settled=True)
     owners = placing.balanced(prices, room, limits)
-    order = arrange(case.lengths, owners, case.topology)
-    made = build("zeppelin", case.lengths, owners, order, case.topology, contiguous=False)
+    made = build("zeppelin", case.lengths, owners, case.topology, by_node=False)
     flat = tuple(
         replace(ring, ranks=ring.ranks.reshape(1, -1, 1)) if len(ring.ranks) > 1 else ring
         for ring in made.rings
