@@ -53,7 +53,7 @@ def segment_state(
     columns = unit.shape[1]
     state = torch.cat([unit.new_zeros(Dk, Dv), unit], dim=1)
     values = torch.cat([v, v.new_zeros(B, T, Hv, columns)], dim=-1)
-    final = _final_state(k, values, decay, beta, state.expand(N, Hv, -1, -1), cu_seqlens, backend)
+    final = final_state(k, values, decay, beta, state.expand(N, Hv, -1, -1), cu_seqlens, backend)
     E, M = final.split([Dv, columns], dim=-1)
     if beta is not None:
         return M, E
@@ -61,15 +61,16 @@ def segment_state(
     return (M[..., 0] if per_channel else M[..., 0, 0]), E
 
 
-def _final_state(
+def final_state(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
     beta: Tensor | None,
     initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-    backend: Backend,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
+    """The final states of `kernels.linear_attention` alone: (N, Hv, Dk, Dv), as `initial_state`."""
     compute = resolve(backend, k, v)
     if compute is chunked.linear_attention:
         return chunked.final_state(k, v, decay, beta, initial_state, cu_seqlens)

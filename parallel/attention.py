@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import kernels
 from parallel.exchange import Parcels, Table, depart, move, parcels, to_device
@@ -25,7 +24,7 @@ def across_ranks(
     """Causal attention over the shards of all ranks; shapes as in `kernels.softmax_attention`.
 
     Under a window a token's work is bounded and the stream's layout is even already: a rank
-    fetches the window that reaches into its shard, whatever the strategy.
+    fetches the windows that reach into its shard, whatever the strategy.
     """
     if window is not None and window < np.diff(view.plan.cu_seqlens).max():
         return _fetch(q, k, v, shard, view, window)
@@ -36,22 +35,26 @@ def across_ranks(
 
 
 def _fetch(q: Tensor, k: Tensor, v: Tensor, shard: Shard, view: View, window: int | None) -> Tensor:
-    """Fetch the keys and values before this shard that its first sequence sees.
+    """Fetch the keys and values before this shard's fragments that these see.
 
     Without a window the last rank of a sequence comes to hold all of it.
     """
-    table = view.halo(int(view.plan.cu_seqlens[-1]) if window is None else window - 1)
-    before = move([k[0], v[0]], [table, table], view.rank, view.group)
-    k, v = (torch.cat([more, x[0]]).unsqueeze(0) for more, x in zip(before, (k, v), strict=True))
+    reach = int(view.plan.cu_seqlens[-1]) if window is None else window - 1
+    table, sizes = view.reaching(reach)
+    k, v = (x.unsqueeze(0) for x in move([k[0], v[0]], [table, table], view.rank, view.group))
+    cu_seqlens_k = view.once(
+        ("reached", reach),
+        lambda: to_device(np.append(0, np.cumsum(sizes)).astype(np.int32), view.device),
+    )
     o = kernels.softmax_attention(
         q,
         k,
         v,
         cu_seqlens=shard.cu_seqlens,
-        cu_seqlens_k=F.pad(shard.cu_seqlens[1:] + table.rows, (1, 0)),
+        cu_seqlens_k=cu_seqlens_k,
         window=window,
         max_seqlen=max(shard.lengths),
-        max_seqlen_k=max(shard.lengths[0] + table.rows, *shard.lengths),
+        max_seqlen_k=int(sizes.max()),
     )
     assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
     return o

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.packing import accumulation_dtype
-from kernels.segments import apply_segment, segment_state
+from kernels.segments import final_state, segment_state
 from parallel import attention
 from parallel.chain import Recurrence, Shapes, enter
 from parallel.exchange import move
@@ -53,9 +53,9 @@ def linear_attention(
             output_final_state=output_final_state,
             cu_seqlens=shard.cu_seqlens,
         )
-    v, state = _entering_state(_LINEAR_ATTENTION, view, shard, v, k, v, decay, beta)
+    v, states = enter(_LINEAR_ATTENTION, view.chains, v, k, v, decay, beta)
     op = partial(kernels.linear_attention, scale=scale)
-    return _run(op, view, shard, state, q, k, v, decay, beta), None
+    return _run(op, view, shard, states, q, k, v, decay, beta), None
 
 
 def diagonal_scan(
@@ -76,8 +76,8 @@ def diagonal_scan(
             output_final_state=output_final_state,
             cu_seqlens=shard.cu_seqlens,
         )
-    x, state = _entering_state(_DIAGONAL_SCAN, view, shard, x, x, decay)
-    return _run(kernels.diagonal_scan, view, shard, state[..., 0, 0], x, decay), None
+    x, states = enter(_DIAGONAL_SCAN, view.chains, x, x, decay)
+    return _run(kernels.diagonal_scan, view, shard, states[..., 0, 0], x, decay), None
 
 
 def short_convolution(
@@ -91,14 +91,14 @@ def short_convolution(
 ) -> tuple[Tensor, Tensor | None]:
     """`kernels.short_convolution` with SiLU over the sequences of `shard`.
 
-    The last W − 1 tokens before the shard come from the ranks that hold them.
+    The last W − 1 tokens before a fragment come from the ranks that hold them.
     """
     view = _view(shard, initial_state, output_final_state)
     if view is not None:
         reach = weight.shape[1] - 1
         (halo,) = move([x[0]], [view.halo(reach)], view.rank, view.group)
-        others = len(shard.lengths) - 1
-        initial_state = F.pad(halo, (0, 0, reach - len(halo), 0)).unsqueeze(0)
+        others = len(shard.lengths) - view.entering
+        initial_state = halo.reshape(view.entering, reach, x.shape[2])
         initial_state = F.pad(initial_state, (0, 0, 0, 0, 0, others))
     return kernels.short_convolution(
         x,
@@ -154,29 +154,23 @@ def _refuse_generation(*arguments: object) -> None:
         raise ValueError("states and caches go with a shard made by parallel.shard alone")
 
 
-def _entering_state(
-    recurrence: Recurrence, view: View, shard: Shard, through: Tensor, *inputs: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    last = shard.tokens - shard.lengths[-1]
-    return enter(recurrence, view.links, last, view.group, through, *inputs)
-
-
 def _run(
     op: Callable[..., tuple[Tensor, Tensor | None]],
     view: View,
     shard: Shard,
-    state: Tensor,
+    states: Tensor,
     *inputs: Tensor | None,
 ) -> Tensor:
-    """`op` with `state` entering the first fragment and zero the others.
+    """`op` with `states` entering the first fragments and zero the others.
 
     A state a fragment would be more memory than many short fragments' tokens.
     """
-    if not view.links.before:
+    if not view.entering:
         return op(*inputs, cu_seqlens=shard.cu_seqlens)[0]
-    if len(shard.lengths) == 1:
-        return op(*inputs, initial_state=state)[0]
-    sizes = [shard.lengths[0], shard.tokens - shard.lengths[0]]
+    if view.entering == len(shard.lengths):
+        return op(*inputs, initial_state=states, cu_seqlens=shard.begun)[0]
+    begun = sum(shard.lengths[: view.entering])
+    sizes = [begun, shard.tokens - begun]
     heads, tails = zip(
         *(
             (x, x) if x is None or x.dim() == 1 else x.split(sizes, dim=1)  # a constant or rows
@@ -184,7 +178,7 @@ def _run(
         ),
         strict=True,
     )
-    first, _ = op(*heads, initial_state=state)
+    first, _ = op(*heads, initial_state=states, cu_seqlens=shard.begun)
     others, _ = op(*tails, cu_seqlens=shard.later)
     return torch.cat([first, others], dim=1)
 
@@ -199,8 +193,10 @@ def _shapes(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> 
 def _final_state(
     entering: Tensor | None, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> Tensor:
-    M, E = segment_state(k, v, decay, beta)
-    return E if entering is None else apply_segment(M, E, entering)
+    if entering is None:
+        shape = _shapes(k, v, decay, beta).E
+        entering = torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
+    return final_state(k, v, decay, beta, entering)
 
 
 # Of k, v, decay and beta.

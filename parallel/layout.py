@@ -2,7 +2,8 @@
 
 A layout is a table of spans. A span is a run of tokens of one sequence that lies unbroken in
 one rank's buffer. Sequences are numbered by their place in the batch, positions count inside the
-sequence, offsets inside the rank's buffer. numpy only: plans are made on the host, and nothing here knows torch.
+sequence, offsets inside the rank's buffer. numpy only: plans are made on the host, and nothing
+here knows torch.
 """
 
 from __future__ import annotations
@@ -294,12 +295,11 @@ class Plan:
     waves: int = 1
 
     @cached_property
-    def fragments(self) -> dict[int, Array]:
-        """Of each sequence that is not empty, the ranks of its fragments in the stream, in order."""
+    def fragments(self) -> list[Array]:
+        """Of each sequence that is not empty, its rows of `stream`, in order of positions."""
         order = np.lexsort((self.stream.start, self.stream.sequence))
-        found, first = np.unique(self.stream.sequence[order], return_index=True)
-        holders = np.split(self.stream.rank[order], first[1:])
-        return dict(zip(found.tolist(), holders, strict=bool(len(found))))
+        sequence = self.stream.sequence[order]
+        return np.split(order, np.flatnonzero(np.diff(sequence)) + 1) if len(order) else []
 
     @property
     def sliced(self) -> bool:

@@ -125,7 +125,7 @@ def _evened(runs: _Runs, share: Array, topology: Topology, by_node: bool) -> _Ru
     surplus, missing = np.maximum(held - share, 0), np.maximum(share - held, 0)
     if not surplus.any():
         return runs
-    node = units if by_node else topology.node(units)
+    node = units if by_node else units // topology.ranks_per_node
     inside = np.minimum(np.bincount(node, surplus), np.bincount(node, missing)).astype(np.int64)
     giver, given = _queue(surplus, node, inside)
     taker, taken = _queue(missing, node, inside)

@@ -78,7 +78,9 @@ class Passing:
 
     def turns(self) -> list[list[Message]]:
         """The messages of the four turns; those of a rank to itself are copies."""
-        return [list(turn) for turn in (self._maps(), self._runs(), self._entries(), self._states())]
+        return [
+            list(turn) for turn in (self._maps(), self._runs(), self._entries(), self._states())
+        ]
 
     def _maps(self) -> Iterator[Message]:
         for run, parts in zip(self.runs, self.parts, strict=True):

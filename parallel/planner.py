@@ -25,7 +25,7 @@ class FullAttention:
         heads, kv_heads, head_dim: of such a layer; of several kinds the one with fewest heads.
         number_bytes: of an activation, 2 for bf16.
         alone: no layer of another kind mixes tokens (linear attention, a convolution, a
-            window), so that shards need not be contiguous.
+            window), so that no state has to pass: tokens stay on attention's ranks.
     """
 
     heads: int
@@ -54,7 +54,7 @@ class Planner:
     ) -> None:
         self.config, self.topology = config, topology
         self.costs = _costs(model, device) if model else Costs()
-        self.contiguous = model is None or not model.alone
+        self.by_node = model is None or not model.alone
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._plans: OrderedDict[bytes, Future[Plan]] = OrderedDict()
 
@@ -82,7 +82,7 @@ class Planner:
         # Ulysses splits heads and leaves tokens in the stream's layout, as all-gather does.
         attention = self.config.attention
         strategy: Strategy = "allgather" if attention == "ulysses" else attention
-        return plan(lengths, self.topology, strategy, self.costs, contiguous=self.contiguous)
+        return plan(lengths, self.topology, strategy, self.costs, by_node=self.by_node)
 
 
 def filled(lengths: Array, ranks: int) -> Array:

@@ -15,17 +15,17 @@ def text(plan: Plan) -> str:
     lengths = np.diff(plan.cu_seqlens)
     topology = plan.topology
     tokens = int(lengths.sum())
-    bounds = np.cumsum(plan.stream.tokens)[:-1]
-    cut = int((~np.isin(bounds, plan.cu_seqlens)).sum())
+    cut = sum(len(rows) > 1 for rows in plan.fragments)
+    fragments = sum(map(len, plan.fragments))
     moved = plan.to_attention.tokens[plan.to_attention.source != plan.to_attention.target].sum()
     work = lengths.astype(np.float64) ** 2
     lines = [
         f"{len(lengths)} sequences, {tokens} tokens, on {topology.ranks} ranks of "
         f"{topology.nodes} nodes; strategy {plan.strategy}",
-        f"{cut} of {topology.ranks - 1} boundaries of shards lie inside a sequence; "
+        f"the stream holds {cut} of them on several ranks, all in {fragments} fragments; "
         f"{moved} tokens change rank for full attention",
         "",
-        "sequences, in the order of the stream",
+        "sequences",
     ]
     holders = _holders(plan)
     for i in range(min(len(lengths), _LISTED)):

@@ -43,7 +43,7 @@ from parallel.cost import (
 from parallel.layout import Array, Plan, Topology
 from parallel.models import Cluster, Model, costs
 from parallel.ordering import shard_bounds
-from parallel.passing import Message, Passing
+from parallel.passing import Passing
 from parallel.plan import build, plan
 from parallel.prices import Prices
 
@@ -167,24 +167,24 @@ def price_plan(case: Case, made: Plan) -> Outcome:
 
 def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
     """Seconds and bytes (inside, between) of one linear layer's states, forward and backward."""
-    costs, ranks = case.costs(routed=False), case.topology.ranks
+    costs, model, ranks = case.costs(routed=False), case.model, case.topology.ranks
     seconds, traffic = 0.0, Traffic(np.zeros(ranks), np.zeros(ranks))
-    model = case.model
     for way in (1, -1):
-        turns = [
-            Passing(holders[::way].tolist(), model.heads, case.topology).turns()
-            for holders in made.fragments.values()
-            if len(holders) > 1
+        chains = [
+            Passing(made.stream.rank[rows][::way].tolist(), model.heads, case.topology).turns()
+            for rows in made.fragments
+            if len(rows) > 1
         ]
-        for messages in zip(*turns, strict=True):
-            away = [m for turn in messages for m in turn if m.source != m.target]
-            if away:
-                source, target = (np.array([getattr(m, end) for m in away]) for end in Message._fields[:2])
-                heads = [(m.heads[1] - m.heads[0]) * (1 + m.whole) for m in away]
-                size = np.array(heads) / model.heads * model.state_bytes / 2  # M is as large as E
-                spent, sent, _ = move_time(source, target, size, case.topology, costs)
-                seconds += costs.latency_between + spent
-                traffic += sent
+        for turns in zip(*chains, strict=True):
+            away = [m for turn in turns for m in turn if m.source != m.target]
+            if not away:
+                continue
+            source, target = (np.array([m[end] for m in away]) for end in (0, 1))
+            heads = np.array([(m.heads[1] - m.heads[0]) * (1 + m.whole) for m in away])
+            size = heads / model.heads * model.state_bytes / 2  # M is as large as E
+            spent, sent, _ = move_time(source, target, size, case.topology, costs)
+            seconds += costs.latency_between + spent
+            traffic += sent
     return seconds, float(traffic.inside.sum()), float(traffic.between.sum())
 
 

@@ -1,4 +1,4 @@
-"""One stream: the sequences of a batch laid end to end and cut evenly over the ranks.
+"""One stream: the sequences of a batch, shared out evenly over the ranks.
 
 A cut may fall anywhere. What a layer then needs from other ranks follows from the batch's
 plan, which every rank has made for itself from the lengths alone (`parallel.plan`).
@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.chain import Links
+from parallel.chain import Chain, Chains
 from parallel.config import Attention, ParallelConfig
 from parallel.exchange import Table, parcels, to_device
-from parallel.layout import Plan
+from parallel.layout import Layout, Plan, moves
+from parallel.passing import Passing
 from parallel.planner import Planner, filled
 from parallel.world import World
 
@@ -52,54 +53,79 @@ class View:
         return self._made[key]
 
     @cached_property
-    def bounds(self) -> np.ndarray:
-        """(ranks + 1,): rank r holds the tokens [bounds[r], bounds[r + 1]) of the stream."""
-        return np.concatenate([[0], np.cumsum(self.plan.stream.tokens)])
-
-    @cached_property
     def crossing(self) -> bool:
-        """Whether any sequence lies on more than one rank: alike on all of them."""
-        return not np.isin(self.bounds[1:-1], self.plan.cu_seqlens).all()
+        """Whether any sequence is in several fragments: alike on all ranks."""
+        return any(len(rows) > 1 for rows in self.plan.fragments)
 
     @cached_property
-    def links(self) -> Links:
-        """Those whose sequences reach into this shard, or go on from it."""
-        spans = self.plan.stream.rows(self.rank)
-        first, last = self.plan.stream.sequence[[spans.start, spans.stop - 1]]
-        begin, end = self.plan.cu_seqlens[first], self.plan.cu_seqlens[last + 1]
-        return Links(
-            rank=self.rank,
-            before=self.rank - self._holder(begin),
-            after=self._holder(end - 1) - self.rank,
-            through=spans.stop - spans.start == 1,
-        )
+    def entering(self) -> int:
+        """Fragments of this rank that go on from elsewhere. They are its first."""
+        stream = self.plan.stream
+        return int((stream.start[stream.rows(self.rank)] > 0).sum())
+
+    def chains(self, heads: int) -> Chains:
+        """The sequences whose states, of so many heads, this rank helps to pass."""
+        return self.once(("chains", heads), lambda: self._chains(heads))
+
+    def _chains(self, heads: int) -> Chains:
+        stream, topology = self.plan.stream, self.plan.topology
+        node = stream.rank // topology.ranks_per_node
+        ways: tuple[list[Chain], list[Chain]] = [], []
+        for rows in self.plan.fragments:
+            holders = stream.rank[rows]
+            if len(rows) == 1 or self.rank // topology.ranks_per_node not in node[rows]:
+                continue
+            for way, forward in zip(ways, (True, False), strict=True):
+                these, ranks = (rows, holders) if forward else (rows[::-1], holders[::-1])
+                passing = Passing(ranks.tolist(), heads, topology)
+                here = np.flatnonzero(ranks == self.rank).tolist()
+                begin = {number: int(stream.offset[these[number]]) for number in here}
+                end = {n: b + int((stream.end - stream.start)[these[n]]) for n, b in begin.items()}
+                way.append(Chain(passing, {n: slice(begin[n], end[n]) for n in begin}))
+        return Chains(*ways, self.rank, self.group)
 
     def halo(self, reach: int) -> Table:
-        """The up to `reach` tokens before this shard that belong to its first sequence.
+        """The up to `reach` tokens before each fragment that goes on from elsewhere.
 
-        Shards shorter than the reach make it span several ranks before.
+        Into `reach` rows for each, which end with the token before the fragment; what lies
+        before the sequence's first token is zero.
         """
         return self.once(("halo", reach), lambda: self._halo(reach))
 
     def _halo(self, reach: int) -> Table:
-        bounds, rank = self.bounds, self.rank
-        first = self._halo_start(rank, reach)
-        sources = np.arange(self._holder(first), rank)
-        begins = np.maximum(bounds[sources], first)
-        takes = parcels(sources, begins - first, bounds[sources + 1] - begins, self.device)
-        takers = np.arange(rank + 1, rank + self.links.after + 1)
-        wanted = np.array([self._halo_start(int(taker), reach) for taker in takers], dtype=np.int64)
-        begins = np.clip(wanted, bounds[rank], bounds[rank + 1])
-        gives = parcels(takers, begins - bounds[rank], bounds[rank + 1] - begins, self.device)
-        return Table(gives, takes, int(bounds[rank] - first))
+        stream = self.plan.stream
+        on = np.flatnonzero(stream.start > 0) if reach else np.zeros(0, np.int64)
+        rank, end = stream.rank[on], stream.start[on]
+        start = np.maximum(end - reach, 0)
+        place = np.arange(len(on)) - np.searchsorted(rank, rank)  # among those of the rank
+        offset = place * reach + reach - (end - start)
+        one = np.ones_like(on)
+        wanted = Layout(
+            stream.sequence[on], start, end, rank, offset, 0 * one, one, 0 * stream.tokens
+        )
+        return self._fetched(wanted, self.entering * reach)
 
-    def _halo_start(self, rank: int, reach: int) -> int:
-        begin = self.bounds[rank]
-        sequence = np.searchsorted(self.plan.cu_seqlens, begin, side="right") - 1
-        return int(max(begin - reach, self.plan.cu_seqlens[sequence]))
+    def reaching(self, reach: int) -> tuple[Table, np.ndarray]:
+        """Every fragment with the up to `reach` tokens before it, and how many each then has."""
+        return self.once(("reaching", reach), lambda: self._reaching(reach))
 
-    def _holder(self, token: int) -> int:
-        return int(np.searchsorted(self.bounds, token, side="right")) - 1
+    def _reaching(self, reach: int) -> tuple[Table, np.ndarray]:
+        stream = self.plan.stream
+        start = np.maximum(stream.start - reach, 0)
+        wanted = Layout.stack(stream.sequence, start, stream.end, stream.rank, len(stream.tokens))
+        sizes = (stream.end - start)[stream.rows(self.rank)]
+        return self._fetched(wanted, int(sizes.sum())), sizes
+
+    def _fetched(self, wanted: Layout, rows: int) -> Table:
+        """From the stream to a layout that may hold tokens more than once."""
+        found = moves(self.plan.stream, wanted, self.plan.cu_seqlens)
+        gives, takes = found.sent(self.rank), found.received(self.rank)
+        tokens = found.tokens
+        return Table(
+            parcels(found.target[gives], found.source_offset[gives], tokens[gives], self.device),
+            parcels(found.source[takes], found.target_offset[takes], tokens[takes], self.device),
+            rows,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +150,16 @@ class Shard:
         return sum(self.lengths)
 
     @cached_property
+    def begun(self) -> Tensor | None:
+        """`cu_seqlens` of the fragments that go on from elsewhere; None if there is but one."""
+        entering = self.view.entering if self.view else 0
+        return self.cu_seqlens[: entering + 1] if entering != 1 else None
+
+    @cached_property
     def later(self) -> Tensor:
-        """`cu_seqlens` of all fragments but the first."""
-        return self.cu_seqlens[1:] - self.lengths[0]
+        """`cu_seqlens` of all other fragments."""
+        entering = self.view.entering if self.view else 0
+        return self.cu_seqlens[entering:] - sum(self.lengths[:entering])
 
 
 def shard(lengths: Sequence[int] | np.ndarray, device: torch.device | str, start: int = 0) -> Shard:
@@ -165,9 +198,8 @@ def distribute(
 
     Returns:
         tokens and labels (t,) int64 of this rank's shard, and the shard; t differs by at most
-        one over the ranks. Sequences may change places in the stream (`Plan.order`). Where
-        there are fewer tokens than ranks, the stream ends with sequences of one token without
-        a label, so that every rank holds something and takes part in every exchange.
+        one over the ranks. Where there are fewer tokens than ranks, sequences of one token
+        without a label are added, so that every rank holds something.
     """
     lengths = filled(np.diff(cu_seqlens), world.size)
     missing = int(lengths.sum()) - len(tokens)
@@ -189,9 +221,7 @@ def distribute(
     sequence, starts, ends = (
         column[spans] for column in (made.stream.sequence, made.stream.start, made.stream.end)
     )
-    # From places in the stream to places in the batch, whose sequences lie in another order.
-    begins = np.cumsum(lengths) - lengths
-    first = begins[made.order[sequence]] + starts
+    first = made.cu_seqlens[sequence] + starts
     sizes = ends - starts
     here = np.arange(sizes.sum()) + np.repeat(first - np.cumsum(sizes) + sizes, sizes)
     return (

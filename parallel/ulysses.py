@@ -88,7 +88,7 @@ def parts(cu_seqlens: np.ndarray, ranks: int, heads: int, kv_heads: int) -> list
 
 
 def _tables(view: View, heads: int, kv_heads: int) -> Tables:
-    cu_seqlens, bounds = view.plan.cu_seqlens, view.bounds
+    cu_seqlens, bounds = view.plan.cu_seqlens, _bounds(view)
     every = parts(cu_seqlens, len(bounds) - 1, heads, kv_heads)
     mine = every[view.rank]
     q = _table(view, heads, [(part.queries, part.heads) for part in every])
@@ -101,13 +101,18 @@ def _tables(view: View, heads: int, kv_heads: int) -> Tables:
     )
 
 
+def _bounds(view: View) -> np.ndarray:
+    """(ranks + 1,): rank r holds the tokens [bounds[r], bounds[r + 1]) of the batch."""
+    return np.append(0, np.cumsum(view.plan.stream.tokens))
+
+
 def _longest(cu_seqlens: np.ndarray) -> int:
     return int(np.diff(cu_seqlens).max(initial=0))
 
 
 def _table(view: View, heads: int, wanted: list[tuple[Run, Run]]) -> Table:
     """From shards with all heads to the (tokens, heads) that each rank wants."""
-    bounds, rank = view.bounds, view.rank
+    bounds, rank = _bounds(view), view.rank
     begin, end = int(bounds[rank]), int(bounds[rank + 1])
     gives = []
     for peer, ((first, last), (a, b)) in enumerate(wanted):

@@ -96,7 +96,7 @@ def test_ulysses_splits_any_heads_over_any_ranks(
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_plan_of_a_model_with_heads_equals_one_softmax(ranks, size: int, alone: bool) -> None:
-    """fp64: to 1e-10; with shards that are contiguous, and with those of a dense model."""
+    """fp64: to 1e-10; with tokens that stay on a node, and on a rank, as a dense model's."""
     model = FullAttention(heads=4, kv_heads=2, head_dim=DIM, alone=alone)
     for lengths in STREAMS:
         assert max(ranks(size).run(attention, lengths, "balanced", None, 4, 2, model)) < 1e-10
@@ -121,7 +121,7 @@ def on_slices(
     def planned(lengths: np.ndarray, topology: Topology, *_: object, **__: object) -> Plan:
         number = np.minimum(np.arange(len(lengths)), len(grids) - 1)
         owners = Owners(-1 - number, [np.array(grid) for grid in grids])
-        return build("rings", lengths, owners, np.arange(len(lengths)), topology, True)
+        return build("rings", lengths, owners, topology, True)
 
     with mock.patch("parallel.planner.plan", planned):
         return attention(world, lengths, "balanced", None, *heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 import kernels
 import parallel
 from parallel import ParallelConfig, Shard, World, distribute
+from parallel.config import Attention
 from parallel.exchange import sent_bytes
 from tests.parallel.across import STREAMS, difference
 
@@ -27,14 +30,32 @@ ROWS = {
 HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 4, 6, 5
 
 
+# Ranks, ranks a node, and who decides where the stream lies: rings leave each of their nodes an
+# early and a late run of a sequence.
+PLACES: list[tuple[int, int, Attention]] = [
+    (1, 1, "balanced"),
+    (2, 1, "ring"),
+    (2, 2, "balanced"),
+    (3, 2, "ring"),
+    (3, 3, "allgather"),
+    (4, 1, "ring"),
+    (4, 2, "ring"),
+    (4, 2, "balanced"),
+    (4, 4, "ring"),
+]
+
+
 def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(
         1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
 
 
-def recurrences(world: World, lengths: list[int]) -> dict[str, float]:
+def recurrences(
+    world: World, lengths: list[int], each: int, attention: Attention
+) -> dict[str, float]:
     """The error of each row of the table."""
+    world = dataclasses.replace(world, ranks_per_node=each)
     T = sum(lengths)
     errors = {}
     for row, (decay, delta) in ROWS.items():
@@ -60,19 +81,23 @@ def recurrences(world: World, lengths: list[int]) -> dict[str, float]:
         def whole(x: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
             return kernels.linear_attention(**x, cu_seqlens=cu_seqlens, backend="reference")[0]
 
-        errors[row] = difference(world, lengths, rows, weights, layer, whole, ParallelConfig())
+        config = ParallelConfig(attention)
+        errors[row] = difference(world, lengths, rows, weights, layer, whole, config)
     return errors
 
 
 @pytest.mark.parametrize("lengths", STREAMS, ids=str)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_every_recurrence_equals_the_definition(ranks, size: int, lengths: list[int]) -> None:
+@pytest.mark.parametrize(("size", "each", "attention"), PLACES)
+def test_every_recurrence_equals_the_definition(
+    ranks, size: int, each: int, attention: Attention, lengths: list[int]
+) -> None:
     """fp64: to 1e-10."""
-    for errors in ranks(size).run(recurrences, lengths):
+    for errors in ranks(size).run(recurrences, lengths, each, attention):
         assert all(error < 1e-10 for error in errors.values()), errors
 
 
-def scan(world: World, lengths: list[int]) -> float:
+def scan(world: World, lengths: list[int], each: int, attention: Attention) -> float:
+    world = dataclasses.replace(world, ranks_per_node=each)
     rows = {
         "x": random(sum(lengths), 9, seed=1),
         "decay": -0.2 * random(sum(lengths), 9, seed=2).abs(),
@@ -88,17 +113,22 @@ def scan(world: World, lengths: list[int]) -> float:
             h.append(x["decay"][:, t].exp() * before + x["x"][:, t])
         return torch.stack(h, dim=1)
 
-    return difference(world, lengths, rows, {}, layer, whole, ParallelConfig())
+    return difference(world, lengths, rows, {}, layer, whole, ParallelConfig(attention))
 
 
 @pytest.mark.parametrize("lengths", STREAMS, ids=str)
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_the_diagonal_scan_equals_its_equation(ranks, size: int, lengths: list[int]) -> None:
+@pytest.mark.parametrize(("size", "each", "attention"), PLACES[1:])
+def test_the_diagonal_scan_equals_its_equation(
+    ranks, size: int, each: int, attention: Attention, lengths: list[int]
+) -> None:
     """fp64: to 1e-10."""
-    assert max(ranks(size).run(scan, lengths)) < 1e-10
+    assert max(ranks(size).run(scan, lengths, each, attention)) < 1e-10
 
 
-def convolution(world: World, lengths: list[int], width: int) -> float:
+def convolution(
+    world: World, lengths: list[int], width: int, each: int, attention: Attention
+) -> float:
+    world = dataclasses.replace(world, ranks_per_node=each)
     rows = {"x": random(sum(lengths), 7, seed=1)}
     weights = {"weight": random(7, width, seed=2)[0], "bias": random(7, seed=3)[0]}
 
@@ -115,17 +145,17 @@ def convolution(world: World, lengths: list[int], width: int) -> float:
         ]
         return F.silu(torch.cat(y)).unsqueeze(0)
 
-    return difference(world, lengths, rows, weights, layer, whole, ParallelConfig())
+    return difference(world, lengths, rows, weights, layer, whole, ParallelConfig(attention))
 
 
 @pytest.mark.parametrize("width", [1, 4, 9])
 @pytest.mark.parametrize("lengths", STREAMS, ids=str)
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(("size", "each", "attention"), PLACES[1:])
 def test_the_convolution_reaches_over_several_ranks(
-    ranks, size: int, lengths: list[int], width: int
+    ranks, size: int, each: int, attention: Attention, lengths: list[int], width: int
 ) -> None:
     """fp64: to 1e-10; shards of one token under a filter of nine take from eight ranks."""
-    assert max(ranks(size).run(convolution, lengths, width)) < 1e-10
+    assert max(ranks(size).run(convolution, lengths, width, each, attention)) < 1e-10
 
 
 def sent_by_the_delta_rule(world: World, length: int) -> int:

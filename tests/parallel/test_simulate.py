@@ -123,9 +123,9 @@ def keys(costs: Costs, slices: int, waves: int) -> list[float]:
     st.sampled_from([Costs(), Costs(heads=32, kv_heads=8), Costs(heads=5, kv_heads=5)]),
 )
 def test_bytes_are_those_of_the_rounds_and_the_moves(
-    lengths: list[int], where: Topology, how: Strategy, contiguous: bool, costs: Costs
+    lengths: list[int], where: Topology, how: Strategy, by_node: bool, costs: Costs
 ) -> None:
-    made = plan(lengths, where, how, costs, contiguous=contiguous)
+    made = plan(lengths, where, how, costs, by_node=by_node)
     traffic = price(made, costs).traffic
     assert (traffic.inside.sum(), traffic.between.sum()) == pytest.approx(sent_by_hand(made, costs))
 
