@@ -36,7 +36,9 @@ def attention(
     heads: int = 4,
     kv_heads: int = 2,
     model: FullAttention | None = None,
+    each: int | None = None,
 ) -> float:
+    world = dataclasses.replace(world, ranks_per_node=each or world.ranks_per_node)
     generator = torch.Generator().manual_seed(0)
     rows = {
         name: torch.randn(1, sum(lengths), count, DIM, dtype=torch.float64, generator=generator)
@@ -73,13 +75,14 @@ def test_every_strategy_equals_one_softmax(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("window", [1, 6, 50])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "each"), [(2, 2), (4, 2), (4, 1)])
 def test_a_sliding_window_reaches_over_the_cuts(
-    ranks, size: int, window: int, strategy: str
+    ranks, size: int, each: int, window: int, strategy: str
 ) -> None:
-    """fp64: to 1e-10."""
+    """fp64: to 1e-10; also between fragments of one sequence that a rank holds."""
     for lengths in STREAMS:
-        assert max(ranks(size).run(attention, lengths, strategy, window)) < 1e-10
+        arguments = (lengths, strategy, window, 4, 2, None, each)
+        assert max(ranks(size).run(attention, *arguments)) < 1e-10
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 3), (6, 2), (5, 1), (8, 4)])

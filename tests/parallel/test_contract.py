@@ -63,6 +63,7 @@ class Setting:
     accumulate: int = 1
     recompute: bool = False
     family: str | None = None
+    each: int | None = None  # ranks a node, if not all are on one
 
 
 def steps(accumulate: int) -> list[list[Stream]]:
@@ -114,6 +115,7 @@ def plain(accumulate: int, family: str | None) -> Course:
 
 
 def shared(world: World, setting: Setting) -> Course:
+    world = dataclasses.replace(world, ranks_per_node=setting.each or world.size)
     config = ParallelConfig(attention=setting.attention)
     engine = Engine(
         model(setting.family, setting.recompute),
@@ -149,7 +151,7 @@ def gradient(parameter: torch.nn.Parameter, setting: Setting) -> Tensor:
 
 # Every strategy at every stage, and accumulation and recomputation with each of both.
 SETTINGS = [
-    Setting(attention, stage, accumulate=1 + (i // 4 + i) % 2, recompute=bool(i // 2 % 2))
+    Setting(attention, stage, 1 + (i // 4 + i) % 2, bool(i // 2 % 2), each=(None, 2, 1)[i % 3])
     for i, (attention, stage) in enumerate(
         itertools.product(("balanced", "ring", "ulysses", "allgather"), (0, 1, 2, 3))
     )
@@ -159,7 +161,7 @@ SETTINGS = [
 # On four ranks everything; on two and three, which divide less evenly, each strategy and stage.
 CASES = [(4, setting) for setting in SETTINGS]
 CASES += [
-    (4, Setting(attention, stage, recompute=stage > 1, family=family))
+    (4, Setting(attention, stage, recompute=stage > 1, family=family, each=2))
     for stage, (attention, family) in enumerate(
         zip(("balanced", "ring", "ulysses", "allgather"), FAMILIES, strict=True)
     )
