@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 BACKWARD = np.array([1.0, 2.5])  # arithmetic of attention: forward, backward
 TRAVEL = np.array([1.0, 2.0])  # what goes round a ring: forward, backward
+_SHOWN = 0.3  # of the moves, where heads come in waves: the first one's overlap nothing
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Costs:
         moved = n * (2 * self.q_bytes + self.kv_bytes * keys * slices)
         move = np.maximum(near / each / self.inside, far / self.between) * moved / nodes
         seconds = np.maximum(work, travel) + np.maximum(BACKWARD[1] * work, TRAVEL[1] * travel)
-        return seconds + 2 * move
+        return seconds + 2 * _SHOWN * move
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,8 @@ def ring_travel(
 ) -> tuple[float, Traffic]:
     """Seconds that a ring's transfers take forward, and the bytes that its members send."""
     nodes, each, slices = ring.ranks.shape
+    if ring.seats == 1:  # every rank has the keys of its heads already
+        return 0.0, Traffic(np.zeros(slices), np.zeros(slices))
     _, keys = fractions(costs.heads // waves, costs.kv_heads // waves, slices)
     block = ring.tokens.reshape(nodes, each, 1) * keys * costs.kv_bytes
     biggest = float(block.max(initial=0))

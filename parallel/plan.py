@@ -30,17 +30,16 @@ Strategy = Literal["balanced", "ring", "even", "allgather"]
 # more than its share of tokens, fewer sequences are shared. The cheapest is taken, or the first
 # that is good enough.
 _LIMITS = (
-    Limits(nodes=1.6, tokens=1.0),
+    Limits(nodes=1.25, tokens=1.04),
+    Limits(nodes=1.1, tokens=1.0),
     Limits(nodes=1.25, tokens=1.0),
-    Limits(nodes=2.0, tokens=1.0),
-    Limits(nodes=1.25, tokens=1.2),
-    Limits(nodes=1.6, tokens=1.2),
     Limits(nodes=1.0, tokens=1.04),
-    Limits(nodes=3.2, tokens=1.0),
+    Limits(nodes=1.25, tokens=1.2),
+    Limits(nodes=0.8, tokens=1.0),
 )
 _ENOUGH = 1.03  # of perfectly even
 _LARGE = 1 << 15  # ranks · sequences above which
-_FEW = 3  # of them must do
+_FEW = 2  # of them must do
 
 
 def plan(
@@ -109,18 +108,17 @@ def _cheapest(
         found = build("balanced", lengths, owners, topology, by_node)
         if not _fits(found, room):
             continue
+        # Waves change the rest of the price by little more than latencies: it is made once.
         layer = price(found, costs)
-        # More waves change the price of a layer in itself by little: it is made once a placing.
-        seconds = min(replace(layer, waves=waves).seconds for waves in _waves(found, costs))
-        if seconds < least:
-            best, least = found, seconds
+        for waves in _waves(found, costs):
+            seconds = replace(layer, waves=waves).seconds
+            if seconds < least:
+                best, least = replace(found, waves=waves), seconds
         if least <= _ENOUGH * prices.level:
             break
     if best is None:  # only an even split fits
-        owners = placing.even(len(lengths), topology)
-        best = build("balanced", lengths, owners, topology, by_node)
-    tried = [replace(best, waves=waves) for waves in _waves(best, costs)]
-    return min(tried, key=lambda made: price(made, costs).seconds)
+        best = build("balanced", lengths, placing.even(len(lengths), topology), topology, by_node)
+    return best
 
 
 def _waves(found: Plan, costs: Costs) -> list[int]:

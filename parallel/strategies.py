@@ -183,7 +183,8 @@ def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
             heads = np.array([(m.heads[1] - m.heads[0]) * (1 + m.whole) for m in away])
             size = heads / model.heads * model.state_bytes / 2  # M is as large as E
             spent, sent, _ = move_time(source, target, size, case.topology, costs)
-            seconds += costs.latency_between + spent
+            far = sent.between.any()
+            seconds += (costs.latency_between if far else costs.latency_inside) + spent
             traffic += sent
     return seconds, float(traffic.inside.sum()), float(traffic.between.sum())
 
