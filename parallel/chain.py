@@ -19,9 +19,10 @@ from kernels.packing import accumulation_dtype
 from kernels.segments import apply_segment, compose_segments
 from parallel.exchange import post
 from parallel.heads import Run
-from parallel.passing import Item, Message, Passing
+from parallel.passing import Item, Passing
 
 Map = list[Tensor]  # E and M, or E alone where no state enters
+Key = tuple[int, int]  # a chain by place, and a fragment's number in it
 
 
 class Chain(NamedTuple):
@@ -67,87 +68,119 @@ class Recurrence(NamedTuple):
     final_state: Callable[..., Tensor]
 
 
-def enter(
-    recurrence: Recurrence,
-    chains: Callable[[int], Chains],
-    through: Tensor,
-    *inputs: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The states that enter this rank's fragments that began elsewhere.
+class Passage:
+    """The states of one layer on their way.
+
+    What is computed between `depart` and `arrive` is computed while maps travel, and backward
+    while gradients do. (Autograd goes through functions in the reverse of their order.)
+    """
+
+    def __init__(self, recurrence: Recurrence, chains: Chains, inputs: Sequence[Any]) -> None:
+        self.recurrence, self.chains = recurrence, chains
+        self.shapes = recurrence.shapes(*inputs)
+        first = next(x for x in inputs if x is not None)
+        self.like = first.new_empty(0, dtype=accumulation_dtype(first.dtype))
+        self.way: _Way
+        self.Ms: dict[Key, Tensor] = {}  # until they arrive
+        self.states: dict[Key, Tensor] = {}  # of the fragments that they enter; backward
+        self.ticket: Tensor
+
+    def arrive(self, through: Tensor) -> tuple[Tensor, Tensor]:
+        """The states that enter, one a fragment that began elsewhere, in the order of the shard.
+
+        Args:
+            through: a result of what was computed meanwhile. It is returned as it came, and
+                ties the exchange of gradients into the backward pass of every rank, also of
+                one that no state enters.
+        """
+        ticket = self.ticket
+        del self.ticket  # which holds on to the passage
+        return _Arrive.apply(self, ticket, through)
+
+    def last(self, c: int) -> int:
+        return self.chains.forward[c].passing.last
+
+
+def depart(
+    recurrence: Recurrence, chains: Callable[[int], Chains], *inputs: Tensor | None
+) -> Passage:
+    """Compute the maps of this rank's fragments and send them.
 
     Args:
         chains: of a number of heads.
-        through: any tensor that the layer goes on to use. It is returned as it came, and ties
-            the exchange of gradients into the backward pass of every rank, also of one whose
-            own fragments need no state.
-        inputs: of the recurrence, for all tokens of the shard.
-
-    Returns:
-        `through`, and the states, one a fragment, in the order of the shard. Gradients of the
-        states travel to the ranks before and into their inputs.
+        inputs: of the recurrence, for all tokens of the shard. Gradients of the states travel
+            to the ranks before and into their inputs.
     """
-    shapes = recurrence.shapes(*inputs)
-    return _Enter.apply(recurrence, chains(shapes.E[1]), shapes, through, *inputs)
+    passage = Passage(recurrence, chains(recurrence.shapes(*inputs).E[1]), inputs)
+    passage.ticket = _Depart.apply(passage, *inputs)
+    return passage
 
 
-class _Enter(torch.autograd.Function):
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        recurrence: Recurrence,
-        chains: Chains,
-        shapes: Shapes,
-        through: Tensor,
-        *inputs: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        own: dict[tuple[int, int], Map] = {}
+    def forward(ctx: Any, passage: Passage, *inputs: Tensor | None) -> Tensor:
+        recurrence, chains = passage.recurrence, passage.chains
+        own: dict[Key, Map] = {}
         for c, chain in enumerate(chains.forward):
             for number, rows in chain.rows.items():
                 if number == 0:
                     own[c, number] = [recurrence.final_state(None, *_rows(inputs, rows))]
                 elif number < chain.passing.last:
                     own[c, number] = list(recurrence.segment(*_rows(inputs, rows)))[::-1]
-        dtype = accumulation_dtype(through.dtype)
-        states = passed(chains.forward, own, chains, shapes, through.new_empty(0, dtype=dtype))
-        entering = torch.cat([*states.values(), through.new_empty(0, *shapes.E[1:], dtype=dtype)])
-        Ms = {key: tensors[1] for key, tensors in own.items() if len(tensors) > 1}
-        ctx.recurrence, ctx.chains, ctx.shapes = recurrence, chains, shapes
-        ctx.entered, ctx.mapped = list(states), list(Ms)
-        ctx.save_for_backward(entering, *Ms.values(), *inputs)
-        return through.view_as(through), entering
+        passage.Ms = {key: tensors[1] for key, tensors in own.items() if len(tensors) > 1}
+        passage.way = _Way(chains.forward, own, passage)
+        ctx.passage = passage
+        ctx.save_for_backward(*inputs)
+        return passage.like.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, dthrough: Tensor, dentering: Tensor) -> tuple[Any, ...]:
-        chains: Chains = ctx.chains
-        entering, *rest = ctx.saved_tensors
-        Ms = dict(zip(ctx.mapped, rest, strict=False))
-        inputs = rest[len(Ms) :]
-        last = [chain.passing.last for chain in chains.forward]
-        own: dict[tuple[int, int], Map] = {}
-        for (c, number), dstate in zip(ctx.entered, dentering.unsqueeze(1), strict=True):
-            M = Ms.get((c, number))
-            transposed = [] if M is None else [M.mT if M.dim() == 4 else M]
-            own[c, last[c] - number] = [dstate, *transposed]
-        dleaving = passed(chains.backward, own, chains, ctx.shapes, dentering)
-
-        states = dict(zip(ctx.entered, entering.unsqueeze(1), strict=True))
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        passage, inputs = ctx.passage, ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         gradients = [torch.zeros_like(x) if i in wanted else None for i, x in enumerate(inputs)]
-        for (c, mirrored), dstate in dleaving.items():
-            number = last[c] - mirrored
-            rows = chains.forward[c].rows[number]
+        for (c, mirrored), dstate in passage.way.states().items():
+            number = passage.last(c) - mirrored
+            rows = passage.chains.forward[c].rows[number]
             with torch.enable_grad():
                 mine = [
                     None if x is None else x.detach().requires_grad_(i in wanted)
                     for i, x in enumerate(_rows(inputs, rows))
                 ]
-                final = ctx.recurrence.final_state(states.get((c, number)), *mine)
+                entering = passage.states.get((c, number))
+                final = passage.recurrence.final_state(entering, *mine)
             leaves: list[Any] = [mine[i] for i in wanted]
             found = torch.autograd.grad(final, leaves, dstate, allow_unused=True)
             for i, gradient in zip(wanted, found, strict=True):
                 if gradient is not None:
                     _rows(gradients, rows)[i].add_(gradient)
-        return None, None, None, dthrough, *gradients
+        return None, *gradients
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, passage: Passage, ticket: Tensor, through: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        found, Ms = passage.way.states(), passage.Ms
+        states = torch.cat([*found.values(), passage.like.new_empty(0, *passage.shapes.E[1:])])
+        ctx.passage, ctx.entered, ctx.mapped = passage, list(found), list(Ms)
+        ctx.save_for_backward(states, *Ms.values())
+        passage.Ms = {}
+        return through.view_as(through), states
+
+    @staticmethod
+    def backward(ctx: Any, dthrough: Tensor, dstates: Tensor) -> tuple[Any, ...]:
+        passage: Passage = ctx.passage
+        states, *saved = ctx.saved_tensors
+        Ms = dict(zip(ctx.mapped, saved, strict=True))
+        passage.states = dict(zip(ctx.entered, states.unsqueeze(1), strict=True))
+        own: dict[Key, Map] = {}
+        for (c, number), dstate in zip(ctx.entered, dstates.unsqueeze(1), strict=True):
+            M = Ms.get((c, number))
+            transposed = [] if M is None else [M.mT if M.dim() == 4 else M]
+            own[c, passage.last(c) - number] = [dstate, *transposed]
+        passage.way = _Way(passage.chains.backward, own, passage)
+        return None, passage.like.new_empty(0), dthrough
 
 
 def _rows(inputs: Sequence[Any], rows: slice) -> list[Any]:
@@ -155,93 +188,89 @@ def _rows(inputs: Sequence[Any], rows: slice) -> list[Any]:
     return [x if x is None or x.dim() == 1 else x[:, rows] for x in inputs]
 
 
-def passed(
-    way: list[Chain],
-    own: dict[tuple[int, int], Map],
-    chains: Chains,
-    shapes: Shapes,
-    like: Tensor,
-) -> dict[tuple[int, int], Tensor]:
-    """The states that enter this rank's fragments, by place of the chain and number, in order.
+class _Way:
+    """States that pass one way, forward or backward. The first turn begins at once.
 
     Args:
-        way: the chains, forward or backward.
         own: maps of this rank's fragments, but of those that are their sequence's last.
-        like: for dtype and device.
     """
-    heads = (0, shapes.E[1])
-    have = {(c, ("fragment", number)): (heads, tensors) for (c, number), tensors in own.items()}
-    turns = [chain.passing.turns() for chain in way]
 
-    def turn(number: int) -> dict[tuple[int, Item], Map]:
-        messages = [(c, message) for c, turn in enumerate(turns) for message in turn[number]]
-        return _exchanged(messages, have, chains, shapes, like)
+    def __init__(self, way: list[Chain], own: dict[Key, Map], passage: Passage) -> None:
+        self._way, self._chains = way, passage.chains
+        self._shapes, self._like = passage.shapes, passage.like
+        heads = (0, passage.shapes.E[1])
+        self._have = {(c, ("fragment", n)): (heads, tensors) for (c, n), tensors in own.items()}
+        self._turns = zip(*(chain.passing.turns() for chain in way), strict=True)
+        self._maps = self._turn()
 
-    maps = turn(0)
-    composed: dict[tuple[int, int], tuple[Run, list[Map]]] = {}
-    for c, (passing, _) in enumerate(way):
-        for r, (run, parts) in enumerate(zip(passing.runs, passing.parts, strict=True)):
-            mine = dict(parts).get(chains.rank)
-            if mine is not None:
-                found = [maps[c, ("fragment", n)] for n in run if n < passing.last]
-                composed[c, r] = mine, _composed(found)
-                if r < len(passing.runs) - 1:
-                    have[c, ("run", r)] = mine, composed[c, r][1][-1]
-    maps = turn(1)
-    for c, (passing, _) in enumerate(way):
-        for parts in passing.upper:
-            mine = dict(parts).get(chains.rank)
-            if mine is not None:
-                found = [maps[c, ("run", r)] for r in range(len(passing.runs) - 1)]
-                for r, entry in enumerate(_composed(found), start=1):
-                    have[c, ("entry", r)] = mine, entry[:1]
-    entries = turn(2)
-    for (c, r), (mine, found) in composed.items():
-        run = way[c].passing.runs[r]
-        states = [E for E, *_ in found]
-        if r > 0:
-            (S,) = entries[c, ("entry", r)]
-            states = [S, *(apply_segment(M, E, S) for E, M in found)]
-        for n, state in zip(run if r > 0 else run[1:], states, strict=False):
-            have[c, ("state", n)] = mine, [state]
-    states_by_item = turn(3)
-    return {
-        (c, n): states_by_item[c, ("state", n)][0]
-        for c, chain in enumerate(way)
-        for n in chain.rows
-        if n > 0
-    }
+    def states(self) -> dict[Key, Tensor]:
+        """The states that enter this rank's fragments, in the order of chains and fragments."""
+        way, have, me = self._way, self._have, self._chains.rank
+        maps = self._maps()
+        composed: dict[Key, tuple[Run, list[Map]]] = {}
+        for c, (passing, _) in enumerate(way):
+            for r, (run, parts) in enumerate(zip(passing.runs, passing.parts, strict=True)):
+                mine = dict(parts).get(me)
+                if mine is not None:
+                    found = [maps[c, ("fragment", n)] for n in run if n < passing.last]
+                    composed[c, r] = mine, _composed(found)
+                    if r < len(passing.runs) - 1:
+                        have[c, ("run", r)] = mine, composed[c, r][1][-1]
+        maps = self._turn()()
+        for c, (passing, _) in enumerate(way):
+            for parts in passing.upper:
+                mine = dict(parts).get(me)
+                if mine is not None:
+                    found = [maps[c, ("run", r)] for r in range(len(passing.runs) - 1)]
+                    for r, entry in enumerate(_composed(found), start=1):
+                        have[c, ("entry", r)] = mine, entry[:1]
+        entries = self._turn()()
+        for (c, r), (mine, found) in composed.items():
+            run = way[c].passing.runs[r]
+            states = [E for E, *_ in found]
+            if r > 0:
+                (S,) = entries[c, ("entry", r)]
+                states = [S, *(apply_segment(M, E, S) for E, M in found)]
+            for n, state in zip(run if r > 0 else run[1:], states, strict=False):
+                have[c, ("state", n)] = mine, [state]
+        arrived = self._turn()()
+        return {
+            (c, n): arrived[c, ("state", n)][0]
+            for c, chain in enumerate(way)
+            for n in chain.rows
+            if n > 0
+        }
 
+    def _turn(self) -> Callable[[], dict[tuple[int, Item], Map]]:
+        """Begin the next turn; the function returned waits for what it brings to this rank, the
+        heads of each item put together."""
+        sends: dict[int, list[Tensor]] = {}
+        receives: dict[int, list[Tensor]] = {}
+        got: dict[tuple[int, Item], list[Map]] = {}
+        me = self._chains.rank
+        for c, turn in enumerate(next(self._turns, ())):
+            for source, target, item, (a, b), whole in turn:
+                if source == me:
+                    (first, _), tensors = self._have[c, item]
+                    part = [x[:, a - first : b - first].contiguous() for x in tensors[: 1 + whole]]
+                    if target != me:
+                        sends.setdefault(target, []).extend(part)
+                elif target == me:
+                    every = (self._shapes.E, self._shapes.M)[: 1 + whole]
+                    part = [self._like.new_empty(1, b - a, *shape[2:]) for shape in every]
+                    receives.setdefault(source, []).extend(part)
+                if target == me:
+                    got.setdefault((c, item), []).append(part)
+        wait = post(sends, receives, self._chains.group)
 
-def _exchanged(
-    messages: list[tuple[int, Message]],
-    have: dict[tuple[int, Item], tuple[Run, Map]],
-    chains: Chains,
-    shapes: Shapes,
-    like: Tensor,
-) -> dict[tuple[int, Item], Map]:
-    """What the messages of a turn bring to this rank, the heads of each item put together."""
-    sends: dict[int, list[Tensor]] = {}
-    receives: dict[int, list[Tensor]] = {}
-    got: dict[tuple[int, Item], list[Map]] = {}
-    for c, message in messages:
-        source, target, item, (a, b), whole = message
-        if source == chains.rank:
-            (first, _), tensors = have[c, item]
-            part = [x[:, a - first : b - first].contiguous() for x in tensors[: 1 + whole]]
-            if target != source:
-                sends.setdefault(target, []).extend(part)
-        elif target == chains.rank:
-            every = (shapes.E, shapes.M)[: 1 + whole]
-            part = [like.new_empty(1, b - a, *shape[2:]) for shape in every]
-            receives.setdefault(source, []).extend(part)
-        if target == chains.rank:
-            got.setdefault((c, item), []).append(part)
-    post(sends, receives, chains.group)()
-    return {
-        key: [torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True)]
-        for key, parts in got.items()
-    }
+        def arrived() -> dict[tuple[int, Item], Map]:
+            wait()
+            return {
+                key: [torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True)]
+                for key, parts in got.items()
+            }
+
+        return arrived
 
 
 def _composed(maps: list[Map]) -> list[Map]:

@@ -64,7 +64,8 @@ class Parcels:
 
     Attributes:
         counts: how many there are for each rank.
-        rows: (Σ counts,) int64 on the device, rank after rank; those of one rank are distinct.
+        rows: (Σ counts,) int64 on the device, rank after rank. Those of one rank are distinct,
+            but where two fragments of one sequence want the same token.
     """
 
     counts: dict[int, int]
@@ -151,7 +152,9 @@ class Journey:
 
     def arrive(self) -> list[Tensor]:
         """Wait for the rows, once: each tensor's (rows of its table, …)."""
-        return list(_Arrive.apply(self, self.ticket))
+        ticket = self.ticket
+        del self.ticket  # which holds on to the journey
+        return list(_Arrive.apply(self, ticket))
 
     def start(self, tensors: Sequence[Tensor]) -> None:
         self._rows = [len(tensor) for tensor in tensors]

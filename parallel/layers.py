@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ import kernels
 from kernels.packing import accumulation_dtype
 from kernels.segments import final_state, segment_state
 from parallel import attention
-from parallel.chain import Recurrence, Shapes, enter
+from parallel.chain import Passage, Recurrence, Shapes, depart
 from parallel.exchange import move
 from parallel.stream import Shard, View
 
@@ -53,9 +54,9 @@ def linear_attention(
             output_final_state=output_final_state,
             cu_seqlens=shard.cu_seqlens,
         )
-    v, states = enter(_LINEAR_ATTENTION, view.chains, v, k, v, decay, beta)
+    passage = depart(_LINEAR_ATTENTION, view.chains, k, v, decay, beta)
     op = partial(kernels.linear_attention, scale=scale)
-    return _run(op, view, shard, states, q, k, v, decay, beta), None
+    return _run(op, view, shard, passage, q, k, v, decay, beta), None
 
 
 def diagonal_scan(
@@ -76,8 +77,13 @@ def diagonal_scan(
             output_final_state=output_final_state,
             cu_seqlens=shard.cu_seqlens,
         )
-    x, states = enter(_DIAGONAL_SCAN, view.chains, x, x, decay)
-    return _run(kernels.diagonal_scan, view, shard, states[..., 0, 0], x, decay), None
+    passage = depart(_DIAGONAL_SCAN, view.chains, x, decay)
+
+    def op(x: Tensor, decay: Tensor, initial_state: Tensor | None = None, **more: Any) -> Any:
+        state = None if initial_state is None else initial_state[..., 0, 0]
+        return kernels.diagonal_scan(x, decay, initial_state=state, **more)
+
+    return _run(op, view, shard, passage, x, decay), None
 
 
 def short_convolution(
@@ -158,17 +164,14 @@ def _run(
     op: Callable[..., tuple[Tensor, Tensor | None]],
     view: View,
     shard: Shard,
-    states: Tensor,
+    passage: Passage,
     *inputs: Tensor | None,
 ) -> Tensor:
-    """`op` with `states` entering the first fragments and zero the others.
+    """`op` over the shard: what begins here while states travel, then what they enter.
 
-    A state a fragment would be more memory than many short fragments' tokens.
+    Two calls, for zeros for a state a fragment would be more memory than the tokens of many
+    short ones.
     """
-    if not view.entering:
-        return op(*inputs, cu_seqlens=shard.cu_seqlens)[0]
-    if view.entering == len(shard.lengths):
-        return op(*inputs, initial_state=states, cu_seqlens=shard.begun)[0]
     begun = sum(shard.lengths[: view.entering])
     sizes = [begun, shard.tokens - begun]
     heads, tails = zip(
@@ -178,9 +181,14 @@ def _run(
         ),
         strict=True,
     )
+    if view.entering == len(shard.lengths):
+        _, states = passage.arrive(passage.like)
+        return op(*heads, initial_state=states, cu_seqlens=shard.begun)[0]
+    o, states = passage.arrive(op(*tails, cu_seqlens=shard.later)[0])
+    if not view.entering:
+        return o
     first, _ = op(*heads, initial_state=states, cu_seqlens=shard.begun)
-    others, _ = op(*tails, cu_seqlens=shard.later)
-    return torch.cat([first, others], dim=1)
+    return torch.cat([first, o], dim=1)
 
 
 def _shapes(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> Shapes:
