@@ -173,7 +173,7 @@ class _Arrive(torch.autograd.Function):
         passage: Passage = ctx.passage
         states, *saved = ctx.saved_tensors
         Ms = dict(zip(ctx.mapped, saved, strict=True))
-        passage.states = dict(zip(ctx.entered, states.unsqueeze(1), strict=True))
+        passage.states = dict(zip(ctx.entered, states.detach().unsqueeze(1), strict=True))
         own: dict[Key, Map] = {}
         for (c, number), dstate in zip(ctx.entered, dstates.unsqueeze(1), strict=True):
             M = Ms.get((c, number))
