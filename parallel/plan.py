@@ -108,27 +108,36 @@ def _cheapest(
         found = build("balanced", lengths, owners, topology, by_node)
         if not _fits(found, room):
             continue
-        # Waves change the rest of the price by little more than latencies: it is made once.
         layer = price(found, costs)
-        for waves in _waves(found, costs):
-            seconds = replace(layer, waves=waves).seconds
-            if seconds < least:
-                best, least = replace(found, waves=waves), seconds
+        # Waves change the rest by little more than latencies, if they need no more copies of
+        # keys: each placing is priced once.
+        seconds = min(
+            replace(layer, waves=waves).seconds
+            for waves in _waves(found, costs)
+            if waves * _slices(found) <= max(costs.kv_heads, _slices(found))
+        )
+        if seconds < least:
+            best, least = found, seconds
         if least <= _ENOUGH * prices.level:
             break
     if best is None:  # only an even split fits
         best = build("balanced", lengths, placing.even(len(lengths), topology), topology, by_node)
-    return best
+    tried = [replace(best, waves=waves) for waves in _waves(best, costs)]
+    return min(tried, key=lambda made: price(made, costs).seconds)
 
 
 def _waves(found: Plan, costs: Costs) -> list[int]:
     """In how many waves heads may be attended to: each has the same number, for all slices."""
-    slices = max((ring.slices for ring in found.rings), default=1)
     return [
         waves
         for waves in (1, 2, 4)
-        if costs.heads % waves == costs.kv_heads % waves == 0 and slices * waves <= costs.heads
+        if costs.heads % waves == costs.kv_heads % waves == 0
+        and _slices(found) * waves <= costs.heads
     ]
+
+
+def _slices(found: Plan) -> int:
+    return max((ring.slices for ring in found.rings), default=1)
 
 
 def _fits(found: Plan, room: float) -> bool:

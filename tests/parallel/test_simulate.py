@@ -53,17 +53,25 @@ def test_one_gpu_meets_the_bound_and_sends_nothing(lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("lengths", simulate.distributions())
-@pytest.mark.parametrize("model", ["llama-7b", "hybrid-7b", "hybrid-7b-gqa"])
-@pytest.mark.parametrize(("gpus", "over_bound"), [(16, 1.1), (64, 1.25)])
+@pytest.mark.parametrize(
+    ("model", "gpus", "over_bound"),
+    [
+        ("llama-7b", 16, 1.08),
+        ("llama-7b", 64, 1.2),
+        ("hybrid-7b", 16, 1.05),
+        ("hybrid-7b", 64, 1.1),
+        ("hybrid-7b-gqa", 64, 1.08),
+    ],
+)
 def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bound: float) -> None:
-    """On the cluster with the slowest network, to 1 %; and how near to the bound we come there.
+    """On the cluster with the slowest network; and how near to the bound we come there.
 
     Over batches: on single ones an alternative may be ahead that gives its ranks unequal tokens.
     """
     given = simulate.Settings("a800", model, lengths, gpus, 4096, 65536, 4, 0)
     rows = simulate.summarise(simulate.cases(given))["strategies"]
     ours = rows.pop("headrace")
-    assert ours["step_ms"] <= 1.01 * min(row["step_ms"] for row in rows.values())
+    assert ours["step_ms"] < min(row["step_ms"] for row in rows.values())
     assert ours["over_bound"] <= over_bound
 
 

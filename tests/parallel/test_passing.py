@@ -1,0 +1,87 @@
+"""Messages bring every fragment's state to it, and little between nodes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.layout import Topology
+from parallel.passing import Message, Passing
+
+
+@st.composite
+def passings(draw: st.DrawFn) -> tuple[Passing, Topology, int]:
+    topology = Topology(draw(st.integers(2, 13)), draw(st.integers(1, 5)))
+    rank = st.integers(0, topology.ranks - 1)
+    holders = draw(st.lists(rank, min_size=2, max_size=12))
+    heads = draw(st.integers(1, 9))
+    return Passing(holders, heads, topology), topology, heads
+
+
+def heads_by(messages: list[Message], *fields: str) -> Counter:
+    """Every head of an item, by these fields of its messages."""
+    return Counter(
+        (*(getattr(m, field) for field in fields), head)
+        for m in messages
+        for head in range(*m.heads)
+    )
+
+
+@given(passings())
+def test_every_fragment_but_the_last_gives_its_map_once_and_every_one_but_the_first_is_told(
+    case: tuple[Passing, Topology, int],
+) -> None:
+    passing, _, heads = case
+    maps, _, _, states = passing.turns()
+    given_, told = heads_by(maps, "source", "item"), heads_by(states, "target", "item")
+    for found, kind, numbers in (
+        (given_, "fragment", range(passing.last)),
+        (told, "state", range(1, passing.last + 1)),
+    ):
+        wanted = [(passing.holders[n], (kind, n), head) for n in numbers for head in range(heads)]
+        assert found == Counter(wanted)
+
+
+@given(passings())
+def test_between_nodes_go_one_map_and_one_state_a_run(
+    case: tuple[Passing, Topology, int],
+) -> None:
+    passing, topology, heads = case
+    inside, runs, entries, also_inside = passing.turns()
+    each = topology.ranks_per_node
+    assert all(m.source // each == m.target // each for m in (*inside, *also_inside))
+    others = len(passing.runs) - 1
+    for turn, numbers in ((runs, range(others)), (entries, range(1, others + 1))):
+        assert set(heads_by(turn, "item").values()) <= {1}
+        assert len(heads_by(turn, "item")) == heads * others
+        assert {m.item[1] for m in turn} == (set(numbers) if others else set())
+
+
+@given(passings())
+def test_what_is_composed_has_arrived(case: tuple[Passing, Topology, int]) -> None:
+    """Whoever sends a run or a state holds the maps that it is made of."""
+    passing, _, _ = case
+    maps, runs, entries, states = passing.turns()
+    came = heads_by(maps, "target", "item")
+    for m in runs:
+        for place in passing.runs[m.item[1]]:
+            assert all(came[m.source, ("fragment", place), head] for head in range(*m.heads))
+    came += heads_by(runs, "target", "item")
+    for m in entries:
+        for number in range(m.item[1]):
+            assert all(came[m.source, ("run", number), head] for head in range(*m.heads))
+    came += heads_by(entries, "target", "item")
+    for m in states:
+        number = next(r for r, run in enumerate(passing.runs) if m.item[1] in run)
+        before = [("fragment", n) for n in passing.runs[number] if n < m.item[1]]
+        before += [("entry", number)] if number else []
+        assert all(came[m.source, item, head] for item in before for head in range(*m.heads))
+
+
+def test_no_map_of_what_begins_a_sequence_travels() -> None:
+    for holders in ([0, 1], [0, 1, 2, 3, 1], [3, 0, 1]):
+        turns = Passing(holders, 4, Topology(4, 2)).turns()
+        for turn, kind in zip(turns, ("fragment", "run", "entry", "state"), strict=True):
+            assert all(m.whole == (m.item[1] > 0 and kind in ("fragment", "run")) for m in turn)
