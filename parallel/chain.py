@@ -19,7 +19,7 @@ from kernels.packing import accumulation_dtype
 from kernels.segments import apply_segment, compose_segments
 from parallel.exchange import post
 from parallel.heads import Run
-from parallel.passing import Item, Passing
+from parallel.passing import Item, Message, Passing
 
 Map = list[Tensor]  # E and M, or E alone where no state enters
 Key = tuple[int, int]  # a chain by place, and a fragment's number in it
@@ -29,10 +29,12 @@ class Chain(NamedTuple):
     """A sequence in several fragments, as a rank that helps to pass its states sees it.
 
     Attributes:
+        turns: the messages of `passing` that the rank sends or gets.
         rows: in the rank's shard, of each fragment that it holds, by number.
     """
 
     passing: Passing
+    turns: list[list[Message]]
     rows: dict[int, slice]
 
 
@@ -200,15 +202,15 @@ class _Way:
         self._shapes, self._like = passage.shapes, passage.like
         heads = (0, passage.shapes.E[1])
         self._have = {(c, ("fragment", n)): (heads, tensors) for (c, n), tensors in own.items()}
-        self._turns = zip(*(chain.passing.turns() for chain in way), strict=True)
+        self._turns = zip(*(chain.turns for chain in way), strict=True)
         self._maps = self._turn()
 
     def states(self) -> dict[Key, Tensor]:
         """The states that enter this rank's fragments, in the order of chains and fragments."""
         way, have, me = self._way, self._have, self._chains.rank
-        maps = self._maps()
+        maps = self._maps()  # of fragments, to be composed by run
         composed: dict[Key, tuple[Run, list[Map]]] = {}
-        for c, (passing, _) in enumerate(way):
+        for c, (passing, *_) in enumerate(way):
             for r, (run, parts) in enumerate(zip(passing.runs, passing.parts, strict=True)):
                 mine = dict(parts).get(me)
                 if mine is not None:
@@ -216,8 +218,8 @@ class _Way:
                     composed[c, r] = mine, _composed(found)
                     if r < len(passing.runs) - 1:
                         have[c, ("run", r)] = mine, composed[c, r][1][-1]
-        maps = self._turn()()
-        for c, (passing, _) in enumerate(way):
+        maps = self._turn()()  # of runs
+        for c, (passing, *_) in enumerate(way):
             for parts in passing.upper:
                 mine = dict(parts).get(me)
                 if mine is not None:

@@ -118,7 +118,7 @@ def _evened(runs: _Runs, share: Array, topology: Topology, by_node: bool) -> _Ru
     The last ones of a unit go: of the sequences that it holds whole, the shortest, so that few
     are cut. They go to units of the same node first.
     """
-    whole = np.bincount(runs.sequence)[runs.sequence] == 1 if len(runs.start) else runs.start
+    whole = np.bincount(runs.sequence)[runs.sequence] == 1
     runs = runs.at(np.lexsort((-runs.size, whole, runs.holder)))
     units = np.arange(len(share))
     held = np.bincount(runs.holder, runs.size, len(share)).astype(np.int64)
@@ -137,7 +137,7 @@ def _evened(runs: _Runs, share: Array, topology: Topology, by_node: bool) -> _Ru
     order = np.argsort(giver, kind="stable")
     giver, taker, amount = giver[order], taker[order], amount[order]
     before = np.cumsum(amount) - amount
-    begin = (np.cumsum(held) - np.minimum(surplus, held))[giver] + before
+    begin = (np.cumsum(held) - surplus)[giver] + before
     begin -= before[np.searchsorted(giver, giver)]
     pieces, at = runs.cut(np.concatenate([begin, begin + amount]))
     gift = np.searchsorted(begin, at, side="right") - 1

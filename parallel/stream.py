@@ -68,21 +68,25 @@ class View:
         return self.once(("chains", heads), lambda: self._chains(heads))
 
     def _chains(self, heads: int) -> Chains:
-        stream, topology = self.plan.stream, self.plan.topology
-        node = stream.rank // topology.ranks_per_node
-        ways: tuple[list[Chain], list[Chain]] = [], []
-        for rows in self.plan.fragments:
-            holders = stream.rank[rows]
-            if len(rows) == 1 or self.rank // topology.ranks_per_node not in node[rows]:
-                continue
-            for way, forward in zip(ways, (True, False), strict=True):
-                these, ranks = (rows, holders) if forward else (rows[::-1], holders[::-1])
-                passing = Passing(ranks.tolist(), heads, topology)
-                here = np.flatnonzero(ranks == self.rank).tolist()
-                begin = {number: int(stream.offset[these[number]]) for number in here}
-                end = {n: b + int((stream.end - stream.start)[these[n]]) for n, b in begin.items()}
-                way.append(Chain(passing, {n: slice(begin[n], end[n]) for n in begin}))
-        return Chains(*ways, self.rank, self.group)
+        each = self.plan.topology.ranks_per_node
+        node = self.plan.stream.rank // each
+        shared = [
+            rows
+            for rows in self.plan.fragments
+            if len(rows) > 1 and self.rank // each in node[rows]
+        ]
+        forward, backward = ([self._chain(x[::way], heads) for x in shared] for way in (1, -1))
+        return Chains(forward, backward, self.rank, self.group)
+
+    def _chain(self, rows: np.ndarray, heads: int) -> Chain:
+        stream, me = self.plan.stream, self.rank
+        passing = Passing(stream.rank[rows].tolist(), heads, self.plan.topology)
+        turns = [[m for m in turn if me in (m.source, m.target)] for turn in passing.turns()]
+        begin, size = stream.offset[rows], (stream.end - stream.start)[rows]
+        here = np.flatnonzero(stream.rank[rows] == me).tolist()
+        return Chain(
+            passing, turns, {n: slice(int(begin[n]), int(begin[n] + size[n])) for n in here}
+        )
 
     def halo(self, reach: int) -> Table:
         """The up to `reach` tokens before each fragment that goes on from elsewhere.
