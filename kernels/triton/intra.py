@@ -122,9 +122,11 @@ def solve(K, beta, PRECISION: tl.constexpr):
 def intra_chunk(
     q, k, decay, beta, A, Z, q_read, k_read, k_written, lasts, chunks, key_heads, value_heads,
     DK: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
-    OUTPUT: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """A and Z of one chunk and value head, both (tokens, value_heads, CHUNK); none that is None.
+    """A and Z of one chunk and value head, both (tokens, value_heads, CHUNK).
+
+    Of these and of what a vector decay is multiplied into, what is None is not made.
 
     Registers: one or two 64 × 64 sums, and a CHUNK × BLOCK_K strip of q, k and the gate.
     A vector decay cannot leave the product over Dk. It is split as in `half_factor`: six
@@ -143,7 +145,7 @@ def intra_chunk(
     sees = tl.zeros((CHUNK, CHUNK), tl.float32)
     for column in range(0, DK, BLOCK_K):
         k_strip = load_rows(k, start, length, key_heads, key_head, DK, column, BLOCK_K)
-        if OUTPUT:
+        if q is not None:
             q_strip = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
         if KIND == VECTOR:
             gate, last = load_gate(
@@ -154,10 +156,10 @@ def intra_chunk(
             tl.store(place, last, mask=within(columns, DK, BLOCK_K))
             weighted = k_strip * exp(to_last(gate, last, KIND))
             store_rows(k_written, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
-            if DELTA:
+            if k_read is not None:
                 weighted = k_strip * exp(gate)
                 store_rows(k_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
-            if OUTPUT:
+            if q_read is not None:
                 weighted = q_strip * exp(gate)
                 store_rows(q_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
             if A is not None or Z is not None:

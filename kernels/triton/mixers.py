@@ -9,12 +9,11 @@ from torch import Tensor
 
 from kernels.triton.launch import DTYPES, Launch, recording
 from kernels.triton.linear_attention import linear_attention
-from kernels.triton.tiles import HEAD, NONE, SCALAR, VECTOR
+from kernels.triton.tiles import NONE, SCALAR, VECTOR
 
 # Mixer, decay, whether the delta rule is on, head dim.
 ROWS = [
     ("linear", NONE, False, 128),
-    ("retention", HEAD, False, 128),
     ("mamba2", SCALAR, False, 128),
     ("gla", VECTOR, False, 128),
     ("deltanet", NONE, True, 128),
@@ -51,7 +50,7 @@ def _launches(
     def x(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
-    decay_shape = {NONE: (), HEAD: (H,), SCALAR: (B, T, H), VECTOR: (B, T, H, D)}[kind]
+    decay_shape = {NONE: (), SCALAR: (B, T, H), VECTOR: (B, T, H, D)}[kind]
     decay = x(*decay_shape, dtype=torch.float32) if decay_shape else None
     beta = x(B, T, H, dtype=torch.float32) if delta else None
     state = x(B, H, D, D, dtype=torch.float32)
@@ -61,5 +60,6 @@ def _launches(
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     name = f"{mixer} D{D} {str(dtype).removeprefix('torch.')}"
     for launched in launches:
-        states = " states" if launched.constants.get("STATES") else ""
+        given = dict(zip(launched.kernel.arg_names, launched.args, strict=False))
+        states = " states" if "o" in given and given["o"] is None else ""
         yield f"{name} {launched.kernel.__name__}{states}", launched
