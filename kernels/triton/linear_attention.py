@@ -123,16 +123,16 @@ def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> I
     _, constants = p.choices("intra")
     output, delta, vector = p.q is not None, p.beta is not None, p.kind == VECTOR.value
 
-    def buffer(wanted: bool, width: int) -> Tensor | None:
-        return p.empty(tokens, p.Hv, width, dtype=p.operand_dtype) if wanted else None
+    def pairs(wanted: bool) -> Tensor | None:
+        return p.empty(tokens, p.Hv, CHUNK.value, dtype=p.operand_dtype) if wanted else None
 
-    A_made, Z_made = (
-        buffer(output and A is None, CHUNK.value),
-        buffer(delta and Z is None, CHUNK.value),
-    )
-    q_read = buffer(output, DK) if vector else p.q
-    k_read = buffer(delta, DK) if vector else p.k
-    k_written = p.empty(tokens, p.Hv, DK, dtype=p.operand_dtype) if vector else p.k
+    def rows() -> Tensor:  # no decay makes a q or k larger: what held them holds the product
+        return p.empty(tokens, p.Hv, DK, dtype=p.k.dtype)
+
+    A_made, Z_made = pairs(output and A is None), pairs(delta and Z is None)
+    q_read, k_read, k_written = p.q, p.k, p.k
+    if vector:
+        q_read, k_read, k_written = rows() if output else None, rows() if delta else None, rows()
     decay = p.decay
     if vector:
         decay = p.empty(len(p.layout.chunks), p.Hv, DK, dtype=torch.float32)

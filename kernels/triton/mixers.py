@@ -26,18 +26,21 @@ ROWS = [
 
 
 def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Every launch of a forward and backward pass in the dtype of training, with its name."""
+    """Every launch of a forward and backward pass in the dtypes of training, with its name."""
     for mixer, kind, delta, D in ROWS:
         yield from _launches(arch, mixer, kind, delta, D, torch.bfloat16)
+        if D <= 128:
+            yield from _launches(arch, mixer, kind, delta, D, torch.float16)
 
 
 def spilling(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Launches that users can make as well, and that may be slow: fp16 and fp32, whose operands
-    are twice as wide, or six times where three tf32 products make one of fp32, and a vector
-    decay with wider heads than any model has."""
-    for dtype in (torch.float16, torch.float32):
-        for mixer, kind, delta, D in ROWS:
-            yield from _launches(arch, mixer, kind, delta, D, dtype)
+    """Launches that users can make as well, and that may be slow: fp32, which is multiplied outside
+    of tensor cores and is for checking; fp16 in heads of 256, whose operands are tf32, twice as
+    wide; and a vector decay with wider heads than any model has."""
+    for mixer, kind, delta, D in ROWS:
+        if D > 128:
+            yield from _launches(arch, mixer, kind, delta, D, torch.float16)
+        yield from _launches(arch, mixer, kind, delta, D, torch.float32)
     for dtype in DTYPES:
         yield from _launches(arch, "kda", VECTOR, True, 256, dtype)
 
