@@ -147,7 +147,8 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
         narrow = wide or K > 128 or (vector and arch != "sm_90")
         narrow = narrow or (ampere and kernel == "backward" and K > 64)
         warps = 8 if wide or K > 128 or ampere else 4
-        stages = 1 if vector and K > 128 else 3 if arch == "sm_90" and K <= 128 else 2
+        crowded = (vector and K > 128) or arch.startswith("gfx")  # which has 64 KB to share
+        stages = 1 if crowded else 3 if arch == "sm_90" and K <= 128 else 2
         if wide:  # A second stage takes loads of fp16 past the registers that are scarce then.
             staged = kernel == "forward" or not (vector or ampere)
             stages = 2 if dtype == torch.float16 and K > 64 and staged else 1

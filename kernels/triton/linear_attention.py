@@ -130,19 +130,20 @@ def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> I
         return p.empty(tokens, p.Hv, DK, dtype=p.k.dtype)
 
     A_made, Z_made = pairs(output and A is None), pairs(delta and Z is None)
-    q_read, k_read, k_written = p.q, p.k, p.k
-    if vector:
-        q_read, k_read, k_written = rows() if output else None, rows() if delta else None, rows()
+    q_read = rows() if output and vector else p.q
+    k_read = p.k if not vector else rows() if delta else None
+    k_written = rows() if vector else p.k
     decay = p.decay
     if vector:
         decay = p.empty(len(p.layout.chunks), p.Hv, DK, dtype=torch.float32)
     if vector or A_made is not None or Z_made is not None:
-        solve = "ieee" if constants["PRECISION"] == "ieee" else "tf32x3"
+        # Finer than the other products: three of tf32 for one of fp32, or fp64 without tf32.
+        tf32 = constants["PRECISION"] != "ieee" and architecture(p.k.device).startswith("sm_")
         launch(
             intra.intra_chunk, (len(p.layout.chunks), p.Hv),
             p.q, p.k, p.decay, None if Z_made is None else p.beta, A_made, Z_made,
             *((q_read, k_read, k_written, decay) if vector else [None] * 4),
-            p.layout.chunks, Hk, p.Hv, SOLVE=solve, **constants,
+            p.layout.chunks, Hk, p.Hv, SOLVE="tf32x3" if tf32 else "ieee", **constants,
         )  # fmt: skip
     made = [given if given is not None else new for given, new in ((A, A_made), (Z, Z_made))]
     return Intra(q_read, k_read, k_written, decay, *made)
