@@ -125,7 +125,7 @@ def solve(K, beta, PRECISION: tl.constexpr):
     z_21 = K_corner - product(K_corner * b_1[None, :], z_1, PRECISION)
     z_21 -= product(z_2 * b_2[None, :], z_21, PRECISION)
     below = tl.broadcast_to(z_21[None, :, :], (2, HALF, HALF))
-    return tl.where(corner, spread(below, HALF), Z)
+    return tl.where(corner, spread(below, HALF), Z).to(tl.float32)
 
 
 @triton.jit
