@@ -17,7 +17,7 @@ The gate's gradient is what rows read (q ⊙ dq, k ⊙ dk as a reader) minus wha
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: PLR1714  (Triton compiles `==`, and not `in`)
+
 from __future__ import annotations
 
 import triton
@@ -27,6 +27,7 @@ from kernels.triton.intra import half_factor, halves
 from kernels.triton.tiles import (
     CHUNK,
     NONE,
+    SCALAR,
     VECTOR,
     at,
     decayed,
@@ -56,8 +57,7 @@ def backward_chunks(
     d_v, d_beta, d_states, d_initial_state,
     bounds, first_chunks, key_heads, value_heads, tokens, scale,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    KIND: tl.constexpr, DELTA: tl.constexpr, FINAL: tl.constexpr, OUTPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All chunks of one sequence, value head and column block, from the last to the first.
 
@@ -72,7 +72,7 @@ def backward_chunks(
     first_chunk = tl.load(first_chunks + sequence)
     share = tl.program_id(0).to(tl.int64) * tokens * value_heads
 
-    if FINAL:
+    if d_final_state is not None:
         dS = load_state(
             d_final_state, sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V
         )
@@ -93,14 +93,14 @@ def backward_chunks(
         k_tile = load_rows(k_written, start, length, key_heads, key_head, DK, 0, BLOCK_K)
         d_written = read_state(k_tile, rest, dS, KIND, PRECISION)
         dS = decayed_state(dS, last, KIND)
-        if OUTPUT:
+        if d_o is not None:
             q_tile = load_rows(q_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
             A_tile = load_rows(A, start, length, value_heads, head, CHUNK, 0, CHUNK)
             d_out = load_rows(d_o, start, length, value_heads, head, DV, column, BLOCK_V)
             d_out = d_out.to(tl.float32) * scale
             d_written += dot(tl.trans(A_tile), d_out, PRECISION)
             dS += write_state(q_tile, gate, d_out, KIND, PRECISION)
-        if DELTA:
+        if beta is not None:
             b = load_scalars(beta, start, length, value_heads, head)
             Z_tile = load_rows(Z, start, length, value_heads, head, CHUNK, 0, CHUNK)
             r = load_rows(errors, start, length, value_heads, head, DV, column, BLOCK_V)
@@ -121,11 +121,11 @@ def backward_chunks(
 @triton.jit
 def load_written(
     errors, beta, start, length, heads, head,
-    DV: tl.constexpr, column, COLUMNS: tl.constexpr, DELTA: tl.constexpr,
+    DV: tl.constexpr, column, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What a chunk writes: β r, or v without the delta rule, whose errors are the values."""
     written = load_rows(errors, start, length, heads, head, DV, column, COLUMNS)
-    if DELTA:
+    if beta is not None:
         written = written * load_scalars(beta, start, length, heads, head)[:, None]
     return written
 
@@ -135,7 +135,7 @@ def pair_gradient(
     d_rows, sign, errors, beta, x, k, gate, dP, start, length,
     key_heads, key_head, value_heads, head, STRICT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    KIND: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Leave sign · d_rows (βr)ᵀ, the gradient of P_ij = ⟨x_i, k_j e^{g_i − g_j}⟩, in dP: times
     e^{g_i − g_j} unless the decay is a vector, zero for j > i and, if STRICT, j = i.
@@ -148,9 +148,7 @@ def pair_gradient(
     d_pairs = tl.zeros((CHUNK, CHUNK), tl.float32)
     for column in range(0, DV, BLOCK_V):
         tile = load_rows(d_rows, start, length, value_heads, head, DV, column, BLOCK_V)
-        written = load_written(
-            errors, beta, start, length, value_heads, head, DV, column, BLOCK_V, DELTA
-        )
+        written = load_written(errors, beta, start, length, value_heads, head, DV, column, BLOCK_V)
         d_pairs += dot(tile, tl.trans(written), PRECISION)
     # A flat gate leaves a mask.
     d_pairs *= sign * pair_decay(gate)
@@ -158,7 +156,7 @@ def pair_gradient(
         d_pairs = tl.where(earlier, d_pairs, 0.0)
     store_rows(dP, d_pairs, start, length, value_heads, head, CHUNK, 0, CHUNK)
     crossed = tl.zeros((CHUNK,), tl.float32)
-    if KIND != NONE and KIND != VECTOR:
+    if KIND == SCALAR:
         P = tl.zeros((CHUNK, CHUNK), tl.float32)
         for column in range(0, DK, BLOCK_K):
             x_strip = load_rows(x, start, length, key_heads, key_head, DK, column, BLOCK_K)
@@ -173,10 +171,11 @@ def pair_gradient(
 def pair_gradients(
     q, k, decay, beta, errors, d_o, d_v, dA, dK, d_decay, chunks, key_heads, value_heads, scale,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    KIND: tl.constexpr, DELTA: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA and dK of one chunk and value head, and the share of a scalar decay's gradient that goes
-    through them. A kernel of its own: beside the sums of `gradients` these spill on sm_80."""
+    through them; a vector decay has none, and KIND is then NONE. A kernel of its own: beside the
+    sums of `gradients` these spill on sm_80."""
     slot = tl.program_id(0)
     start = tl.load(chunks + slot * 2)
     length = tl.load(chunks + slot * 2 + 1).to(tl.int32)
@@ -184,26 +183,21 @@ def pair_gradients(
         return
     head = tl.program_id(1)
     key_head = head // (value_heads // key_heads)
-    if KIND == VECTOR:
-        gate = tl.zeros((CHUNK,), tl.float32)
-    else:
-        gate, _ = load_gate(
-            decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND, PRECISION
-        )
+    gate, _ = load_gate(decay, start, length, value_heads, head, DK, 0, BLOCK_K, KIND, PRECISION)
     d_steps = tl.zeros((CHUNK,), tl.float32)
-    if OUTPUT:
+    if dA is not None:
         d_steps += pair_gradient(
             d_o, scale, errors, beta, q, k, gate, dA, start, length,
             key_heads, key_head, value_heads, head, False,
-            DK, DV, BLOCK_K, BLOCK_V, KIND, DELTA, PRECISION,
+            DK, DV, BLOCK_K, BLOCK_V, KIND, PRECISION,
         )  # fmt: skip
-    if DELTA:
+    if dK is not None:
         d_steps += pair_gradient(
             d_v, -1.0, errors, beta, k, k, gate, dK, start, length,
             key_heads, key_head, value_heads, head, True,
-            DK, DV, BLOCK_K, BLOCK_V, KIND, DELTA, PRECISION,
+            DK, DV, BLOCK_K, BLOCK_V, KIND, PRECISION,
         )  # fmt: skip
-    if KIND != NONE and KIND != VECTOR:
+    if KIND == SCALAR:
         store_scalars(d_decay, d_steps, start, length, value_heads, head)
 
 
@@ -238,7 +232,7 @@ def gradients(
     q, k, decay, beta, errors, states, dA, dK, d_o, d_v, d_states, d_q, d_k, d_decay, chunks,
     key_heads, value_heads, tokens, scale,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    KIND: tl.constexpr, DELTA: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk (a value head each) and the decay's gradient of one chunk, value head and BLOCK_K
     columns of the keys. A scalar decay's gradient is a share for each column block.
@@ -269,13 +263,13 @@ def gradients(
         )
         kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
         written = load_written(
-            errors, beta, start, length, value_heads, head, DV, value_column, BLOCK_V, DELTA
+            errors, beta, start, length, value_heads, head, DV, value_column, BLOCK_V
         )
         dk += dot(written, tl.trans(dS), PRECISION)
-        if OUTPUT:
+        if d_o is not None:
             d_out = load_rows(d_o, start, length, value_heads, head, DV, value_column, BLOCK_V)
             dq += dot(d_out, tl.trans(S), PRECISION)
-        if DELTA:
+        if dK is not None:
             dv = load_rows(d_v, start, length, value_heads, head, DV, value_column, BLOCK_V)
             dk_reader -= dot(dv, tl.trans(S), PRECISION)
 
@@ -286,7 +280,7 @@ def gradients(
     dk = decayed(dk, to_last(gate, last, KIND), KIND)
     dk_reader = decayed(dk_reader, gate, KIND)
     d_gate = fine(k_tile, PRECISION) * fine(dk_reader, PRECISION)
-    if OUTPUT:
+    if d_o is not None:
         q_tile = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
         dq = decayed(dq * scale, gate, KIND)
         d_gate += fine(q_tile, PRECISION) * fine(dq, PRECISION)
@@ -304,7 +298,7 @@ def gradients(
         store_scalars(d_decay + share, d_steps, start, length, value_heads, head)
     dk += dk_reader
 
-    if OUTPUT:
+    if d_o is not None:
         if KIND == VECTOR:
             # A row reads itself undecayed, which is nothing to the gate.
             diagonal = at(dA, start, value_heads, head, CHUNK) + rows * (value_heads * CHUNK + 1)
@@ -316,7 +310,7 @@ def gradients(
             dA_tile, q_tile, k_tile, gate, dq, dk, d_gate, BLOCK_K, KIND, PRECISION
         )
         store_rows(d_q, dq, start, length, value_heads, head, DK, column, BLOCK_K)
-    if DELTA:
+    if dK is not None:
         dK_tile = load_rows(dK, start, length, value_heads, head, CHUNK, 0, CHUNK)
         d_reader = tl.zeros((CHUNK, BLOCK_K), tl.float32)
         d_reader, dk, d_gate = through_pairs(

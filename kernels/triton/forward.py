@@ -9,8 +9,7 @@ For one sequence, value head and BLOCK_V columns of the state S (Dk × Dv, fp32)
 
 The outputs are made here, beside the state that they read, so that neither the states (Dk·Dv / 64
 numbers a token) nor the written values make a trip to memory in the forward pass. The backward
-pass runs the same kernel with OUTPUT off and STATES on: it then leaves the state that enters each
-chunk, and r.
+pass runs the same kernel without o and with buffers for the state that enters each chunk and r.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -40,8 +39,7 @@ def forward_chunks(
     q_read, k_read, k_written, v, decay, beta, A, Z, initial_state,
     o, final_state, states, errors, bounds, first_chunks, key_heads, value_heads, scale,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    KIND: tl.constexpr, DELTA: tl.constexpr, INITIAL: tl.constexpr,
-    OUTPUT: tl.constexpr, STATES: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All chunks of one sequence, value head and column block; BLOCK_K covers Dk."""
     column = tl.program_id(0) * BLOCK_V
@@ -52,7 +50,7 @@ def forward_chunks(
     end = tl.load(bounds + sequence + 1)
     first_chunk = tl.load(first_chunks + sequence)
 
-    if INITIAL:
+    if initial_state is not None:
         S = load_state(
             initial_state, sequence, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V
         )
@@ -66,29 +64,29 @@ def forward_chunks(
         gate, rest, last = load_row_gate(
             decay, start, length, slot, value_heads, head, DK, BLOCK_K, KIND, PRECISION
         )
-        if STATES:
+        if states is not None:
             store_state(states, S, slot, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
         # All reads of the state one after the other: what they take of it in registers dies then.
         r = load_rows(v, start, length, value_heads, head, DV, column, BLOCK_V).to(tl.float32)
-        if DELTA:
+        if beta is not None:
             k_tile = load_rows(k_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
             r -= read_state(k_tile, gate, S, KIND, PRECISION)
-        if OUTPUT:
+        if o is not None:
             q_tile = load_rows(q_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
             out = read_state(q_tile, gate, S, KIND, PRECISION)
         written = r
-        if DELTA:
+        if beta is not None:
             b = load_scalars(beta, start, length, value_heads, head)[:, None]
             Z_tile = load_rows(Z, start, length, value_heads, head, CHUNK, 0, CHUNK)
             r += dot(Z_tile, -b * r, PRECISION)
             written = b * r
-        if STATES:
+        if states is not None:
             store_rows(errors, r, start, length, value_heads, head, DV, column, BLOCK_V)
-        if OUTPUT:
+        if o is not None:
             A_tile = load_rows(A, start, length, value_heads, head, CHUNK, 0, CHUNK)
             out += dot(A_tile, written, PRECISION)
             store_rows(o, out * scale, start, length, value_heads, head, DV, column, BLOCK_V)
-        if KIND == VECTOR or not DELTA:
+        if KIND == VECTOR or beta is None:
             k_tile = load_rows(k_written, start, length, key_heads, key_head, DK, 0, BLOCK_K)
         S = decayed_state(S, last, KIND)
         S += write_state(k_tile, rest, written, KIND, PRECISION)

@@ -23,6 +23,7 @@ from kernels.triton.tiles import (
     at,
     dot,
     exp,
+    fine,
     load_gate,
     load_rows,
     load_scalars,
@@ -72,14 +73,23 @@ def spread(blocks, SIZE: tl.constexpr):
 
 
 @triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a · b of matrices that `fine` made."""
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
+
+
+@triton.jit
 def solve(K, beta, PRECISION: tl.constexpr):
-    """Z = K (I + Diag(β) K)⁻¹ for a strictly lower K, in fp32.
+    """Z = K (I + Diag(β) K)⁻¹ for a strictly lower K, in fp32, or beside fp32 products in fp64:
+    equal keys with β = 2 reflect and reflect back, and the sums of 64 terms ±2 that Z then is lost
+    ten of its 24 bits.
 
     The four diagonal blocks of 16 row after row, all at once: z_i = K_i − Σ_{j<i} K_ij β_j z_j.
     Then what is below the diagonal of a pair of blocks, Z₂₁ = (I − Z₂₂ β₂) K₂₁ (I − β₁ Z₁₁), for
     blocks of 16 and of 32. Doubling powers of K instead would be shorter, and loses all digits
     when keys repeat.
     """
+    K, beta = fine(K, PRECISION), fine(beta, PRECISION)
     SMALL: tl.constexpr = CHUNK // 4
     HALF: tl.constexpr = CHUNK // 2
     rows = tl.arange(0, CHUNK)
@@ -103,8 +113,8 @@ def solve(K, beta, PRECISION: tl.constexpr):
 
     z_1, z_2 = tl.split(tl.permute(tl.reshape(z, (2, 2, SMALL, SMALL)), (0, 2, 3, 1)))
     b_1, b_2 = tl.split(tl.permute(tl.reshape(beta, (2, 2, SMALL)), (0, 2, 1)))
-    z_21 = K_pair - tl.dot(K_pair * b_1[:, None, :], z_1, input_precision=PRECISION)
-    z_21 -= tl.dot(z_2 * b_2[:, None, :], z_21, input_precision=PRECISION)
+    z_21 = K_pair - product(K_pair * b_1[:, None, :], z_1, PRECISION)
+    z_21 -= product(z_2 * b_2[:, None, :], z_21, PRECISION)
     below = tl.broadcast_to(z_21[:, None, :, :], (2, 2, SMALL, SMALL))
     below = tl.reshape(below, (4, SMALL, SMALL))
     Z = tl.where(same_block, spread(z, SMALL), 0.0)
@@ -112,19 +122,21 @@ def solve(K, beta, PRECISION: tl.constexpr):
 
     z_1, z_2 = tl.split(tl.permute(blocks_of(Z, HALF, same_half), (1, 2, 0)))
     b_1, b_2 = tl.split(tl.permute(tl.reshape(beta, (2, HALF)), (1, 0)))
-    z_21 = K_corner - dot(K_corner * b_1[None, :], z_1, PRECISION)
-    z_21 -= dot(z_2 * b_2[None, :], z_21, PRECISION)
+    z_21 = K_corner - product(K_corner * b_1[None, :], z_1, PRECISION)
+    z_21 -= product(z_2 * b_2[None, :], z_21, PRECISION)
     below = tl.broadcast_to(z_21[None, :, :], (2, HALF, HALF))
-    return tl.where(corner, spread(below, HALF), Z)
+    return tl.where(corner, spread(below, HALF), Z).to(tl.float32)
 
 
 @triton.jit
 def intra_chunk(
     q, k, decay, beta, A, Z, q_read, k_read, k_written, lasts, chunks, key_heads, value_heads,
     DK: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
-    OUTPUT: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """A and Z of one chunk and value head, both (tokens, value_heads, CHUNK); none that is None.
+    """A and Z of one chunk and value head, both (tokens, value_heads, CHUNK).
+
+    Of these and of what a vector decay is multiplied into, what is None is not made.
 
     Registers: one or two 64 × 64 sums, and a CHUNK × BLOCK_K strip of q, k and the gate.
     A vector decay cannot leave the product over Dk. It is split as in `half_factor`: six
@@ -143,7 +155,7 @@ def intra_chunk(
     sees = tl.zeros((CHUNK, CHUNK), tl.float32)
     for column in range(0, DK, BLOCK_K):
         k_strip = load_rows(k, start, length, key_heads, key_head, DK, column, BLOCK_K)
-        if OUTPUT:
+        if q is not None:
             q_strip = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
         if KIND == VECTOR:
             gate, last = load_gate(
@@ -154,10 +166,10 @@ def intra_chunk(
             tl.store(place, last, mask=within(columns, DK, BLOCK_K))
             weighted = k_strip * exp(to_last(gate, last, KIND))
             store_rows(k_written, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
-            if DELTA:
+            if k_read is not None:
                 weighted = k_strip * exp(gate)
                 store_rows(k_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
-            if OUTPUT:
+            if q_read is not None:
                 weighted = q_strip * exp(gate)
                 store_rows(q_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
             if A is not None or Z is not None:

@@ -147,17 +147,22 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
         narrow = wide or K > 128 or (vector and arch != "sm_90")
         narrow = narrow or (ampere and kernel == "backward" and K > 64)
         warps = 8 if wide or K > 128 or ampere else 4
-        stages = 1 if wide or (vector and K > 128) else 3 if arch == "sm_90" and K <= 128 else 2
+        crowded = (vector and K > 128) or arch.startswith("gfx")  # which has 64 KB to share
+        stages = 1 if crowded else 3 if arch == "sm_90" and K <= 128 else 2
+        if wide:  # A second stage takes loads of fp16 past the registers that are scarce then.
+            staged = kernel == "forward" or not (vector or ampere)
+            stages = 2 if dtype == torch.float16 and K > 64 and staged else 1
         return Blocks(K, min(V, 16 if narrow else 32), warps, stages)
     # One stage: with more, the loads of `gradients` race with the products on an H100.
     hopper = arch == "sm_90" and not wide
     if kernel == "intra":
         if vector:
-            return Blocks(min(K, 32), V, 4 if hopper or ampere else 8, 1)
-        return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 4, 1)
+            return Blocks(min(K, 32), V, 4 if hopper or (ampere and not wide) else 8, 1)
+        return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 8 if wide else 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.
     if ampere:
-        return Blocks(min(K, 32), min(V, 32), 8 if vector and kernel == "gradients" else 4, 1)
+        warps = 8 if wide or (vector and kernel == "gradients") else 4
+        return Blocks(min(K, 32), min(V, 32), warps, 1)
     if kernel == "pair_gradients":
         side, warps = (64, 8) if wide else (128, 4)
         return Blocks(min(K, side), min(V, side), warps, 1)

@@ -31,7 +31,7 @@ from kernels.triton.launch import (
     precision,
 )
 from kernels.triton.layout import Layout, lay_out
-from kernels.triton.tiles import CHUNK, HEAD, NONE, SCALAR, VECTOR
+from kernels.triton.tiles import CHUNK, NONE, SCALAR, VECTOR
 
 
 class Problem(NamedTuple):
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
     q: Tensor | None  # (tokens, Hk, Dk); None where no output is wanted
     k: Tensor  # (tokens, Hk, Dk)
     v: Tensor  # (tokens, Hv, Dv)
-    decay: Tensor | None  # (Hv,), (tokens, Hv), or (tokens, Hv, Dk)
+    decay: Tensor | None  # (tokens, Hv), or (tokens, Hv, Dk)
     beta: Tensor | None  # (tokens, Hv)
     kind: int
     scale: float
@@ -61,8 +61,6 @@ class Problem(NamedTuple):
         constants = {
             "DK": DK,
             "KIND": self.kind,
-            "DELTA": self.beta is not None,
-            "OUTPUT": self.q is not None,
             "PRECISION": precision(self.k.dtype, arch),
             "BLOCK_K": chosen.BLOCK_K,
             "num_warps": chosen.num_warps,
@@ -98,8 +96,9 @@ def pose(
     layout = lay_out(B, T, cu_seqlens, k.device)
     kind = NONE
     if decay is not None:
-        kind = {1: HEAD, 3: SCALAR, 4: VECTOR}[decay.dim()]
-        decay = decay.contiguous() if kind is HEAD else rows(decay)
+        kind = VECTOR if decay.dim() == 4 else SCALAR
+        # A head's decay is repeated for each token, 4 bytes of it beside the hundreds of q, k, v.
+        decay = rows(decay.expand(B, T, Hv) if decay.dim() == 1 else decay)
     return Problem(
         None if q is None else rows(q), rows(k), rows(v), decay,
         None if beta is None else rows(beta), kind.value, scale, Hv, DV, layout,
@@ -124,25 +123,27 @@ def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> I
     _, constants = p.choices("intra")
     output, delta, vector = p.q is not None, p.beta is not None, p.kind == VECTOR.value
 
-    def buffer(wanted: bool, width: int) -> Tensor | None:
-        return p.empty(tokens, p.Hv, width, dtype=p.operand_dtype) if wanted else None
+    def pairs(wanted: bool) -> Tensor | None:
+        return p.empty(tokens, p.Hv, CHUNK.value, dtype=p.operand_dtype) if wanted else None
 
-    A_made, Z_made = (
-        buffer(output and A is None, CHUNK.value),
-        buffer(delta and Z is None, CHUNK.value),
-    )
-    q_read = buffer(output, DK) if vector else p.q
-    k_read = buffer(delta, DK) if vector else p.k
-    k_written = p.empty(tokens, p.Hv, DK, dtype=p.operand_dtype) if vector else p.k
+    def rows() -> Tensor:  # no decay makes a q or k larger: what held them holds the product
+        return p.empty(tokens, p.Hv, DK, dtype=p.k.dtype)
+
+    A_made, Z_made = pairs(output and A is None), pairs(delta and Z is None)
+    q_read = rows() if output and vector else p.q
+    k_read = p.k if not vector else rows() if delta else None
+    k_written = rows() if vector else p.k
     decay = p.decay
     if vector:
         decay = p.empty(len(p.layout.chunks), p.Hv, DK, dtype=torch.float32)
     if vector or A_made is not None or Z_made is not None:
-        solve = "ieee" if constants["PRECISION"] == "ieee" else "tf32x3"
+        # Finer than the other products: three of tf32 for one of fp32, or fp64 without tf32.
+        tf32 = constants["PRECISION"] != "ieee" and architecture(p.k.device).startswith("sm_")
         launch(
             intra.intra_chunk, (len(p.layout.chunks), p.Hv),
-            p.q, p.k, p.decay, p.beta, A_made, Z_made, q_read, k_read, k_written,
-            decay if vector else None, p.layout.chunks, Hk, p.Hv, SOLVE=solve, **constants,
+            p.q, p.k, p.decay, None if Z_made is None else p.beta, A_made, Z_made,
+            *((q_read, k_read, k_written, decay) if vector else [None] * 4),
+            p.layout.chunks, Hk, p.Hv, SOLVE="tf32x3" if tf32 else "ieee", **constants,
         )  # fmt: skip
     made = [given if given is not None else new for given, new in ((A, A_made), (Z, Z_made))]
     return Intra(q_read, k_read, k_written, decay, *made)
@@ -182,15 +183,13 @@ def _launch_forward(
     errors: Tensor | None,
 ) -> None:
     chosen, constants = p.choices("forward")
-    constants["OUTPUT"] = o is not None
     N, Hv = final_state.shape[:2]
     launch(
         forward.forward_chunks, (-(-p.DV // chosen.BLOCK_V), Hv, N),
         made.q_read, made.k_read, made.k_written, p.v, made.decay, p.beta, made.A, made.Z,
         initial_state, o, final_state, states, errors,
         p.layout.bounds, p.layout.first_chunks, made.k_written.shape[1], Hv, p.scale,
-        DV=p.DV, BLOCK_V=chosen.BLOCK_V,
-        INITIAL=initial_state is not None, STATES=states is not None, **constants,
+        DV=p.DV, BLOCK_V=chosen.BLOCK_V, **constants,
     )  # fmt: skip
 
 
@@ -235,18 +234,19 @@ def run_backward(
         made.q_read, made.k_read, made.k_written, made.decay, p.beta, made.A, made.Z, errors,
         d_o, d_final_state, d_v, d_beta, d_states, d_initial_state,
         p.layout.bounds, p.layout.first_chunks, made.k_written.shape[1], Hv, tokens, p.scale,
-        DV=DV, BLOCK_V=chosen.BLOCK_V, FINAL=d_final_state is not None, **constants,
+        DV=DV, BLOCK_V=chosen.BLOCK_V, **constants,
     )  # fmt: skip
 
     chosen, constants = p.choices("pair_gradients")
-    d_crossed = None
-    if p.kind in (HEAD.value, SCALAR.value):
-        d_crossed = p.result(tokens, Hv, dtype=torch.float32)
+    scalar = p.kind == SCALAR.value
+    constants["KIND"] = p.kind if scalar else NONE.value
+    d_crossed = p.result(tokens, Hv, dtype=torch.float32) if scalar else None
     dA = None if made.A is None else torch.empty_like(made.A)
     dK = None if made.Z is None else torch.empty_like(made.Z)
     launch(
         backward.pair_gradients, (slots, Hv),
-        p.q, p.k, p.decay, p.beta, errors, d_o, d_v, dA, dK, d_crossed,
+        *((p.q, p.k, p.decay) if scalar else [None] * 3),
+        p.beta, errors, d_o, d_v, dA, dK, d_crossed,
         p.layout.chunks, Hk, Hv, p.scale, DV=DV, BLOCK_V=chosen.BLOCK_V, **constants,
     )  # fmt: skip
 

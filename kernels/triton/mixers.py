@@ -9,12 +9,11 @@ from torch import Tensor
 
 from kernels.triton.launch import DTYPES, Launch, recording
 from kernels.triton.linear_attention import linear_attention
-from kernels.triton.tiles import HEAD, NONE, SCALAR, VECTOR
+from kernels.triton.tiles import NONE, SCALAR, VECTOR
 
 # Mixer, decay, whether the delta rule is on, head dim.
 ROWS = [
     ("linear", NONE, False, 128),
-    ("retention", HEAD, False, 128),
     ("mamba2", SCALAR, False, 128),
     ("gla", VECTOR, False, 128),
     ("deltanet", NONE, True, 128),
@@ -27,18 +26,21 @@ ROWS = [
 
 
 def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Every launch of a forward and backward pass in the dtype of training, with its name."""
+    """Every launch of a forward and backward pass in the dtypes of training, with its name."""
     for mixer, kind, delta, D in ROWS:
         yield from _launches(arch, mixer, kind, delta, D, torch.bfloat16)
+        if D <= 128:
+            yield from _launches(arch, mixer, kind, delta, D, torch.float16)
 
 
 def spilling(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Launches that users can make as well, and that may be slow: fp16 and fp32, whose operands
-    are twice as wide, or six times where three tf32 products make one of fp32, and a vector
-    decay with wider heads than any model has."""
-    for dtype in (torch.float16, torch.float32):
-        for mixer, kind, delta, D in ROWS:
-            yield from _launches(arch, mixer, kind, delta, D, dtype)
+    """Launches that users can make as well, and that may be slow: fp32, which is multiplied outside
+    of tensor cores and is for checking; fp16 in heads of 256, whose operands are tf32, twice as
+    wide; and a vector decay with wider heads than any model has."""
+    for mixer, kind, delta, D in ROWS:
+        if D > 128:
+            yield from _launches(arch, mixer, kind, delta, D, torch.float16)
+        yield from _launches(arch, mixer, kind, delta, D, torch.float32)
     for dtype in DTYPES:
         yield from _launches(arch, "kda", VECTOR, True, 256, dtype)
 
@@ -51,7 +53,7 @@ def _launches(
     def x(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
-    decay_shape = {NONE: (), HEAD: (H,), SCALAR: (B, T, H), VECTOR: (B, T, H, D)}[kind]
+    decay_shape = {NONE: (), SCALAR: (B, T, H), VECTOR: (B, T, H, D)}[kind]
     decay = x(*decay_shape, dtype=torch.float32) if decay_shape else None
     beta = x(B, T, H, dtype=torch.float32) if delta else None
     state = x(B, H, D, D, dtype=torch.float32)
@@ -61,5 +63,6 @@ def _launches(
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     name = f"{mixer} D{D} {str(dtype).removeprefix('torch.')}"
     for launched in launches:
-        states = " states" if launched.constants.get("STATES") else ""
+        given = dict(zip(launched.kernel.arg_names, launched.args, strict=False))
+        states = " states" if "o" in given and given["o"] is None else ""
         yield f"{name} {launched.kernel.__name__}{states}", launched

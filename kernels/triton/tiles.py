@@ -6,7 +6,7 @@ a zero key writes nothing and a zero decay forgets nothing, so short chunks are 
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: SIM109, PLR1714  (Triton compiles `==`, and not `in`)
+
 from __future__ import annotations
 
 import os
@@ -16,11 +16,10 @@ import triton.language as tl
 
 CHUNK = tl.constexpr(64)
 
-# What `decay` is: absent, one constant a head, one number a token and head, or a vector a token.
+# What `decay` is: absent, one number a token and head, or a vector for each.
 NONE = tl.constexpr(0)
-HEAD = tl.constexpr(1)
-SCALAR = tl.constexpr(2)
-VECTOR = tl.constexpr(3)
+SCALAR = tl.constexpr(1)
+VECTOR = tl.constexpr(2)
 
 # The least log decay of one step that is told from total: e^-40 of a state is far below the fp32
 # round-off of what it is added to. Clamped, cumulative sums stay small, and with them their
@@ -184,10 +183,6 @@ def load_gate(
     if KIND == NONE:
         gate = tl.zeros((CHUNK,), tl.float32)
         last = 0.0
-    elif KIND == HEAD:
-        step = fine(tl.maximum(tl.load(decay + head).to(tl.float32), FORGET_ALL), PRECISION)
-        gate = step * tl.minimum(tl.arange(0, CHUNK) + 1, length)
-        last = step * length
     else:
         if KIND == VECTOR:
             steps = load_rows(decay, start, length, heads, head, DK, column, COLUMNS)
@@ -248,7 +243,7 @@ def read_state(rows, log, state, KIND: tl.constexpr, PRECISION: tl.constexpr):
     decay has been multiplied into the rows by `intra_chunk`, its exponentials taken once.
     """
     product = dot(rows, state, PRECISION)
-    if KIND == HEAD or KIND == SCALAR:
+    if KIND == SCALAR:
         product *= exp(log)[:, None]
     return product
 
@@ -256,7 +251,7 @@ def read_state(rows, log, state, KIND: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def write_state(rows, log, values, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """(e^log ⊙ rows)ᵀ · values: (Dk, CHUNK) by (CHUNK, Dv)."""
-    if KIND == HEAD or KIND == SCALAR:
+    if KIND == SCALAR:
         values = values * exp(log)[:, None]
     return dot(tl.trans(rows), values, PRECISION)
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 
-def run(*arguments, timeout=240):
+def run(*arguments, timeout=240, **environment):
     # The compiler is wanted, not the interpreter that the other tests of this room run in.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     return subprocess.run(
         [sys.executable, "-m", "kernels", *arguments],
         capture_output=True, text=True, timeout=timeout, env=environment, check=False,
@@ -42,6 +42,25 @@ def test_a_kernel_compiles_and_is_inspected_without_a_gpu():
         assert report["spills"] == 0
         assert 0 < report["shared"] <= 227 << 10
         assert "wgmma" in report["tensor_cores"]
+
+
+def test_what_is_known_is_not_compiled_again(tmp_path):
+    arguments = ("compile", "--arch", "sm_90", "--only", "linear D128 bfloat16 pair", "--json")
+    kept = []
+    for _ in range(2):
+        assert run(*arguments, TRITON_CACHE_DIR=str(tmp_path)).returncode == 0
+        kept.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")})
+    assert len(kept[0]) == 1
+    assert kept[0] == kept[1]
+
+
+def test_spills_are_seen_where_they_are():
+    # Wider than any model's heads: a state of 256 rows leaves too few registers.
+    result = run("compile", "--arch", "sm_90", "--only", "kda D256 bfloat16 forward", "--json")
+    reports = json.loads(result.stdout)
+    assert [r["spills"] > 0 for r in reports] == [True, False]
+    assert [r["stack"] > 0 for r in reports] == [True, False]
+    assert [r["failed"] for r in reports] == [False, False]
 
 
 def test_a_spill_is_an_error():
