@@ -1,10 +1,11 @@
 """The stream: where tokens lie in every layer but full attention.
 
 Those layers ask for even shards and for little else: what a fragment needs from elsewhere is a
-state, or a few tokens. So tokens stay on the unit, a node or a rank, on which full attention
-wants them; only what a unit holds beyond its share crosses to others. A sequence on a ring over
-nodes then lies on each of them in two runs, for zigzag gives each an early part of it and a late
-one. The runs of a node are laid end to end and cut evenly over its ranks.
+state, or a few tokens. So tokens stay on the node on which full attention wants them; only what
+it holds beyond its share crosses to others. A sequence on a ring over nodes then lies on each of
+them in two runs, for zigzag gives each an early part of it and a late one. The runs of a node are
+laid end to end over its ranks, so that few sequences are cut there, but for those that are best
+left on their very rank: *pinned* ones.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class _Runs(NamedTuple):
 
     Attributes:
         sequence, start, end: int64, positions [start, end) of the sequence.
-        holder: int64, the unit or the rank that holds it.
+        holder: int64, who holds it: a rank, or a node.
         home: float64, the mean of the ranks on which its tokens are at home.
     """
 
@@ -69,6 +70,32 @@ class _Runs(NamedTuple):
         start = pieces.start + at - before[row]
         return pieces._replace(start=start, end=start + np.diff(at, append=total)), at
 
+    def dealt(self, room: Array) -> _Runs:
+        """The same end to end over holders 0, 1, … that take so many tokens each."""
+        ends = np.cumsum(room)
+        pieces, at = self.cut(ends)
+        return pieces._replace(holder=np.searchsorted(ends, at, side="right"))
+
+    def parted(self, room: Array) -> tuple[_Runs, _Runs]:
+        """What holders have room for, and the rest: the shortest of the sequences that they
+        hold whole go first, so that few are cut."""
+        whole = np.bincount(self.sequence)[self.sequence] == 1
+        runs = self.at(np.lexsort((-self.size, whole, self.holder)))
+        held = np.bincount(runs.holder, runs.size, len(room)).astype(np.int64)
+        ends = np.cumsum(held) - held + np.minimum(room, held)
+        pieces, at = runs.cut(ends)
+        rest = at >= ends[pieces.holder]
+        return pieces.at(~rest), pieces.at(rest)
+
+    def beside(self, *others: _Runs) -> _Runs:
+        return _Runs(*(np.concatenate(columns) for columns in zip(self, *others, strict=True)))
+
+    def layout(self, ranks: int) -> Layout:
+        """Each rank's, fragments that began elsewhere first."""
+        runs = self.joined()
+        sequence, start, end, rank, _ = runs.at(np.argsort(runs.start == 0, kind="stable"))
+        return Layout.stack(sequence, start, end, rank, ranks)
+
 
 def shard_bounds(tokens: int, ranks: int) -> Array:
     """int64 (ranks + 1,): where the shards of a stream begin and end; sizes differ by ≤ 1."""
@@ -80,92 +107,41 @@ def in_order(lengths: Array, ranks: int) -> Layout:
     sequence = np.flatnonzero(lengths)
     zero = np.zeros_like(sequence)
     runs = _Runs(sequence, zero, lengths[sequence], zero, zero)
-    return _dealt(runs, shard_bounds(int(lengths.sum()), ranks))
+    return runs.dealt(np.diff(shard_bounds(int(lengths.sum()), ranks))).layout(ranks)
 
 
-def near_home(home: Layout, topology: Topology, by_node: bool) -> Layout:
+def near_home(home: Layout, topology: Topology, pinned: Array) -> Layout:
     """The stream of tokens that stay where they are at home, up to an even share.
 
     Args:
         home: holds every token once, with all its heads.
-        by_node: tokens stay on their node, where few sequences are cut; else they stay on
-            their rank: hardly any is moved, but rings leave many fragments.
+        pinned: bool (N,), the sequences whose tokens stay on their rank, not on their node only:
+            fewer move, but rings leave more fragments.
     """
-    total = int(home.tokens.sum())
     ranks = np.arange(topology.ranks)
-    unit = ranks // topology.ranks_per_node if by_node else ranks
-    # The shards that are a token larger go to the units that hold the most.
-    mean = np.bincount(unit, home.tokens) / np.bincount(unit)
-    share = np.full(topology.ranks, total // topology.ranks)
-    share[np.argsort(-mean[unit], kind="stable")[: total % topology.ranks]] += 1
+    node = ranks // topology.ranks_per_node
+    # The shards that are a token larger go to the ranks that hold the most.
+    share, larger = np.divmod(int(home.tokens.sum()), topology.ranks)
+    room = np.full(topology.ranks, share)
+    room[np.argsort(-home.tokens, kind="stable")[:larger]] += 1
 
-    held = _Runs(home.sequence, home.start, home.end, unit[home.rank], home.rank.astype(float))
-    runs = _evened(held.joined(), np.bincount(unit, share).astype(np.int64), topology, by_node)
-    bounds = np.append(0, np.cumsum(share))
-    if by_node:
-        first = np.searchsorted(unit, runs.holder)
-        near = np.clip(runs.home, first - 0.5, first + topology.ranks_per_node - 0.5)
-        runs = runs.at(np.lexsort((runs.size, near, runs.holder)))
-        runs = runs.at(_spare(runs.size, runs.holder, bounds))
-    else:
-        runs = runs.at(np.argsort(runs.holder, kind="stable"))
-    return _dealt(runs, bounds)
+    at_home = _Runs(home.sequence, home.start, home.end, home.rank, home.rank.astype(float))
+    fixed = at_home.at(pinned[home.sequence])
+    loose = at_home.at(~pinned[home.sequence])
+    loose = loose._replace(holder=node[loose.holder]).joined()
+    fixed, excess = fixed.parted(room)
+    loose = loose.beside(excess._replace(holder=node[excess.holder]))
+    room -= np.bincount(fixed.holder, fixed.size, topology.ranks).astype(np.int64)
+    of_node = np.bincount(node, room).astype(np.int64)
+    loose, surplus = loose.parted(of_node)
+    missing = of_node - np.bincount(loose.holder, loose.size, topology.nodes).astype(np.int64)
+    loose = loose.beside(surplus.dealt(missing)).joined()
 
-
-def _evened(runs: _Runs, share: Array, topology: Topology, by_node: bool) -> _Runs:
-    """The same with tokens of the units that hold more than their share on those that hold less.
-
-    The last ones of a unit go: of the sequences that it holds whole, the shortest, so that few
-    are cut. They go to units of the same node first.
-    """
-    whole = np.bincount(runs.sequence)[runs.sequence] == 1
-    runs = runs.at(np.lexsort((-runs.size, whole, runs.holder)))
-    units = np.arange(len(share))
-    held = np.bincount(runs.holder, runs.size, len(share)).astype(np.int64)
-    surplus, missing = np.maximum(held - share, 0), np.maximum(share - held, 0)
-    if not surplus.any():
-        return runs
-    node = units if by_node else units // topology.ranks_per_node
-    inside = np.minimum(np.bincount(node, surplus), np.bincount(node, missing)).astype(np.int64)
-    giver, given = _queue(surplus, node, inside)
-    taker, taken = _queue(missing, node, inside)
-    edges = np.union1d(np.cumsum(given) - given, np.cumsum(taken) - taken)
-    giver = giver[np.searchsorted(np.cumsum(given), edges, side="right")]
-    taker = taker[np.searchsorted(np.cumsum(taken), edges, side="right")]
-    amount = np.diff(edges, append=surplus.sum())
-    # Each gift as a run of the tokens of all units end to end.
-    order = np.argsort(giver, kind="stable")
-    giver, taker, amount = giver[order], taker[order], amount[order]
-    before = np.cumsum(amount) - amount
-    begin = (np.cumsum(held) - surplus)[giver] + before
-    begin -= before[np.searchsorted(giver, giver)]
-    pieces, at = runs.cut(np.concatenate([begin, begin + amount]))
-    gift = np.searchsorted(begin, at, side="right") - 1
-    gone = (gift >= 0) & (at < (begin + amount)[np.maximum(gift, 0)])
-    pieces.holder[gone] = taker[gift[gone]]
-    return pieces.joined()
-
-
-def _queue(amount: Array, node: Array, inside: Array) -> tuple[Array, Array]:
-    """Amounts by unit as a queue: node by node what stays inside, then all the rest."""
-    total = np.bincount(node, amount).astype(np.int64)
-    before = np.cumsum(amount) - amount
-    before -= (np.cumsum(total) - total)[node]  # … on the same node
-    near = np.clip(inside[node] - before, 0, amount)
-    unit = np.arange(len(amount))
-    units, amounts = np.concatenate([unit, unit]), np.concatenate([near, amount - near])
-    kept = amounts > 0
-    return units[kept], amounts[kept]
-
-
-def _dealt(runs: _Runs, bounds: Array) -> Layout:
-    """Runs end to end, cut at `bounds`: a shard a rank, fragments that began elsewhere first."""
-    pieces, at = runs.cut(bounds)
-    rank = np.searchsorted(bounds, at, side="right") - 1
-    shards = pieces._replace(holder=rank).joined()
-    order = np.argsort(shards.start == 0, kind="stable")
-    sequence, start, end, rank, _ = shards.at(order)
-    return Layout.stack(sequence, start, end, rank, len(bounds) - 1)
+    first = loose.holder * topology.ranks_per_node
+    near = np.clip(loose.home, first - 0.5, first + topology.ranks_per_node - 0.5)
+    loose = loose.at(np.lexsort((loose.size, near, loose.holder)))
+    loose = loose.at(_spare(loose.size, loose.holder, np.append(0, np.cumsum(room))))
+    return fixed.beside(loose.dealt(room)).layout(topology.ranks)
 
 
 def _spare(size: Array, node: Array, bounds: Array) -> Array:

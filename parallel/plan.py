@@ -157,7 +157,11 @@ def build(
         stream = attention = in_order(lengths, topology.ranks)
     else:
         attention, home, rings = _attend(lengths, owners, topology.ranks)
-        stream = near_home(home, topology, by_node)
+        # Where slices of heads lie on several nodes, all tokens have to cross, best over all NICs.
+        crossing = [ring.sequences for ring in rings if ring.slices > topology.ranks_per_node]
+        pinned = np.full(len(lengths), not by_node)
+        pinned[np.concatenate([*crossing, np.zeros(0, np.int64)])] = True
+        stream = near_home(home, topology, pinned)
     cu_seqlens = np.append(0, np.cumsum(lengths))
     return Plan(
         topology=topology,
