@@ -58,7 +58,8 @@ class Costs:
         between: bytes a second of one node to the others.
         nic: bytes a second of one NIC.
         latency_inside, latency_between: seconds before the first byte arrives.
-        routed: traffic between nodes is spread over the node's ranks.
+        routed: traffic between nodes is forwarded by all ranks of its nodes, whoever has it.
+            Training does not: its plans lay tokens out so that all ranks have their part.
     """
 
     pair: float = 4 * 32 * 128 / (989e12 * 0.5)
@@ -72,10 +73,10 @@ class Costs:
     nic: float = 50e9 * 0.85
     latency_inside: float = 10e-6
     latency_between: float = 20e-6
-    routed: bool = True
+    routed: bool = False
 
-    def without_routing(self) -> Costs:
-        return replace(self, routed=False)
+    def with_routing(self) -> Costs:
+        return replace(self, routed=True)
 
     def with_heads_together(self) -> Costs:
         return replace(self, heads=1, kv_heads=1)

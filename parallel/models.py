@@ -167,7 +167,7 @@ def _read(path: Path, schema: type, unknown: str) -> dict[str, Any]:
     return content
 
 
-def costs(cluster: Cluster, model: Model, routed: bool = True) -> Costs:
+def costs(cluster: Cluster, model: Model, routed: bool = False) -> Costs:
     """What the planner weighs for a model on a cluster."""
     return cluster.costs(
         pair_flops=4.0 * model.heads * model.head_dim,

@@ -16,6 +16,7 @@ import numpy as np
 
 from parallel.layout import Array, Layout, Topology
 
+_PIECE = 256  # tokens that a rank takes at least of what its node misses, if it misses as many
 _AHEAD = 12  # runs among which one that ends at a shard's boundary is sought
 
 
@@ -135,13 +136,29 @@ def near_home(home: Layout, topology: Topology, pinned: Array) -> Layout:
     of_node = np.bincount(node, room).astype(np.int64)
     loose, surplus = loose.parted(of_node)
     missing = of_node - np.bincount(loose.holder, loose.size, topology.nodes).astype(np.int64)
-    loose = loose.beside(surplus.dealt(missing)).joined()
+    taken = _takers(missing, room, node)
+    surplus = surplus.dealt(taken)
+    room -= taken
 
     first = loose.holder * topology.ranks_per_node
     near = np.clip(loose.home, first - 0.5, first + topology.ranks_per_node - 0.5)
     loose = loose.at(np.lexsort((loose.size, near, loose.holder)))
     loose = loose.at(_spare(loose.size, loose.holder, np.append(0, np.cumsum(room))))
-    return fixed.beside(loose.dealt(room)).layout(topology.ranks)
+    return fixed.beside(surplus, loose.dealt(room)).layout(topology.ranks)
+
+
+def _takers(missing: Array, room: Array, node: Array) -> Array:
+    """How many tokens each rank takes of those that its node misses.
+
+    All take alike, so that tokens come over all NICs, but for pieces too small to be worth it.
+    """
+    local = np.arange(len(node)) - np.searchsorted(node, node)
+    some = np.where(local < np.maximum(missing // _PIECE, 1)[node], room, 0)
+    some = np.where((np.bincount(node, some) >= missing)[node], some, room)
+    of_node = np.bincount(node, some).astype(np.int64)
+    upto = np.cumsum(some) - (np.cumsum(of_node) - of_node)[node]
+    wanted, all_ = missing[node], np.maximum(of_node, 1)[node]
+    return upto * wanted // all_ - (upto - some) * wanted // all_
 
 
 def _spare(size: Array, node: Array, bounds: Array) -> Array:

@@ -104,7 +104,7 @@ class Case:
         everything = model.layers * (model.stream_bytes + model.mixer_bytes)
         return self.memory_slack * everything / (model.full_layers * model.mixer_bytes)
 
-    def costs(self, routed: bool = True) -> Costs:
+    def costs(self, routed: bool = False) -> Costs:
         return costs(self.cluster, self.model, routed)
 
     def linear_seconds(self, tokens: Array | float) -> Array | float:
@@ -167,7 +167,7 @@ def price_plan(case: Case, made: Plan) -> Outcome:
 
 def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
     """Seconds and bytes (inside, between) of one linear layer's states, forward and backward."""
-    costs, model, ranks = case.costs(routed=False), case.model, case.topology.ranks
+    costs, model, ranks = case.costs(), case.model, case.topology.ranks
     seconds, traffic = 0.0, Traffic(np.zeros(ranks), np.zeros(ranks))
     for way in (1, -1):
         chains = [
@@ -190,7 +190,7 @@ def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
 
 
 def even(case: Case) -> Outcome:
-    ranks, full, weigh = case.topology.ranks, case.model.full_layers, case.costs(routed=False)
+    ranks, full, weigh = case.topology.ranks, case.model.full_layers, case.costs()
     n = np.maximum(case.lengths, 1)
     work = weigh.pair * n * (n + 1.0) / 2 / ranks * (1 + weigh.half * 2 * ranks / n)
     work = float(np.where(case.lengths > 0, work, 0).sum())
@@ -284,7 +284,7 @@ def zeppelin_states(case: Case) -> Outcome:
 
 
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
-    model, weigh = case.model, case.costs().with_heads_together()
+    model, weigh = case.model, case.costs(routed=True).with_heads_together()
     room = (1 + case.slack) * case.share
     limits = placing.Limits(nodes=1.0, tokens=1.15)
     prices = Prices(case.lengths, case.topology, weigh, settled=True)
