@@ -17,7 +17,8 @@ Kept simple enough to be checked by hand, and the same for every strategy:
   on each of its nodes uses the members' share of the NICs; one that steps from node to
   node over a single pair of ranks uses one NIC, or with routing (Zeppelin, arXiv
   2509.21841, section 3.2) all of them after a hop inside the node on either side.
-- Moves between layouts take the time of the busiest rank or node. Forward moves q, k, v in and
+- Moves between layouts take the time of the busiest rank or node; between nodes a rank has its
+  share of the NICs, or all of them with routing. Forward moves q, k, v in and
   o out; backward moves the gradient of o in and those of q, k, v out. With heads in w waves all
   but 1/w of it overlaps the arithmetic, but never a ring's transfers, which need the same links.
 - ZeRO's traffic of weights and gradients is the same for every plan and is left out.
