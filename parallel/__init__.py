@@ -1,5 +1,23 @@
 """Numerics across ranks. Knows process groups and plans; wraps the kernels.
 
+The whole idea. There is no grid of data- and sequence-parallel ranks. A batch is one stream of
+sequences, shared out over all ranks: each holds as many tokens (a *shard*), in a few *fragments*
+of sequences. What a fragment needs from elsewhere depends on the layer:
+
+    embedding, norm, MLP, loss   nothing
+    convolution, window          the last tokens before it (`stream.View.halo`, `reaching`)
+    linear attention, scan       the state that enters it, whatever its length (`chain`)
+    full attention               the keys of its sequence: quadratic work, which has an even
+                                 layout of its own, to which q, k and v move and from which o
+                                 comes back (`attention`, `rings`)
+
+A *plan* says where every token lies in both layouts. It follows from the lengths alone, so each
+rank makes it for itself, beside the step before (`planner`). First come the ranks that attend to
+each sequence: few for a short one, a ring over nodes for a long one, and quadratic work is even
+(`placing`). Then the stream, near them: tokens stay on their node but for what evens shards out
+(`ordering`). The cheapest of several such plans is taken (`plan`, `cost`). Layers see a shard and
+call the functions below; gradients come back the way that their tensors went (`exchange`).
+
 Names are imported when they are first used, so that settings and plans, which know no torch,
 come without it.
 """

@@ -140,7 +140,6 @@ def our_plan(case: Case) -> Plan:
         case.lengths,
         case.topology,
         costs=case.costs(),
-        slack=case.slack,
         by_node=case.model.linear_layers > 0,
     )
 
