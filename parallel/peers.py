@@ -61,7 +61,12 @@ def _told(peer: int | None, seconds: float, error: RuntimeError) -> str:
     missing = _missing(peer)
     who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "a rank"
     has, is_ = ("have", "are") if len(missing) > 1 else ("has", "is")
-    late = f"{has} not answered for {seconds:.0f} s" if "imed out" in str(error) else f"{is_} gone"
+    if peer is not None and peer not in missing:  # another's word, which does not say how
+        late = f"{is_} gone or {'do' if len(missing) > 1 else 'does'} not answer"
+    elif "imed out" in str(error):
+        late = f"{has} not answered for {seconds:.0f} s"
+    else:
+        late = f"{is_} gone"
     step = "" if _Here.step is None else f" in step {_Here.step}"
     asked = f", which waited for rank {peer}" if peer is not None and peer not in missing else ""
     cause = str(error).splitlines()[0][:200]
