@@ -76,9 +76,6 @@ class Costs:
     latency_between: float = 20e-6
     routed: bool = False
 
-    def with_routing(self) -> Costs:
-        return replace(self, routed=True)
-
     def with_heads_together(self) -> Costs:
         return replace(self, heads=1, kv_heads=1)
 

@@ -157,7 +157,7 @@ def test_routing_shortens_a_ring_that_steps_between_nodes() -> None:
     flat_plan = replace(made, rings=flat)
     costs = replace(Costs(), between=85e9, nic=21e9, inside=1e13, pair=1e-15)
     routed, unrouted = (
-        price(flat_plan, given).finish.max() for given in (costs.with_routing(), costs)
+        price(flat_plan, given).finish.max() for given in (replace(costs, routed=True), costs)
     )
     assert unrouted > 3 * routed
 
