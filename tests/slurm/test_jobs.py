@@ -84,7 +84,7 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
         f"""
 run: {{root: "{folder}/runs"}}
 train: {{steps: {STEPS}, batch_tokens: 512, seq_len: 192}}
-optim: {{decay_fraction: 0}}
+optim: {{warmup_steps: 0, decay_fraction: 0}}
 eval: {{every: 10, tokens: 2048, sample_tokens: 0}}
 checkpoint: {{every: 5}}
 """,
