@@ -40,12 +40,8 @@ def _fetch(q: Tensor, k: Tensor, v: Tensor, shard: Shard, view: View, window: in
     Without a window the last rank of a sequence comes to hold all of it.
     """
     reach = int(view.plan.cu_seqlens[-1]) if window is None else window - 1
-    table, sizes = view.reaching(reach)
+    table, cu_seqlens_k, longest = view.reaching(reach)
     k, v = (x.unsqueeze(0) for x in move([k[0], v[0]], [table, table], view.rank, view.group))
-    cu_seqlens_k = view.once(
-        ("reached", reach),
-        lambda: to_device(np.append(0, np.cumsum(sizes)).astype(np.int32), view.device),
-    )
     o = kernels.softmax_attention(
         q,
         k,
@@ -54,7 +50,7 @@ def _fetch(q: Tensor, k: Tensor, v: Tensor, shard: Shard, view: View, window: in
         cu_seqlens_k=cu_seqlens_k,
         window=window,
         max_seqlen=max(shard.lengths),
-        max_seqlen_k=int(sizes.max()),
+        max_seqlen_k=longest,
     )
     assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
     return o

@@ -77,9 +77,11 @@ class Passage:
     while gradients do. (Autograd goes through functions in the reverse of their order.)
     """
 
-    def __init__(self, recurrence: Recurrence, chains: Chains, inputs: Sequence[Any]) -> None:
-        self.recurrence, self.chains = recurrence, chains
-        self.shapes = recurrence.shapes(*inputs)
+    def __init__(
+        self, recurrence: Recurrence, chains: Callable[[int], Chains], inputs: Sequence[Any]
+    ) -> None:
+        self.recurrence, self.shapes = recurrence, recurrence.shapes(*inputs)
+        self.chains = chains(self.shapes.E[1])
         first = next(x for x in inputs if x is not None)
         self.like = first.new_empty(0, dtype=accumulation_dtype(first.dtype))
         self.way: _Way
@@ -113,7 +115,7 @@ def depart(
         inputs: of the recurrence, for all tokens of the shard. Gradients of the states travel
             to the ranks before and into their inputs.
     """
-    passage = Passage(recurrence, chains(recurrence.shapes(*inputs).E[1]), inputs)
+    passage = Passage(recurrence, chains, inputs)
     passage.ticket = _Depart.apply(passage, *inputs)
     return passage
 

@@ -109,16 +109,19 @@ class View:
         )
         return self._fetched(wanted, self.entering * reach)
 
-    def reaching(self, reach: int) -> tuple[Table, np.ndarray]:
-        """Every fragment with the up to `reach` tokens before it, and how many each then has."""
+    def reaching(self, reach: int) -> tuple[Table, Tensor, int]:
+        """Every fragment with the up to `reach` tokens before it: the way there, its
+        `cu_seqlens`, and the tokens of the longest."""
         return self.once(("reaching", reach), lambda: self._reaching(reach))
 
-    def _reaching(self, reach: int) -> tuple[Table, np.ndarray]:
+    def _reaching(self, reach: int) -> tuple[Table, Tensor, int]:
         stream = self.plan.stream
         start = np.maximum(stream.start - reach, 0)
         wanted = Layout.stack(stream.sequence, start, stream.end, stream.rank, len(stream.tokens))
         sizes = (stream.end - start)[stream.rows(self.rank)]
-        return self._fetched(wanted, int(sizes.sum())), sizes
+        cu_seqlens = np.append(0, np.cumsum(sizes))
+        table = self._fetched(wanted, int(cu_seqlens[-1]))
+        return table, to_device(cu_seqlens.astype(np.int32), self.device), int(sizes.max())
 
     def _fetched(self, wanted: Layout, rows: int) -> Table:
         """From the stream to a layout that may hold tokens more than once."""
