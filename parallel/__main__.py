@@ -25,6 +25,12 @@ def main() -> int:
     )
     simulate.add_argument("--batches", type=int, default=8, help="over which figures are means")
     simulate.add_argument("--seed", type=int, default=0)
+    simulate.add_argument(
+        "--routing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="our traffic between nodes goes over all ranks of a node",
+    )
     simulate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     simulate.add_argument("--figure", metavar="PATH", help="a picture with a timeline of the ranks")
 
@@ -82,6 +88,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
             longest=arguments.longest,
             batches=arguments.batches,
             seed=arguments.seed,
+            routing=arguments.routing,
         ),
         arguments.json,
         arguments.figure,

@@ -18,6 +18,13 @@ class ParallelConfig:
             "heads; allgather fetches all earlier keys and values of a sequence"
         },
     )
+    routing: bool = field(
+        default=True,
+        metadata={
+            "help": "what attention sends between nodes goes over all ranks and NICs of a node; "
+            "false: from one rank to one, to measure what routing brings"
+        },
+    )
     timeout_s: float = field(
         default=600.0,
         metadata={"help": "seconds that a rank waits in a layer for another before it gives up"},

@@ -259,7 +259,9 @@ def ring_travel(
         if costs.routed:
             a_hop = biggest / costs.between + 2 * biggest / costs.inside
         else:
-            a_hop = biggest / costs.nic
+            # Every slice of heads has its own ring, and all those of a seat cross there.
+            pairs = min(slices, topology.ranks_per_node)
+            a_hop = biggest * max(1 / costs.nic, pairs / costs.between)
         travel = hops * (waves * costs.latency_between + a_hop)
     else:
         travel = hops * (waves * costs.latency_inside + biggest / costs.inside)

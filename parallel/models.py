@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from parallel.cost import Costs
@@ -34,6 +35,12 @@ class Cluster:
     def matmul_flops(self) -> float:
         """FLOPs a second of large matrix products."""
         return self.tflops * 1e12 * self.matmul
+
+    def with_free_links(self) -> Cluster:
+        """The same GPUs, between which bytes take no time."""
+        return replace(
+            self, inside_gb=np.inf, nic_gbit=np.inf, latency_inside_us=0.0, latency_between_us=0.0
+        )
 
     def costs(self, pair_flops: float, **layer: Any) -> Costs:
         """What the planner weighs here for a layer with so many FLOPs a query-key pair."""

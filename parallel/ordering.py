@@ -111,13 +111,14 @@ def in_order(lengths: Array, ranks: int) -> Layout:
     return runs.dealt(np.diff(shard_bounds(int(lengths.sum()), ranks))).layout(ranks)
 
 
-def near_home(home: Layout, topology: Topology, pinned: Array) -> Layout:
+def near_home(home: Layout, topology: Topology, pinned: Array, routing: bool) -> Layout:
     """The stream of tokens that stay where they are at home, up to an even share.
 
     Args:
         home: holds every token once, with all its heads.
         pinned: bool (N,), the sequences whose tokens stay on their rank, not on their node only:
             fewer move, but rings leave more fragments.
+        routing: what a node misses is taken by all its ranks, so that it comes over all NICs.
     """
     ranks = np.arange(topology.ranks)
     node = ranks // topology.ranks_per_node
@@ -136,7 +137,7 @@ def near_home(home: Layout, topology: Topology, pinned: Array) -> Layout:
     of_node = np.bincount(node, room).astype(np.int64)
     loose, surplus = loose.parted(of_node)
     missing = of_node - np.bincount(loose.holder, loose.size, topology.nodes).astype(np.int64)
-    taken = _takers(missing, room, node)
+    taken = _takers(missing, room, node, routing)
     surplus = surplus.dealt(taken)
     room -= taken
 
@@ -147,11 +148,15 @@ def near_home(home: Layout, topology: Topology, pinned: Array) -> Layout:
     return fixed.beside(surplus, loose.dealt(room)).layout(topology.ranks)
 
 
-def _takers(missing: Array, room: Array, node: Array) -> Array:
+def _takers(missing: Array, room: Array, node: Array, routing: bool) -> Array:
     """How many tokens each rank takes of those that its node misses.
 
-    All take alike, so that tokens come over all NICs, but for pieces too small to be worth it.
+    With routing all take alike, so that tokens come over all NICs, but for pieces too small to
+    be worth it; else the first ones take them.
     """
+    if not routing:
+        before = np.cumsum(room) - room
+        return np.clip(missing[node] - before + before[np.searchsorted(node, node)], 0, room)
     local = np.arange(len(node)) - np.searchsorted(node, node)
     some = np.where(local < np.maximum(missing // _PIECE, 1)[node], room, 0)
     some = np.where((np.bincount(node, some) >= missing)[node], some, room)

@@ -38,8 +38,8 @@ _LIMITS = (
     Limits(nodes=0.8, tokens=1.0),
 )
 _ENOUGH = 1.03  # of perfectly even
-_LARGE = 1 << 15  # ranks · sequences above which
-_FEW = 2  # of them must do
+_FEW = 2  # of them are tried of any batch,
+_MANY = 6 << 17  # and of small ones as many as this is times ranks · sequences
 
 
 def plan(
@@ -49,6 +49,7 @@ def plan(
     costs: Costs | None = None,
     slack: float = 0.15,
     by_node: bool = True,
+    routing: bool = True,
 ) -> Plan:
     """Plan one batch.
 
@@ -67,6 +68,9 @@ def plan(
         by_node: tokens of the stream stay on the node on which attention wants them, and few
             sequences are cut in it, for layers that pass states on. Else they stay on the
             rank: best for a model of full attention alone.
+        routing: what attention sends between nodes goes over all of a node's ranks, and so over
+            all its NICs. Else a ring steps from node to node between two ranks, and what a
+            node takes from others goes to as few of its ranks as have room.
 
     Raises:
         ValueError: a negative length, or a strategy that is not known.
@@ -77,7 +81,7 @@ def plan(
     owners: Owners | None = None
     match strategy:
         case "balanced":
-            return _cheapest(each, topology, costs or Costs(), slack, by_node)
+            return _cheapest(each, topology, costs or Costs(), slack, by_node, routing)
         case "even":
             owners = placing.even(len(each), topology)
         case "ring":
@@ -88,24 +92,29 @@ def plan(
         case _:
             known = ", ".join(get_args(Strategy))
             raise ValueError(f"strategy {strategy!r}; it must be one of {known}")
-    return build(strategy, each, owners, topology, by_node)
+    return build(strategy, each, owners, topology, by_node, routing)
 
 
 def _cheapest(
-    lengths: Array, topology: Topology, costs: Costs, slack: float, by_node: bool
+    lengths: Array,
+    topology: Topology,
+    costs: Costs,
+    slack: float,
+    by_node: bool,
+    routing: bool,
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
     room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
     prices = Prices(lengths, topology, costs, settled=not by_node)
-    large = len(lengths) * topology.ranks > _LARGE
+    tried = max(_FEW, _MANY // max(1, len(lengths) * topology.ranks))
     best, least = None, np.inf
     seen: set[bytes] = set()
-    for limits in _LIMITS[:_FEW] if large else _LIMITS:
+    for limits in _LIMITS[:tried]:
         owners = placing.balanced(prices, room, limits)
         if owners.key in seen:
             continue
         seen.add(owners.key)
-        found = build("balanced", lengths, owners, topology, by_node)
+        found = build("balanced", lengths, owners, topology, by_node, routing)
         if not _fits(found, room):
             continue
         layer = price(found, costs)
@@ -121,9 +130,10 @@ def _cheapest(
         if least <= _ENOUGH * prices.level:
             break
     if best is None:  # only an even split fits
-        best = build("balanced", lengths, placing.even(len(lengths), topology), topology, by_node)
-    tried = [replace(best, waves=waves) for waves in _waves(best, costs)]
-    return min(tried, key=lambda made: price(made, costs).seconds)
+        owners = placing.even(len(lengths), topology)
+        best = build("balanced", lengths, owners, topology, by_node, routing)
+    in_waves = [replace(best, waves=waves) for waves in _waves(best, costs)]
+    return min(in_waves, key=lambda made: price(made, costs).seconds)
 
 
 def _waves(found: Plan, costs: Costs) -> list[int]:
@@ -149,19 +159,27 @@ def _fits(found: Plan, room: float) -> bool:
 
 
 def build(
-    strategy: str, lengths: Array, owners: Owners | None, topology: Topology, by_node: bool
+    strategy: str,
+    lengths: Array,
+    owners: Owners | None,
+    topology: Topology,
+    by_node: bool,
+    routing: bool = True,
 ) -> Plan:
     """The plan of given owners; without any, full attention stays in the stream."""
     rings: tuple[Ring, ...] = ()
     if owners is None:
         stream = attention = in_order(lengths, topology.ranks)
     else:
+        if not routing:
+            owners = owners.flat()
         attention, home, rings = _attend(lengths, owners, topology.ranks)
-        # Where slices of heads lie on several nodes, all tokens have to cross, best over all NICs.
-        crossing = [ring.sequences for ring in rings if ring.slices > topology.ranks_per_node]
         pinned = np.full(len(lengths), not by_node)
-        pinned[np.concatenate([*crossing, np.zeros(0, np.int64)])] = True
-        stream = near_home(home, topology, pinned)
+        for ring in rings:
+            # Where slices of heads lie on several nodes, all tokens cross: best over all NICs.
+            if routing and ring.slices > topology.ranks_per_node:
+                pinned[ring.sequences] = True
+        stream = near_home(home, topology, pinned, routing)
     cu_seqlens = np.append(0, np.cumsum(lengths))
     return Plan(
         topology=topology,

@@ -82,7 +82,14 @@ class Planner:
         # Ulysses splits heads and leaves tokens in the stream's layout, as all-gather does.
         attention = self.config.attention
         strategy: Strategy = "allgather" if attention == "ulysses" else attention
-        return plan(lengths, self.topology, strategy, self.costs, by_node=self.by_node)
+        return plan(
+            lengths,
+            self.topology,
+            strategy,
+            self.costs,
+            by_node=self.by_node,
+            routing=self.config.routing,
+        )
 
 
 def filled(lengths: Array, ranks: int) -> Array:

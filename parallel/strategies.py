@@ -83,6 +83,7 @@ class Case:
     cluster: Cluster
     model: Model
     memory_slack: float = 0.15
+    routing: bool = True
 
     @property
     def share(self) -> float:
@@ -141,6 +142,7 @@ def our_plan(case: Case) -> Plan:
         case.topology,
         costs=case.costs(),
         by_node=case.model.linear_layers > 0,
+        routing=case.routing,
     )
 
 

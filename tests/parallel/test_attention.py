@@ -105,10 +105,16 @@ def test_the_plan_of_a_model_with_heads_equals_one_softmax(ranks, size: int, alo
         assert max(ranks(size).run(attention, lengths, "balanced", None, 4, 2, model)) < 1e-10
 
 
-def on_nodes(world: World, ranks_per_node: int, lengths: list[int], strategy: Strategy) -> float:
+def on_nodes(
+    world: World,
+    ranks_per_node: int,
+    lengths: list[int],
+    strategy: Strategy,
+    routing: bool = True,
+) -> float:
     """`attention` by the plan of a strategy, on a cluster of small nodes."""
     world = dataclasses.replace(world, ranks_per_node=ranks_per_node)
-    planned = functools.partial(plan, strategy=strategy)
+    planned = functools.partial(plan, strategy=strategy, routing=routing)
     with mock.patch(
         "parallel.planner.plan", lambda lengths, topology, *_, **__: planned(lengths, topology)
     ):
@@ -156,6 +162,13 @@ def test_rings_run_over_nodes(ranks, ranks_per_node: int, strategy: Strategy) ->
     """fp64: to 1e-10; "even" puts several sequences on one ring, chunks of no token among them."""
     for lengths in STREAMS:
         assert max(ranks(4).run(on_nodes, ranks_per_node, lengths, strategy)) < 1e-10
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "even", "ring"])
+def test_routing_changes_no_result(ranks, strategy: Strategy) -> None:
+    """fp64: to 1e-10 without it too."""
+    for lengths in STREAMS:
+        assert max(ranks(4).run(on_nodes, 2, lengths, strategy, False)) < 1e-10
 
 
 class Largest(TorchDispatchMode):

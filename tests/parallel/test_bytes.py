@@ -45,14 +45,20 @@ def delta_rule(shard: Shard) -> Tensor:
 
 
 def sent(
-    world: World, strategy: Attention, alone: bool, lengths: list[int], layer: Callable
+    world: World,
+    strategy: Attention,
+    alone: bool,
+    lengths: list[int],
+    layer: Callable,
+    routing: bool = True,
 ) -> tuple[Sent, Plan]:
     """What this rank sends in a layer's forward and backward pass."""
     world = dataclasses.replace(world, ranks_per_node=EACH)
     model = dataclasses.replace(MODEL, alone=alone)
     count = np.arange(sum(lengths))
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    with closing(Planner(ParallelConfig(strategy), world.topology, model)) as planner:
+    config = ParallelConfig(strategy, routing=routing)
+    with closing(Planner(config, world.topology, model)) as planner:
         _, _, shard = distribute(count, count, cu_seqlens, world, planner=planner)
     sent_bytes.clear()
     layer(shard).sum().backward()
@@ -67,11 +73,14 @@ def everywhere(found: list[tuple[Sent, Plan]]) -> Sent:
 
 
 @pytest.mark.parametrize("lengths", STREAMS, ids=str)
+@pytest.mark.parametrize("routing", [True, False])
 @pytest.mark.parametrize(
     ("strategy", "alone"), [("balanced", False), ("balanced", True), ("ring", False)]
 )
-def test_of_planned_attention(ranks, strategy: Attention, alone: bool, lengths: list[int]) -> None:
-    found = ranks(RANKS).run(sent, strategy, alone, lengths, attend)
+def test_of_planned_attention(
+    ranks, strategy: Attention, alone: bool, routing: bool, lengths: list[int]
+) -> None:
+    found = ranks(RANKS).run(sent, strategy, alone, lengths, attend, routing)
     costs = Costs(q_bytes=Q, kv_bytes=KV, heads=HEADS, kv_heads=KV_HEADS)
     traffic = price(found[0][1], costs).traffic
     assert everywhere(found) == pytest.approx((traffic.inside.sum(), traffic.between.sum()))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.cost import Costs
+from parallel.cost import Costs, price
 from parallel.heads import split
 from parallel.layout import Layout, Plan, Topology
 from parallel.plan import Strategy, plan
@@ -27,6 +27,7 @@ any_plan = st.builds(
     any_costs,
     slack=st.sampled_from([0.0, 0.15, 1.0]),
     by_node=st.booleans(),
+    routing=st.booleans(),
 )
 quick = settings(max_examples=60, deadline=None)
 
@@ -291,6 +292,18 @@ def test_tokens_that_stay_on_their_rank_move_less() -> None:
         for made in (near, far)
     ]
     assert moved[0] < 0.5 * moved[1]
+
+
+@pytest.mark.parametrize("by_node", [False, True])
+def test_routing_takes_all_ranks_of_a_node(by_node: bool) -> None:
+    """A ring over two nodes, and a node with more tokens than its share."""
+    lengths = [40000, 7000, *[700] * 30]
+    routed, direct = (
+        price(plan(lengths, Topology(16, 8), by_node=by_node, routing=on), Costs()).traffic.between
+        for on in (True, False)
+    )
+    assert routed.max() < 2 * routed.mean()
+    assert direct.max() > 6 * direct.mean()
 
 
 def test_wrong_arguments_are_refused_by_value() -> None:

@@ -79,6 +79,14 @@ def test_a_model_of_full_attention_alone_moves_fewer_tokens(planner: Planner) ->
     assert moved[0] < moved[1]
 
 
+def test_routing_is_a_setting() -> None:
+    nodes = []
+    for routing in (True, False):
+        with closing(Planner(ParallelConfig(routing=routing), WHERE)) as planner:
+            nodes.append(len(planner.plan(np.array([60000])).rings[0].ranks))
+    assert nodes == [WHERE.nodes, 1]  # a flat ring knows no nodes
+
+
 @pytest.mark.parametrize("device", ["", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A800"])
 def test_any_device_has_a_price(device: str) -> None:
     with closing(Planner(ParallelConfig(), WHERE, MODEL, device)) as planner:

@@ -75,6 +75,32 @@ def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bou
     assert ours["over_bound"] <= over_bound
 
 
+@pytest.mark.parametrize("lengths", simulate.distributions())
+def test_routing_is_priced(lengths: str) -> None:
+    """Without it a hybrid's step is longer: all that crosses has to share a few NICs."""
+    given = simulate.Settings("a800", "hybrid-7b", lengths, 64, 4096, 65536, 3, 0)
+    steps = [
+        simulate.summarise(simulate.cases(replace(given, routing=routing)))["strategies"]
+        for routing in (True, False)
+    ]
+    routed, direct = (rows.pop("headrace")["step_ms"] for rows in steps)
+    assert routed < 0.98 * direct
+    assert steps[0] == steps[1]  # the alternatives' own
+
+
+def test_what_the_network_takes_is_told_apart() -> None:
+    """On a cluster with free links nothing is left of it."""
+    given = simulate.Settings("a800", "hybrid-7b", "arxiv", 64, 4096, 65536, 2, 0)
+    batches = simulate.cases(given)
+    found = simulate.summarise(batches)
+    step = found["strategies"]["headrace"]["step_ms"]
+    assert found["lower_bound_ms"] <= found["free_links_ms"] < step
+    free = [replace(case, cluster=case.cluster.with_free_links()) for case in batches]
+    again = simulate.summarise(free)
+    assert again["strategies"]["headrace"]["step_ms"] == again["free_links_ms"]
+    assert again["free_links_ms"] == found["free_links_ms"]
+
+
 def test_slower_networks_never_make_a_step_shorter() -> None:
     case = a_case([40000, 9000, 7000, 5000, 3000, 1000, 500])
     slow = replace(case.cluster, nic_gbit=case.cluster.nic_gbit / 10, inside_gb=30)
