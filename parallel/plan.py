@@ -30,12 +30,12 @@ Strategy = Literal["balanced", "ring", "even", "allgather"]
 # more than its share of tokens, fewer sequences are shared. The cheapest is taken, or the first
 # that is good enough.
 _LIMITS = (
-    Limits(nodes=1.25, tokens=1.04),
-    Limits(nodes=1.1, tokens=1.0),
+    Limits(nodes=1.1, tokens=1.04),
     Limits(nodes=1.25, tokens=1.0),
-    Limits(nodes=1.0, tokens=1.04),
+    Limits(nodes=1.1, tokens=1.0),
     Limits(nodes=1.25, tokens=1.2),
-    Limits(nodes=0.8, tokens=1.0),
+    Limits(nodes=1.6, tokens=1.0),
+    Limits(nodes=1.0, tokens=1.2),
 )
 _ENOUGH = 1.03  # of perfectly even
 _FEW = 2  # of them are tried of any batch,
