@@ -231,19 +231,21 @@ def test_what_it_cannot_do_is_said(change, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("decay", "delta"), ROWS)
 @pytest.mark.parametrize("D", [64, 100, 128, 256])
-def test_bf16_on_tensor_cores(decay, delta, D, poisoned_memory):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_on_tensor_cores(decay, delta, D, dtype, poisoned_memory):
     inputs = tokens(decay, delta, 300, Dk=D, Dv=D)
-    # The gradient of a head's decay is a sum over all tokens, products rounded to bf16.
+    # The gradient of a head's decay is a sum over all tokens, products rounded.
     terms = {"decay": 300} if decay == "head" else None
-    assert_agrees(in_triton, reference, inputs, dtype=torch.bfloat16, terms=terms, **on_device)
+    assert_agrees(in_triton, reference, inputs, dtype=dtype, terms=terms, **on_device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("decay", "delta"), ROWS)
-def test_the_same_inputs_give_the_same_bits(decay, delta):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_same_inputs_give_the_same_bits(decay, delta, dtype):
     inputs = tokens(decay, delta, 500, Dk=128, Dv=128, Hk=2, Hv=4)
     given = {
-        n: x if x is None else x.to(DEVICE, torch.bfloat16 if n in "qkv" else torch.float32)
+        n: x if x is None else x.to(DEVICE, dtype if n in "qkv" else torch.float32)
         for n, x in inputs.items()
     }
     leaves = [x.requires_grad_() for x in given.values() if x is not None]
