@@ -215,17 +215,23 @@ def _attend(lengths: Array, owners: Owners, ranks: int) -> tuple[Layout, Layout,
         ring = Ring(grid, sequences, chunks, held[grid.reshape(-1)])
         held[ring.members] += np.repeat(ring.tokens, slices)
         rings.append(ring)
-        for half in (np.arange(seats), np.arange(2 * seats - 1, seats - 1, -1)):
-            # (seats, slices, S) each.
-            start, end = (
-                np.repeat(ring.chunks[:, at].T[:, None], slices, axis=1) for at in (half, half + 1)
-            )
-            sequence = np.broadcast_to(sequences, start.shape)
-            piece = np.broadcast_to(np.arange(slices)[:, None], start.shape)
-            rank = np.broadcast_to(grid.reshape(seats, slices, 1), start.shape)
+        # (seats, slices, S) each. A seat's tokens are at home on its ranks in turn, the early ones
+        # before the late ones: most ranks then have one run of a sequence, where states pass.
+        shape = seats, slices, len(sequences)
+        sequence = np.broadcast_to(sequences, shape)
+        rank = np.broadcast_to(grid.reshape(seats, slices, 1), shape)
+        piece = np.broadcast_to(np.arange(slices)[:, None], shape)
+        both = (ring.early + ring.late)[:, None]
+        edges = [both * (piece + i) // slices for i in (0, 1)]
+        for half, size, before in (
+            (np.arange(seats), ring.early, 0),
+            (np.arange(2 * seats - 1, seats - 1, -1), ring.late, ring.early),
+        ):
+            start = np.broadcast_to(ring.chunks[:, half].T[:, None], shape)
+            end = start + size[:, None]
             spans.append((sequence, start, end, rank, piece, np.full_like(piece, slices)))
-            edges = [start + (end - start) * (piece + i) // slices for i in (0, 1)]
-            homes.append((sequence, *edges, rank))
+            offset = start - np.broadcast_to(before, size.shape)[:, None]
+            homes.append((sequence, *(np.clip(offset + x, start, end) for x in edges), rank))
     whole = np.flatnonzero(owner >= 0)
     alone = (whole, np.zeros_like(whole), lengths[whole], owner[whole])
     spans.append((*alone, np.zeros_like(whole), np.ones_like(whole)))
