@@ -295,6 +295,16 @@ def test_tokens_that_stay_on_their_rank_move_less() -> None:
 
 
 @pytest.mark.parametrize("by_node", [False, True])
+def test_a_sequence_whose_heads_are_split_lies_in_one_run_on_most_ranks(by_node: bool) -> None:
+    """A state, or a map, has to pass for every run."""
+    made = plan([60000], Topology(16, 8), "balanced", Costs(heads=16, kv_heads=16), 0.15, by_node)
+    (ring,) = made.rings
+    assert ring.slices > 1
+    runs = np.bincount(made.stream.rank, minlength=16)
+    assert runs.tolist() == [1] * 16
+
+
+@pytest.mark.parametrize("by_node", [False, True])
 def test_routing_takes_all_ranks_of_a_node(by_node: bool) -> None:
     """A ring over two nodes, and a node with more tokens than its share."""
     lengths = [40000, 7000, *[700] * 30]
