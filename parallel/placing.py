@@ -83,15 +83,18 @@ def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:
 
 
 class Limits(NamedTuple):
-    """How far from even a placing may go, each as a multiple of the mean.
+    """How far a placing may go.
 
     Attributes:
-        nodes: seconds at which a sequence is spread over more nodes.
-        tokens: of a node. What it holds too much crosses between nodes in every layer.
+        nodes: seconds at which a sequence is spread over more nodes, as a multiple of the mean.
+        tokens: of a node, likewise. What it holds too much crosses between nodes in every layer.
+        slices: into how many parts heads may be split, as a share of their number. One head a
+            rank leaves nothing to come in waves.
     """
 
     nodes: float
     tokens: float
+    slices: float = 1.0
 
 
 def balanced(prices: Prices, room: float, limits: Limits) -> Owners:

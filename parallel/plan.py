@@ -26,12 +26,14 @@ __all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Top
 Strategy = Literal["balanced", "ring", "even", "allgather"]
 
 # Placings that are tried, the likeliest first. The longer one sequence may keep its ranks busy
-# beside the even share, the fewer ranks share it and the less moves; and where a node may hold
-# more than its share of tokens, fewer sequences are shared. The cheapest is taken, or the first
-# that is good enough.
+# beside the even share, the fewer ranks share it and the less moves; where a node may hold more
+# than its share of tokens, fewer sequences are shared; where heads are split less, more of the
+# moves are hidden. The cheapest is taken, or the first that is good enough.
 _LIMITS = (
     Limits(nodes=1.1, tokens=1.04),
     Limits(nodes=1.25, tokens=1.0),
+    Limits(nodes=1.1, tokens=1.04, slices=0.25),
+    Limits(nodes=1.25, tokens=1.0, slices=0.25),
     Limits(nodes=1.1, tokens=1.0),
     Limits(nodes=1.25, tokens=1.2),
     Limits(nodes=1.6, tokens=1.0),
@@ -105,11 +107,14 @@ def _cheapest(
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
     room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
-    prices = Prices(lengths, topology, costs, settled=not by_node)
+    made: dict[float, Prices] = {}
     tried = max(_FEW, _MANY // max(1, len(lengths) * topology.ranks))
     best, least = None, np.inf
     seen: set[bytes] = set()
     for limits in _LIMITS[:tried]:
+        if limits.slices not in made:
+            made[limits.slices] = Prices(lengths, topology, costs, not by_node, limits.slices)
+        prices = made[limits.slices]
         owners = placing.balanced(prices, room, limits)
         if owners.key in seen:
             continue

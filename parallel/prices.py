@@ -11,13 +11,24 @@ from parallel.layout import Array, Topology
 class Prices:
     """What sequences cost on the groups of ranks that a batch may be placed on; made once.
 
+    Args:
+        slices: into how many parts heads may be split, as a share of their number.
+
     Attributes:
         alone: float64 (N,), seconds of each sequence on one rank.
         level: seconds of a rank if all were even.
     """
 
-    def __init__(self, lengths: Array, topology: Topology, costs: Costs, settled: bool) -> None:
+    def __init__(
+        self,
+        lengths: Array,
+        topology: Topology,
+        costs: Costs,
+        settled: bool,
+        slices: float = 1.0,
+    ) -> None:
         self.lengths, self.topology, self.costs, self.settled = lengths, topology, costs, settled
+        self.slices = max(1, int(slices * costs.heads))
         self.alone, _ = self.on(lengths, 1, 1)
         self.level = float(self.alone.sum()) / topology.ranks
         self._of: dict[tuple[int, int], tuple[Array, Array]] = {}
@@ -27,7 +38,7 @@ class Prices:
         """Seconds of n tokens on nodes · each ranks, and the slices that make them fewest."""
         size = nodes * np.asarray(each)
         found = []
-        ways = self.costs.ways(each)
+        ways = [h for h in self.costs.ways(each) if h <= self.slices]
         for h in ways:
             fits = (size % h == 0) & (size >= h)
             rounded = np.where(fits, nodes, max(1, h // each))
