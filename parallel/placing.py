@@ -53,7 +53,8 @@ class Owners:
     @property
     def key(self) -> bytes:
         """Alike for placings that are alike."""
-        return b"".join(x.tobytes() for x in (self.owner, *self.grids))
+        shapes = repr([x.shape for x in self.grids]).encode()
+        return b"".join([shapes, *(x.tobytes() for x in (self.owner, *self.grids))])
 
 
 def even(count: int, topology: Topology) -> Owners:

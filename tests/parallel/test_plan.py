@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from parallel.cost import Costs, price
 from parallel.heads import split
 from parallel.layout import Layout, Plan, Topology
+from parallel.placing import Owners
 from parallel.plan import Strategy, plan
 
 STRATEGIES = ("balanced", "ring", "even", "allgather")
@@ -302,6 +303,13 @@ def test_a_sequence_whose_heads_are_split_lies_in_one_run_on_most_ranks(by_node:
     assert ring.slices > 1
     runs = np.bincount(made.stream.rank, minlength=16)
     assert runs.tolist() == [1] * 16
+
+
+def test_placings_that_differ_in_their_slices_alone_are_told_apart() -> None:
+    ring, ulysses = (
+        Owners(np.array([-1]), [np.arange(8).reshape(shape)]) for shape in ((1, 8, 1), (1, 1, 8))
+    )
+    assert ring.key != ulysses.key
 
 
 @pytest.mark.parametrize("by_node", [False, True])
