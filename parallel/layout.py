@@ -301,6 +301,11 @@ class Plan:
         sequence = self.stream.sequence[order]
         return np.split(order, np.flatnonzero(np.diff(sequence)) + 1) if len(order) else []
 
+    @cached_property
+    def crossing(self) -> list[Array]:
+        """`fragments` of the sequences that lie in several."""
+        return [rows for rows in self.fragments if len(rows) > 1]
+
     @property
     def sliced(self) -> bool:
         """Whether any rank holds some heads only."""

@@ -107,14 +107,14 @@ def _cheapest(
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
     room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
-    made: dict[float, Prices] = {}
+    by_slices: dict[float, Prices] = {}
     tried = max(_FEW, _MANY // max(1, len(lengths) * topology.ranks))
     best, least = None, np.inf
     seen: set[bytes] = set()
     for limits in _LIMITS[:tried]:
-        if limits.slices not in made:
-            made[limits.slices] = Prices(lengths, topology, costs, not by_node, limits.slices)
-        prices = made[limits.slices]
+        if limits.slices not in by_slices:
+            by_slices[limits.slices] = Prices(lengths, topology, costs, not by_node, limits.slices)
+        prices = by_slices[limits.slices]
         owners = placing.balanced(prices, room, limits)
         if owners.key in seen:
             continue

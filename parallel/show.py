@@ -15,7 +15,7 @@ def text(plan: Plan) -> str:
     lengths = np.diff(plan.cu_seqlens)
     topology = plan.topology
     tokens = int(lengths.sum())
-    cut = sum(len(rows) > 1 for rows in plan.fragments)
+    cut = len(plan.crossing)
     fragments = sum(map(len, plan.fragments))
     moved = plan.to_attention.tokens[plan.to_attention.source != plan.to_attention.target].sum()
     work = lengths.astype(np.float64) ** 2

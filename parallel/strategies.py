@@ -173,16 +173,15 @@ def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
     """
     costs, model, ranks = case.costs(), case.model, case.topology.ranks
     stream, traffic = made.stream, Traffic(np.zeros(ranks), np.zeros(ranks))
-    shared = [rows for rows in made.fragments if len(rows) > 1]
-    if not shared:
+    if not made.crossing:
         return 0.0, 0.0, 0.0
-    every = np.concatenate(shared)
+    every = np.concatenate(made.crossing)
     tokens = np.bincount(stream.rank[every], (stream.end - stream.start)[every])
     seconds = float(tokens.max()) * model.mixer_flops / case.cluster.matmul_flops
     for way in (1, -1):
         chains = [
             Passing(stream.rank[rows][::way].tolist(), model.heads, case.topology).turns()
-            for rows in shared
+            for rows in made.crossing
         ]
         for turns in zip(*chains, strict=True):
             away = [m for turn in turns for m in turn if m.source != m.target]

@@ -55,7 +55,7 @@ class View:
     @cached_property
     def crossing(self) -> bool:
         """Whether any sequence is in several fragments: alike on all ranks."""
-        return any(len(rows) > 1 for rows in self.plan.fragments)
+        return bool(self.plan.crossing)
 
     @cached_property
     def entering(self) -> int:
@@ -70,11 +70,7 @@ class View:
     def _chains(self, heads: int) -> Chains:
         each = self.plan.topology.ranks_per_node
         node = self.plan.stream.rank // each
-        shared = [
-            rows
-            for rows in self.plan.fragments
-            if len(rows) > 1 and self.rank // each in node[rows]
-        ]
+        shared = [rows for rows in self.plan.crossing if self.rank // each in node[rows]]
         forward, backward = ([self._chain(x[::way], heads) for x in shared] for way in (1, -1))
         return Chains(forward, backward, self.rank, self.group)
 
