@@ -27,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallel.config import ParallelConfig
+    from parallel.heads import Waves
     from parallel.layers import (
+        SoftmaxAttention,
         diagonal_scan,
         linear_attention,
         short_convolution,
@@ -44,6 +46,8 @@ __all__ = [
     "ParallelConfig",
     "Planner",
     "Shard",
+    "SoftmaxAttention",
+    "Waves",
     "World",
     "at_step",
     "diagonal_scan",
@@ -57,7 +61,9 @@ __all__ = [
 
 _HOMES = {
     "parallel.config": ["ParallelConfig"],
+    "parallel.heads": ["Waves"],
     "parallel.layers": [
+        "SoftmaxAttention",
         "diagonal_scan",
         "linear_attention",
         "short_convolution",

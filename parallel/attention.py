@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from parallel.exchange import Parcels, Table, depart, move, parcels, to_device
-from parallel.heads import split
+from parallel.exchange import Journey, Parcels, Table, depart, move, parcels, to_device
+from parallel.heads import Waves, split
 from parallel.layout import Moves
 from parallel.rings import Share, ring_attention, share
 from parallel.stream import Shard, View
@@ -26,12 +27,21 @@ def across_ranks(
     Under a window a token's work is bounded and the stream's layout is even already: a rank
     fetches the windows that reach into its shard, whatever the strategy.
     """
-    if window is not None and window < np.diff(view.plan.cu_seqlens).max():
+    planned = Planned.of(view, window)
+    if planned is not None:
+        every = Waves(0, planned.waves, planned.waves)
+        planned.send(every, q[0], k[0], v[0])
+        return planned.receive(every).unsqueeze(0)
+    if _reaches_less(view, window):
         return _fetch(q, k, v, shard, view, window)
     if view.attention == "allgather":
         return _fetch(q, k, v, shard, view, None)
-    attend = ulysses_attention if view.attention == "ulysses" else _planned
-    return attend(q[0], k[0], v[0], view).unsqueeze(0)
+    return ulysses_attention(q[0], k[0], v[0], view).unsqueeze(0)
+
+
+def _reaches_less(view: View, window: int | None) -> bool:
+    """Whether a window hides anything from any token."""
+    return window is not None and bool(window < np.diff(view.plan.cu_seqlens).max())
 
 
 def _fetch(q: Tensor, k: Tensor, v: Tensor, shard: Shard, view: View, window: int | None) -> Tensor:
@@ -84,26 +94,49 @@ class _Tables(NamedTuple):
     max_seqlen: int  # of these
 
 
-def _planned(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
-    """Move tokens to where the plan wants them, attend on rings and on single ranks, move back.
-
-    One wave of heads after the other, while the next one's tokens come and the last one's go.
+class Planned:
+    """Tokens go where the plan wants them, are attended to there, on rings and on single ranks,
+    and o comes back: one wave of heads after the other, while the next one's tokens come and the
+    last one's go.
     """
-    waves = view.plan.waves
-    heads, kv_heads = q.shape[1] // waves, k.shape[1] // waves
-    tables = view.once(("planned", heads, kv_heads), lambda: _tables(view, heads, kv_heads))
-    coming = []
-    for each in zip(*(x.chunk(waves, dim=1) for x in (q, k, v)), strict=True):
-        units = [x.flatten(0, 1) if view.plan.sliced else x for x in each]
-        coming.append(depart(units, [tables.q, tables.kv, tables.kv], view.rank, view.group))
-    going = []
-    for wave in coming:
-        o = _attend(wave.arrive(), tables, view)
-        going.append(depart([o], [tables.o], view.rank, view.group))
-    parts = [o for wave in going for o in wave.arrive()]
-    if view.plan.sliced:
-        parts = [o.unflatten(0, (len(q), heads)) for o in parts]
-    return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def of(view: View, window: int | None) -> Planned | None:
+        """None where the strategy, or the window, leaves tokens in the stream's layout."""
+        stays = view.attention in ("allgather", "ulysses") or _reaches_less(view, window)
+        return None if stays else Planned(view)
+
+    def __init__(self, view: View) -> None:
+        self.view, self.waves = view, view.plan.waves
+        self._coming: deque[Journey] = deque()
+        self._going: list[Journey] = []
+        self._heads = 0, 0
+
+    def send(self, waves: Waves, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """The heads of some waves, (t, heads, channels) each; all are sent, in order."""
+        count = waves.end - waves.begin
+        self._heads = q.shape[1] // count, k.shape[1] // count
+        tables = self._tables
+        for each in zip(*(x.chunk(count, dim=1) for x in (q, k, v)), strict=True):
+            units = [x.flatten(0, 1) if self.view.plan.sliced else x for x in each]
+            which = [tables.q, tables.kv, tables.kv]
+            self._coming.append(depart(units, which, self.view.rank, self.view.group))
+
+    def receive(self, waves: Waves) -> Tensor:
+        """o (t, heads, channels) of some waves, each once and after all were sent."""
+        view = self.view
+        while self._coming:
+            o = _attend(self._coming.popleft().arrive(), self._tables, view)
+            self._going.append(depart([o], [self._tables.o], view.rank, view.group))
+        parts = [o for wave in self._going[waves.begin : waves.end] for o in wave.arrive()]
+        if view.plan.sliced:
+            tokens = int(view.plan.stream.tokens[view.rank])
+            parts = [o.unflatten(0, (tokens, self._heads[0])) for o in parts]
+        return torch.cat(parts, dim=1)
+
+    @property
+    def _tables(self) -> _Tables:
+        return self.view.once(("planned", *self._heads), lambda: _tables(self.view, *self._heads))
 
 
 def _attend(moved: list[Tensor], tables: _Tables, view: View) -> Tensor:

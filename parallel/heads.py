@@ -20,6 +20,21 @@ class Slice(NamedTuple):
     kv_heads: Run
 
 
+class Waves(NamedTuple):
+    """The run [begin, end) of the waves, `every` in all, in which a layer's heads are attended to.
+
+    One wave's tokens travel while another is projected or attended to.
+    """
+
+    begin: int
+    end: int
+    every: int
+
+    def share(self, heads: int) -> Run:
+        """Its part of so many heads, as [first, end)."""
+        return heads * self.begin // self.every, heads * self.end // self.every
+
+
 @cache
 def split(heads: int, kv_heads: int, slices: int) -> tuple[Slice, ...]:
     """`slices` slices of the heads, in order, as even as grouped heads allow.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from kernels.segments import final_state, segment_state
 from parallel import attention
 from parallel.chain import Passage, Recurrence, Shapes, depart
 from parallel.exchange import move
+from parallel.heads import Waves
 from parallel.stream import Shard, View
 
 
@@ -145,6 +147,47 @@ def softmax_attention(
     )
     assert isinstance(o, Tensor)  # a pair only when the log-sum-exp is asked for
     return o
+
+
+class SoftmaxAttention:
+    """`softmax_attention` in waves of heads, for a caller that projects tokens wave by wave too.
+
+        attention = SoftmaxAttention(shard)
+        for waves in attention.leaving:
+            attention.send(waves, *project(x, waves))
+        for waves in attention.arriving:
+            y += project_back(attention.receive(waves), waves)
+
+    So the first wave to leave travels while the others are projected, and the last to arrive
+    while the others are projected back; backward, what comes last and goes first likewise. Where
+    nothing travels there is one wave, of all heads.
+
+    Attributes:
+        leaving, arriving: the waves to send, and to receive, in this order.
+    """
+
+    def __init__(self, shard: Shard, window: int | None = None) -> None:
+        self._shard, self._window = shard, window
+        self._planned = attention.Planned.of(shard.view, window) if shard.view else None
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        every = self._planned.waves if self._planned else 1
+        self.leaving, self.arriving = (
+            [Waves(a, b, every) for a, b in pairwise(sorted({0, cut, every}))]
+            for cut in (1, every - 1)
+        )
+
+    def send(self, waves: Waves, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Their heads of q, k and v; shapes as in `kernels.softmax_attention`."""
+        if self._planned:
+            self._planned.send(waves, q[0], k[0], v[0])
+        else:
+            self._kept.append((q, k, v))
+
+    def receive(self, waves: Waves) -> Tensor:
+        """Their heads of o."""
+        if self._planned:
+            return self._planned.receive(waves).unsqueeze(0)
+        return softmax_attention(*self._kept.pop(), self._shard, window=self._window)
 
 
 def _view(shard: Shard, initial_state: Tensor | None, output_final_state: bool) -> View | None:

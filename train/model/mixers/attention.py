@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +15,10 @@ import kernels
 import parallel
 from data.settings import ConfigError, setting
 from kernels import flops
-from parallel import Shard
+from parallel import Shard, Waves
 from train.model import mixers
 from train.model.config import ModelConfig, require_positive
+from train.model.linear import InParts, Linear, Run
 from train.model.mixers._parts import convolved, reset_filters, short_filters
 from train.model.norm import RMSNorm
 
@@ -71,7 +73,7 @@ class ProjectedMixer(mixers.Mixer):
         query_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.widths = [query_dim, kv_dim, kv_dim]
 
-        self.qkv = nn.Linear(model.dim, sum(self.widths), bias=config.qkv_bias)
+        self.qkv = Linear(model.dim, sum(self.widths), bias=config.qkv_bias)
         self.gate = nn.Linear(model.dim, query_dim, bias=False) if config.output_gate else None
         self.norm_over = config.qk_norm_over if config.qk_norm else None
         if self.norm_over is not None:
@@ -84,7 +86,7 @@ class ProjectedMixer(mixers.Mixer):
                 )
                 for width in (query_dim, kv_dim)
             )
-        self.out = nn.Linear(query_dim, model.dim, bias=False)
+        self.out = Linear(query_dim, model.dim, bias=False)
 
     def project(self, x: Tensor, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
         """q (1, T, heads, D), k and v (1, T, kv_heads, D), normed and turned."""
@@ -98,6 +100,10 @@ class ProjectedMixer(mixers.Mixer):
     def by_head(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v side by side, to heads with their norms."""
         q, k, v = qkv.split(self.widths, dim=-1)
+        return self.normed(q, k, v)
+
+    def normed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """To heads with their norms; some of the heads will do if each has a norm of its own."""
         if self.norm_over == "heads":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
@@ -132,10 +138,46 @@ class Mixer(ProjectedMixer):
     def reset_parameters(self) -> None:
         reset_filters(self.conv)
 
+    @property
+    def by_wave(self) -> bool:
+        """Whether a head's q, k and v can be had without the other heads'."""
+        return self.conv is None and self.norm_over != "heads"
+
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        if self.by_wave and cache is None:
+            return self._in_waves(x, shard)
         q, k, v = self.by_head(convolved(self.qkv(x), self.conv, None, shard, cache))
         q, k = self.turn(q, shard), self.turn(k, shard)
         return self.finish(attend(q, k, v, shard, cache, self.window), x)
+
+    def _in_waves(self, x: Tensor, shard: Shard) -> Tensor:
+        """Each wave of heads on its way as soon as it is projected; what comes back likewise."""
+        attention = parallel.SoftmaxAttention(shard, self.window)
+        qkv = InParts(self.qkv, len(attention.leaving))
+        out = InParts(self.out, len(attention.arriving))
+        for waves in attention.leaving:
+            q, k, v = self.normed(*qkv.rows(x, self._rows(waves)))
+            attention.send(waves, self.turn(q, shard), self.turn(k, shard), v)
+        columns = [self._channels(waves, self.heads) for waves in attention.arriving]
+        gates: Sequence[Tensor | None] = [None] * len(columns)
+        if self.gate is not None:  # while q, k and v travel
+            gates = self.gate(x).sigmoid().split([b - a for a, b in columns], dim=-1)
+        y = None
+        for waves, run, gate in zip(attention.arriving, columns, gates, strict=True):
+            o = attention.receive(waves).flatten(-2)
+            y = out.columns(o if gate is None else o * gate, run, y)
+        assert y is not None  # a layer has a wave of heads
+        return y
+
+    def _rows(self, waves: Waves) -> list[Run]:
+        """Of the waves' q, k and v among all outputs of `qkv`."""
+        begins = itertools.accumulate(self.widths, initial=0)
+        runs = (self._channels(waves, heads) for heads in (self.heads, *[self.kv_heads] * 2))
+        return [(begin + a, begin + b) for begin, (a, b) in zip(begins, runs, strict=False)]
+
+    def _channels(self, waves: Waves, heads: int) -> Run:
+        first, end = waves.share(heads)
+        return first * self.head_dim, end * self.head_dim
 
     def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
         return flops.softmax_attention(

@@ -1,0 +1,137 @@
+"""A linear layer of which a part can be applied at a time, while another part's tensors travel.
+
+Rows of the weight give some of the outputs, columns take some of the inputs. The parts of a pass
+fill one gradient between them, each its own block of it, so that a layer in parts writes to memory
+what an undivided one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Run = tuple[int, int]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`; parts are applied by `InParts`, through here, where ZeRO 3 gathers weights."""
+
+    def forward(self, x: Tensor, part: Callable[[Tensor, Tensor | None], Any] | None = None) -> Any:
+        return F.linear(x, self.weight, self.bias) if part is None else part(self.weight, self.bias)
+
+
+class InParts:
+    """One pass through a `Linear`, in so many parts, all of rows or all of columns.
+
+    Each part must be used in the backward pass: the last of them to go backward hands over the
+    gradients of them all.
+    """
+
+    def __init__(self, linear: Linear, parts: int) -> None:
+        self._linear, self._parts = linear, parts
+        self._weight, self._bias, self._x = (_Gradient(parts) for _ in range(3))
+
+    def rows(self, x: Tensor, runs: Sequence[Run]) -> tuple[Tensor, ...]:
+        """The outputs [first, end) of each run, (…, end − first), of the same x (…, in) for all."""
+        if self._parts == 1:
+            return self._linear(x).split([end - first for first, end in runs], dim=-1)
+        gradients = self._weight, self._bias, self._x
+        return self._linear(x, lambda w, b: _Rows.apply(x, w, b, tuple(runs), gradients))
+
+    def columns(self, x: Tensor, run: Run, onto: Tensor | None) -> Tensor:
+        """What inputs [first, end), (…, end − first), give, added to what others gave: (…, out).
+
+        For a layer without a bias.
+        """
+        if self._parts == 1:
+            return self._linear(x)
+        return self._linear(x, lambda w, _: _Columns.apply(x, w, onto, run, self._weight))
+
+
+class _Gradient:
+    """One tensor's gradient, that several parts fill."""
+
+    def __init__(self, parts: int) -> None:
+        self._parts = self._missing = parts
+        self._sum: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Where to write or add; nothing is there yet if `fresh`."""
+        if self._sum is None:
+            self._sum = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return self._sum
+
+    @property
+    def fresh(self) -> bool:
+        return self._sum is None
+
+    def hand_over(self) -> Tensor | None:
+        """To the last part the whole, to others None; then it is as new."""
+        self._missing -= 1
+        if self._missing:
+            return None
+        whole, self._sum, self._missing = self._sum, None, self._parts
+        return whole
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        runs: tuple[Run, ...],
+        gradients: tuple[_Gradient, _Gradient, _Gradient],
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.runs, ctx.gradients = runs, gradients
+        return tuple(F.linear(x, weight[a:b], None if bias is None else bias[a:b]) for a, b in runs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        of_weight, of_bias, of_x = ctx.gradients
+        rows = x.reshape(-1, x.shape[-1])
+        for (a, b), output in zip(ctx.runs, outputs, strict=True):
+            dy = output.reshape(-1, b - a)
+            if ctx.needs_input_grad[0]:
+                first = of_x.fresh
+                dx = of_x.of(x).view_as(rows)
+                torch.addmm(dx, dy, weight[a:b], beta=0 if first else 1, out=dx)
+            if ctx.needs_input_grad[1]:
+                torch.mm(dy.T, rows, out=of_weight.of(weight)[a:b])
+            if ctx.needs_input_grad[2]:
+                torch.sum(dy, 0, out=of_bias.of(bias)[a:b])
+        return of_x.hand_over(), of_weight.hand_over(), of_bias.hand_over(), None, None
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, onto: Tensor | None, run: Run, of_weight: _Gradient
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.run, ctx.of_weight = run, of_weight
+        block = weight[:, slice(*run)]
+        if onto is None:
+            return F.linear(x, block)
+        y = torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), block.T)
+        return y.view_as(onto)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        block = slice(*ctx.run)
+        dx = dy @ weight[:, block] if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:
+            rows = dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1])
+            torch.mm(*rows, out=ctx.of_weight.of(weight)[:, block])
+        return dx, ctx.of_weight.hand_over(), dy if ctx.needs_input_grad[2] else None, None, None
