@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from parallel.rings import Share, ring_attention, share
 from parallel.stream import Shard, View
 from parallel.ulysses import ulysses_attention
 
+# The strategies under which tokens stay in the stream's layout, or leave it by heads alone.
+IN_PLACE = ("allgather", "ulysses")
+
 
 def across_ranks(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, view: View, window: int | None
@@ -27,21 +31,14 @@ def across_ranks(
     Under a window a token's work is bounded and the stream's layout is even already: a rank
     fetches the windows that reach into its shard, whatever the strategy.
     """
-    planned = Planned.of(view, window)
-    if planned is not None:
-        every = Waves(0, planned.waves, planned.waves)
-        planned.send(every, q[0], k[0], v[0])
-        return planned.receive(every).unsqueeze(0)
-    if _reaches_less(view, window):
+    if window is not None or view.attention == "allgather":
         return _fetch(q, k, v, shard, view, window)
-    if view.attention == "allgather":
-        return _fetch(q, k, v, shard, view, None)
-    return ulysses_attention(q[0], k[0], v[0], view).unsqueeze(0)
-
-
-def _reaches_less(view: View, window: int | None) -> bool:
-    """Whether a window hides anything from any token."""
-    return window is not None and bool(window < np.diff(view.plan.cu_seqlens).max())
+    if view.attention == "ulysses":
+        return ulysses_attention(q[0], k[0], v[0], view).unsqueeze(0)
+    planned = Planned(view, q.shape[2], k.shape[2])
+    every = Waves(0, planned.waves, planned.waves)
+    planned.send(every, q[0], k[0], v[0])
+    return planned.receive(every).unsqueeze(0)
 
 
 def _fetch(q: Tensor, k: Tensor, v: Tensor, shard: Shard, view: View, window: int | None) -> Tensor:
@@ -100,22 +97,19 @@ class Planned:
     last one's go.
     """
 
-    @staticmethod
-    def of(view: View, window: int | None) -> Planned | None:
-        """None where the strategy, or the window, leaves tokens in the stream's layout."""
-        stays = view.attention in ("allgather", "ulysses") or _reaches_less(view, window)
-        return None if stays else Planned(view)
-
-    def __init__(self, view: View) -> None:
-        self.view, self.waves = view, view.plan.waves
+    def __init__(self, view: View, heads: int, kv_heads: int) -> None:
+        self.view = view
+        # A plan's waves are those of one kind of layer; another may have fewer heads.
+        self.waves = math.gcd(view.plan.waves, heads, kv_heads)
+        self._heads = heads // self.waves, kv_heads // self.waves
+        key = ("planned", *self._heads)
+        self._tables = view.once(key, lambda: _tables(view, *self._heads))
         self._coming: deque[Journey] = deque()
         self._going: list[Journey] = []
-        self._heads = 0, 0
 
     def send(self, waves: Waves, q: Tensor, k: Tensor, v: Tensor) -> None:
         """The heads of some waves, (t, heads, channels) each; all are sent, in order."""
         count = waves.end - waves.begin
-        self._heads = q.shape[1] // count, k.shape[1] // count
         tables = self._tables
         for each in zip(*(x.chunk(count, dim=1) for x in (q, k, v)), strict=True):
             units = [x.flatten(0, 1) if self.view.plan.sliced else x for x in each]
@@ -133,10 +127,6 @@ class Planned:
             tokens = int(view.plan.stream.tokens[view.rank])
             parts = [o.unflatten(0, (tokens, self._heads[0])) for o in parts]
         return torch.cat(parts, dim=1)
-
-    @property
-    def _tables(self) -> _Tables:
-        return self.view.once(("planned", *self._heads), lambda: _tables(self.view, *self._heads))
 
 
 def _attend(moved: list[Tensor], tables: _Tables, view: View) -> Tensor:

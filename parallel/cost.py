@@ -21,6 +21,8 @@ Kept simple enough to be checked by hand, and the same for every strategy:
   share of the NICs, or all of them with routing. Forward moves q, k, v in and
   o out; backward moves the gradient of o in and those of q, k, v out. With heads in w waves all
   but 1/w of it overlaps the arithmetic, but never a ring's transfers, which need the same links.
+  The first wave in overlaps what projects the other w − 1 to q, k and v, the last one out what
+  projects the others' o back; backward likewise, beside twice as many products.
 - ZeRO's traffic of weights and gradients is the same for every plan and is left out.
 """
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 BACKWARD = np.array([1.0, 2.5])  # arithmetic of attention: forward, backward
 TRAVEL = np.array([1.0, 2.0])  # what goes round a ring: forward, backward
+PRODUCTS = np.array([1.0, 2.0])  # of a projection: forward, backward
 _SHOWN = 0.3  # of the moves, where heads come in waves: the first one's overlap nothing
 
 
@@ -58,6 +61,8 @@ class Costs:
         inside: bytes a second of one rank to others on its node.
         between: bytes a second of one node to the others.
         nic: bytes a second of one NIC.
+        to_qkv, from_o: seconds a token, forward, of the projections to q, k and v and from o, wave
+            by wave; 0 if they are not made so.
         latency_inside, latency_between: seconds before the first byte arrives.
         routed: traffic between nodes is forwarded by all ranks of its nodes, whoever has it.
             Training does not: its plans lay tokens out so that all ranks have their part.
@@ -72,6 +77,8 @@ class Costs:
     inside: float = 160e9
     between: float = 8 * 50e9 * 0.85
     nic: float = 50e9 * 0.85
+    to_qkv: float = 0.0
+    from_o: float = 0.0
     latency_inside: float = 10e-6
     latency_between: float = 20e-6
     routed: bool = False
@@ -151,7 +158,8 @@ class LayerPrice:
     Attributes:
         arithmetic: float64 (2, ranks), attention alone.
         finish: float64 (2, ranks), when each rank is done, transfers included.
-        remap: float64 (2,), both moves between the layouts.
+        moved: float64 (2,), the moves of q, k and v, and of o, the same in either pass.
+        projected: float64 (2,), forward, the projections to q, k and v, and from o.
         links: float64 (2,), the longest that rings keep a rank's links busy.
         waves: of heads, in which moves overlap the rest.
         rings: when each ring runs.
@@ -160,7 +168,8 @@ class LayerPrice:
 
     arithmetic: Array
     finish: Array
-    remap: Array
+    moved: Array
+    projected: Array
     links: Array
     rings: list[Work]
     traffic: Traffic
@@ -169,8 +178,10 @@ class LayerPrice:
     @property
     def exposed(self) -> Array:
         """float64 (2,): of the moves, what overlaps nothing."""
-        arithmetic = self.finish.max(axis=1)
-        return np.maximum(self.remap / self.waves, self.remap + self.links - arithmetic)
+        beside = np.outer(PRODUCTS, self.projected) * (1 - 1 / self.waves)
+        shown = np.maximum(self.moved / self.waves - beside, 0).sum(axis=1)
+        room = self.finish.max(axis=1) - self.links + beside.sum(axis=1)
+        return np.maximum(shown, self.moved.sum() - room)
 
     @property
     def seconds(self) -> float:
@@ -203,14 +214,16 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
         free[:, members] = end[:, None]
         rings.append(Work(ring, start, end))
     finish = free + BACKWARD[:, None] * np.maximum(whole, 0.0)
-    remap, moved = _remap(plan, costs)
+    moved, sent = _remap(plan, costs)
+    tokens = plan.stream.tokens.max()
     return LayerPrice(
         BACKWARD[:, None] * work,
         finish,
-        remap,
+        moved,
+        np.array([costs.to_qkv, costs.from_o]) * tokens,
         TRAVEL * links.max(),
         rings,
-        traffic + moved,
+        traffic + sent,
         plan.waves,
     )
 
@@ -274,10 +287,9 @@ def ring_travel(
 
 
 def _remap(plan: Plan, costs: Costs) -> tuple[Array, Traffic]:
-    """Seconds (forward, backward) of both moves, and what they send.
+    """Seconds of q, k and v one way, and of o the other way, and what a step sends.
 
-    Either pass moves q, k and v one way, or their gradients back, and o or its gradient the
-    other way.
+    Backward the gradients of each go the other way.
     """
     moves = plan.to_attention
     away = moves.source != moves.target
@@ -285,12 +297,12 @@ def _remap(plan: Plan, costs: Costs) -> tuple[Array, Traffic]:
     queries, keys = _heads(moves, costs, plan.waves)
     q_bytes = (moves.tokens * queries)[away] * costs.q_bytes
     kv_bytes = (moves.tokens * keys)[away] * costs.kv_bytes
-    seconds, traffic = 0.0, Traffic(np.zeros(plan.topology.ranks), np.zeros(plan.topology.ranks))
+    seconds, traffic = [], Traffic(np.zeros(plan.topology.ranks), np.zeros(plan.topology.ranks))
     for a, b, amount in ((source, target, q_bytes + kv_bytes), (target, source, q_bytes)):
         taken, sent, got = move_time(a, b, amount, plan.topology, costs)
-        seconds += taken + plan.waves * costs.latency_between * (taken > 0)
+        seconds.append(taken + plan.waves * costs.latency_between * (taken > 0))
         traffic += sent + got  # the other pass sends back what this one got
-    return np.array([seconds, seconds]), traffic
+    return np.array(seconds), traffic
 
 
 def move_time(

@@ -152,7 +152,7 @@ def softmax_attention(
 class SoftmaxAttention:
     """`softmax_attention` in waves of heads, for a caller that projects tokens wave by wave too.
 
-        attention = SoftmaxAttention(shard)
+        attention = SoftmaxAttention(shard, heads, kv_heads)
         for waves in attention.leaving:
             attention.send(waves, *project(x, waves))
         for waves in attention.arriving:
@@ -166,9 +166,10 @@ class SoftmaxAttention:
         leaving, arriving: the waves to send, and to receive, in this order.
     """
 
-    def __init__(self, shard: Shard, window: int | None = None) -> None:
-        self._shard, self._window = shard, window
-        self._planned = attention.Planned.of(shard.view, window) if shard.view else None
+    def __init__(self, shard: Shard, heads: int, kv_heads: int, window: int | None = None) -> None:
+        self._shard, self._window, view = shard, window, shard.view
+        moves = view is not None and window is None and view.attention not in attention.IN_PLACE
+        self._planned = attention.Planned(view, heads, kv_heads) if view and moves else None
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
         every = self._planned.waves if self._planned else 1
         self.leaving, self.arriving = (

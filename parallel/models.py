@@ -42,11 +42,20 @@ class Cluster:
             self, inside_gb=np.inf, nic_gbit=np.inf, latency_inside_us=0.0, latency_between_us=0.0
         )
 
-    def costs(self, pair_flops: float, **layer: Any) -> Costs:
-        """What the planner weighs here for a layer with so many FLOPs a query-key pair."""
+    def costs(
+        self, pair_flops: float, qkv_flops: float = 0.0, o_flops: float = 0.0, **layer: Any
+    ) -> Costs:
+        """What the planner weighs here for a layer with so many FLOPs a query-key pair.
+
+        Args:
+            qkv_flops, o_flops: FLOPs a token of the projections to q, k and v and from o, if
+                they are made wave by wave.
+        """
         nic = self.nic_gbit / 8 * 1e9 * self.network
         return Costs(
             pair=pair_flops / (self.tflops * 1e12 * self.attention),
+            to_qkv=qkv_flops / self.matmul_flops,
+            from_o=o_flops / self.matmul_flops,
             inside=self.inside_gb * 1e9,
             between=self.nics * nic,
             nic=nic,
@@ -82,11 +91,19 @@ class Model:
         return self.layers - self.full_layers
 
     @property
+    def qkv_flops(self) -> float:
+        """FLOPs a token of one block's projections to q, k and v, forward."""
+        return 2.0 * self.dim * self.head_dim * (self.heads + 2 * self.kv_heads)
+
+    @property
+    def o_flops(self) -> float:
+        """The same of the projection from o."""
+        return 2.0 * self.dim * self.head_dim * self.heads
+
+    @property
     def dense_flops(self) -> float:
         """FLOPs a token of one block's projections and MLP, forward."""
-        width = self.heads * self.head_dim
-        keys = self.kv_heads * self.head_dim
-        return 2 * self.dim * (2 * width + 2 * keys + 3 * self.mlp_dim)
+        return self.qkv_flops + self.o_flops + 6.0 * self.dim * self.mlp_dim
 
     @property
     def head_flops(self) -> float:
@@ -178,6 +195,8 @@ def costs(cluster: Cluster, model: Model, routed: bool = False) -> Costs:
     """What the planner weighs for a model on a cluster."""
     return cluster.costs(
         pair_flops=4.0 * model.heads * model.head_dim,
+        qkv_flops=model.qkv_flops,
+        o_flops=model.o_flops,
         q_bytes=float(_E * model.heads * model.head_dim),
         kv_bytes=float(_E * 2 * model.kv_heads * model.head_dim),
         heads=model.heads,

@@ -23,6 +23,7 @@ class FullAttention:
 
     Attributes:
         heads, kv_heads, head_dim: of such a layer; of several kinds the one with fewest heads.
+        dim: of what q, k and v are projected from, and o to, if that is done wave by wave; else 0.
         number_bytes: of an activation, 2 for bf16.
         alone: no layer of another kind mixes tokens (linear attention, a convolution, a
             window), so that no state has to pass: tokens stay on attention's ranks.
@@ -31,6 +32,7 @@ class FullAttention:
     heads: int
     kv_heads: int
     head_dim: int
+    dim: int = 0
     number_bytes: int = 2
     alone: bool = False
 
@@ -103,6 +105,8 @@ def _costs(model: FullAttention, device: str) -> Costs:
     width = model.number_bytes * model.head_dim
     return cluster_of(device).costs(
         pair_flops=4.0 * model.heads * model.head_dim,
+        qkv_flops=2.0 * model.dim * model.head_dim * (model.heads + 2 * model.kv_heads),
+        o_flops=2.0 * model.dim * model.head_dim * model.heads,
         q_bytes=float(width * model.heads),
         kv_bytes=float(2 * width * model.kv_heads),
         heads=model.heads,

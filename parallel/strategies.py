@@ -5,8 +5,8 @@ common to all (ZeRO's traffic, the optimiser) is left out. Where a paper leaves 
 alternative gets the better reading, except where the text says otherwise:
 
 - headrace: the planner that training uses. Dense models keep tokens on the rank where attention
-  wants them, hybrids on the node. Moves between layouts overlap attention in waves of heads; the
-  others' do not, as published.
+  wants them, hybrids on the node. Moves between layouts overlap attention and its projections in
+  waves of heads; the others' do not, as published.
 - even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine).
 - allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
   values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2).
@@ -316,7 +316,7 @@ def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     travel *= keys_everywhere
     forward = np.maximum(mixer * tokens, travel).max()
     backward = np.maximum(2 * mixer * tokens, 2 * travel).max()
-    linear = forward + backward + layer.remap.sum() - STEP * mixer * made.stream.tokens.max()
+    linear = forward + backward + 2 * layer.moved.sum() - STEP * mixer * made.stream.tokens.max()
     unsent = 1 - keys_everywhere
     in_linear = (
         float((inside - unsent * ring_inside).sum()),

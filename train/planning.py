@@ -26,6 +26,7 @@ def _full_attention(model: Model, dtype: torch.dtype) -> FullAttention | None:
         heads=fewest.heads,
         kv_heads=fewest.kv_heads,
         head_dim=fewest.head_dim,
+        dim=model.config.dim if all(mixer.by_wave for mixer in full) else 0,
         number_bytes=dtype.itemsize,
         alone=len(full) == len(mixers),
     )

@@ -1,7 +1,6 @@
 """Where there is no GPU, every Triton kernel runs in the interpreter."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,15 +8,6 @@ import torch
 if not torch.cuda.is_available():
     # Before anything imports triton, which reads it then.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Memory that nobody wrote reads as NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import typing
@@ -17,12 +18,15 @@ from torch.utils._pytree import tree_leaves
 import parallel
 from parallel import FullAttention, ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
-from parallel.exchange import sent_bytes
+from parallel.exchange import Journey, sent_bytes
 from parallel.layout import Plan, Topology
-from parallel.placing import Owners
+from parallel.placing import Owners, grid
 from parallel.plan import Strategy, build, plan
 from parallel.rings import ring_attention, share
 from tests.parallel.across import STREAMS, difference
+from train.model.config import ModelConfig
+from train.model.linear import _Columns, _Rows
+from train.model.mixers import make
 
 STRATEGIES = typing.get_args(Attention)
 DIM = 8
@@ -37,6 +41,7 @@ def attention(
     kv_heads: int = 2,
     model: FullAttention | None = None,
     each: int | None = None,
+    by_wave: bool = False,
 ) -> float:
     world = dataclasses.replace(world, ranks_per_node=each or world.ranks_per_node)
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +51,8 @@ def attention(
     }
 
     def layer(x: dict[str, Tensor], shard: Shard) -> Tensor:
+        if by_wave:
+            return wave_by_wave(x, shard)
         return parallel.softmax_attention(x["q"], x["k"], x["v"], shard, window=window)
 
     def whole(x: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
@@ -103,6 +110,39 @@ def test_the_plan_of_a_model_with_heads_equals_one_softmax(ranks, size: int, alo
     model = FullAttention(heads=4, kv_heads=2, head_dim=DIM, alone=alone)
     for lengths in STREAMS:
         assert max(ranks(size).run(attention, lengths, "balanced", None, 4, 2, model)) < 1e-10
+
+
+def wave_by_wave(x: dict[str, Tensor], shard: Shard) -> Tensor:
+    mixing = parallel.SoftmaxAttention(shard, x["q"].shape[2], x["k"].shape[2])
+    for waves in mixing.leaving:
+        parts = (x[name][:, :, slice(*waves.share(x[name].shape[2]))] for name in "qkv")
+        mixing.send(waves, *parts)
+    return torch.cat([mixing.receive(waves) for waves in mixing.arriving], dim=2)
+
+
+def in_waves(
+    world: World, each: int, lengths: list[int], waves: int, slices: int, by_wave: bool
+) -> float:
+    """`attention` of eight heads in waves, on one ring over all ranks with so many slices."""
+    world = dataclasses.replace(world, ranks_per_node=each)
+
+    def planned(lengths: np.ndarray, topology: Topology, *_: object, **__: object) -> Plan:
+        owners = Owners(np.full(len(lengths), -1), [grid(np.arange(world.size), topology, slices)])
+        made = build("rings", lengths, owners, topology, True)
+        return dataclasses.replace(made, waves=waves)
+
+    with mock.patch("parallel.planner.plan", planned):
+        return attention(world, lengths, "balanced", None, 8, 4, by_wave=by_wave)
+
+
+@pytest.mark.parametrize("by_wave", [False, True], ids=["at once", "wave by wave"])
+@pytest.mark.parametrize("waves", [1, 2, 4])
+@pytest.mark.parametrize(("each", "slices"), [(4, 1), (2, 1), (4, 2), (2, 2)])
+def test_heads_come_in_waves(ranks, each: int, slices: int, waves: int, by_wave: bool) -> None:
+    """fp64: to 1e-10; whether a caller has all heads at once or makes them wave by wave."""
+    for lengths in STREAMS:
+        got = ranks(4).run(in_waves, each, lengths, waves, slices, by_wave)
+        assert max(got) < 1e-10
 
 
 def on_nodes(
@@ -226,3 +266,48 @@ def test_a_ring_sends_a_block_a_round_and_twice_as_much_back(ranks, ranks_per_no
     block = 2 * 16 * 2 * DIM * 4  # keys and values of 16 tokens, two heads, fp32
     sent = ranks(4).run(sent_by_a_ring, ranks_per_node, 64)
     assert sent == [3 * block * (1 + 2)] * 4
+
+
+def calls_of_a_layer(world: World, waves: int) -> list[str]:
+    """What one layer of attention does, forward and backward, in the order of its calls."""
+    told: list[str] = []
+
+    def noting(owner: type, name: str, what: str) -> typing.ContextManager[object]:
+        real = getattr(owner, name)
+
+        def noted(*arguments: object) -> object:
+            told.append(what)
+            return real(*arguments)
+
+        return mock.patch.object(owner, name, noted)
+
+    def planned(*arguments: typing.Any, **more: typing.Any) -> Plan:
+        return dataclasses.replace(plan(*arguments, **more), waves=waves)
+
+    settings = {"attention": {"heads": 4, "head_dim": DIM}}
+    mixer = make("attention", ModelConfig(pattern=["attention"], dim=16, mixers=settings), 0)
+    count = np.arange(48)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("parallel.planner.plan", planned))
+        _, _, shard = distribute(count, count, np.array([0, 29, 48]), world, ParallelConfig())
+        for owner, name, what in (
+            (Journey, "start", "departs"),
+            (Journey, "start_back", "departs"),
+            (Journey, "finish", "arrives"),
+            (_Rows, "forward", "to qkv"),
+            (_Rows, "backward", "to qkv"),
+            (_Columns, "forward", "from o"),
+            (_Columns, "backward", "from o"),
+        ):
+            stack.enter_context(noting(owner, name, what))
+        x = torch.randn(1, shard.tokens, 16, requires_grad=True)
+        mixer(x, shard).sum().backward()
+    return told
+
+
+def test_the_first_and_the_last_wave_travel_beside_projections(ranks) -> None:
+    """Forward q, k and v of the first and o of the last, backward the gradients of the same."""
+    to, back, go, come = "to qkv", "from o", "departs", "arrives"
+    forward = [to, go, to, go, come, go, come, go, come, back, come, back]
+    backward = [back, go, back, go, come, go, come, go, come, to, come, to]
+    assert ranks(2).run(calls_of_a_layer, 2) == [forward + backward] * 2

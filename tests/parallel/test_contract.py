@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from parallel import ParallelConfig, World, distribute
 from parallel.config import Attention
+from parallel.layout import Plan
+from parallel.plan import plan
 from tests.streams import Stream, streams
 from train.config import ZeroConfig
 from train.engine import Engine
@@ -64,6 +68,7 @@ class Setting:
     recompute: bool = False
     family: str | None = None
     each: int | None = None  # ranks a node, if not all are on one
+    waves: int = 1  # of heads
 
 
 def steps(accumulate: int) -> list[list[Stream]]:
@@ -117,6 +122,15 @@ def plain(accumulate: int, family: str | None) -> Course:
 def shared(world: World, setting: Setting) -> Course:
     world = dataclasses.replace(world, ranks_per_node=setting.each or world.size)
     config = ParallelConfig(attention=setting.attention)
+
+    def planned(*arguments: Any, **more: Any) -> Plan:
+        return dataclasses.replace(plan(*arguments, **more), waves=setting.waves)
+
+    with mock.patch("parallel.planner.plan", planned):
+        return course(world, config, setting)
+
+
+def course(world: World, config: ParallelConfig, setting: Setting) -> Course:
     engine = Engine(
         model(setting.family, setting.recompute),
         OPTIM,
@@ -165,6 +179,10 @@ CASES += [
     for stage, (attention, family) in enumerate(
         zip(("balanced", "ring", "ulysses", "allgather"), FAMILIES, strict=True)
     )
+]
+CASES += [
+    (4, Setting("balanced", stage, 1 + stage // 2, stage % 2 == 0, each=(2, 4)[stage % 2], waves=2))
+    for stage in (0, 1, 2, 3)
 ]
 CASES += [(size, setting) for size in (2, 3) for setting in SETTINGS[size - 2 :: 5]]
 

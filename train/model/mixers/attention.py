@@ -152,7 +152,7 @@ class Mixer(ProjectedMixer):
 
     def _in_waves(self, x: Tensor, shard: Shard) -> Tensor:
         """Each wave of heads on its way as soon as it is projected; what comes back likewise."""
-        attention = parallel.SoftmaxAttention(shard, self.window)
+        attention = parallel.SoftmaxAttention(shard, self.heads, self.kv_heads, self.window)
         qkv = InParts(self.qkv, len(attention.leaving))
         out = InParts(self.out, len(attention.arriving))
         for waves in attention.leaving:
