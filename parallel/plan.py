@@ -30,14 +30,14 @@ Strategy = Literal["balanced", "ring", "even", "allgather"]
 # than its share of tokens, fewer sequences are shared; where heads are split less, more of the
 # moves are hidden. The cheapest is taken, or the first that is good enough.
 _LIMITS = (
-    Limits(nodes=1.1, tokens=1.04),
-    Limits(nodes=1.25, tokens=1.0),
-    Limits(nodes=1.1, tokens=1.04, slices=0.25),
-    Limits(nodes=1.25, tokens=1.0, slices=0.25),
+    Limits(nodes=1.1, tokens=1.04, slices=0.5),
+    Limits(nodes=1.25, tokens=1.0, slices=0.5),
     Limits(nodes=1.1, tokens=1.0),
-    Limits(nodes=1.25, tokens=1.2),
-    Limits(nodes=1.6, tokens=1.0),
     Limits(nodes=1.0, tokens=1.2),
+    Limits(nodes=0.9, tokens=1.0),
+    Limits(nodes=1.1, tokens=1.0, slices=0.125),
+    Limits(nodes=1.25, tokens=1.2),
+    Limits(nodes=0.9, tokens=1.2, slices=0.25),
 )
 _ENOUGH = 1.03  # of perfectly even
 _FEW = 2  # of them are tried of any batch,
