@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -101,17 +102,24 @@ class Planned:
         self.view = view
         # A plan's waves are those of one kind of layer; another may have fewer heads.
         self.waves = math.gcd(view.plan.waves, heads, kv_heads)
-        self._heads = heads // self.waves, kv_heads // self.waves
-        key = ("planned", *self._heads)
-        self._tables = view.once(key, lambda: _tables(view, *self._heads))
+        heads, kv_heads = heads // self.waves, kv_heads // self.waves
+        pieces = {ring.slices for ring in view.plan.rings}
+        uneven = any(heads % n or (kv_heads % n and n % kv_heads) for n in pieces)
+        self._heads = heads
+        self._tables = [
+            # Uneven slices have other heads in every wave (`split`).
+            view.once(key, partial(_tables, view, *key[1:]))
+            for wave in range(self.waves)
+            for key in [("planned", heads, kv_heads, wave if uneven else 0)]
+        ]
         self._coming: deque[Journey] = deque()
         self._going: list[Journey] = []
 
     def send(self, waves: Waves, q: Tensor, k: Tensor, v: Tensor) -> None:
         """The heads of some waves, (t, heads, channels) each; all are sent, in order."""
-        count = waves.end - waves.begin
-        tables = self._tables
-        for each in zip(*(x.chunk(count, dim=1) for x in (q, k, v)), strict=True):
+        every = self._tables[waves.begin : waves.end]
+        parts = zip(*(x.chunk(len(every), dim=1) for x in (q, k, v)), strict=True)
+        for each, tables in zip(parts, every, strict=True):
             units = [x.flatten(0, 1) if self.view.plan.sliced else x for x in each]
             which = [tables.q, tables.kv, tables.kv]
             self._coming.append(depart(units, which, self.view.rank, self.view.group))
@@ -120,12 +128,13 @@ class Planned:
         """o (t, heads, channels) of some waves, each once and after all were sent."""
         view = self.view
         while self._coming:
-            o = _attend(self._coming.popleft().arrive(), self._tables, view)
-            self._going.append(depart([o], [self._tables.o], view.rank, view.group))
+            tables = self._tables[len(self._going)]
+            o = _attend(self._coming.popleft().arrive(), tables, view)
+            self._going.append(depart([o], [tables.o], view.rank, view.group))
         parts = [o for wave in self._going[waves.begin : waves.end] for o in wave.arrive()]
         if view.plan.sliced:
             tokens = int(view.plan.stream.tokens[view.rank])
-            parts = [o.unflatten(0, (tokens, self._heads[0])) for o in parts]
+            parts = [o.unflatten(0, (tokens, self._heads)) for o in parts]
         return torch.cat(parts, dim=1)
 
 
@@ -160,19 +169,19 @@ def _blocks(x: Tensor, blocks: list[_Block], by_head: bool, which: str) -> Itera
         yield part.unflatten(0, size) if by_head else part
 
 
-def _tables(view: View, heads: int, kv_heads: int) -> _Tables:
+def _tables(view: View, heads: int, kv_heads: int, wave: int) -> _Tables:
     plan, rank, device = view.plan, view.rank, view.device
     rows = plan.whole(rank)
     lengths = (plan.attention.end - plan.attention.start)[rows]
     blocks = []
     for ring, member in plan.rings_of(rank):
         seat, piece = divmod(member, ring.slices)
-        (a, b), (c, d) = split(heads, kv_heads, ring.slices)[piece]
+        (a, b), (c, d) = split(heads, kv_heads, ring.slices, wave)[piece]
         tokens = int(ring.tokens[seat])
         blocks.append(_Block(tokens, b - a, d - c, share(ring, member, device)))
     blocks.append(_Block(int(lengths.sum()), heads, kv_heads, None))
     unit = (heads, kv_heads) if plan.sliced else (1, 1)
-    q, kv = (_table(view, blocks, unit, which) for which in (0, 1))
+    q, kv = (_table(view, blocks, unit, wave, which) for which in (0, 1))
     return _Tables(
         q=q,
         kv=kv,
@@ -183,7 +192,9 @@ def _tables(view: View, heads: int, kv_heads: int) -> _Tables:
     )
 
 
-def _table(view: View, blocks: list[_Block], heads: tuple[int, int], which: int) -> Table:
+def _table(
+    view: View, blocks: list[_Block], heads: tuple[int, int], wave: int, which: int
+) -> Table:
     """The units of q (`which` is 0) or of k and v (1) from the stream into this rank's blocks.
 
     Args:
@@ -197,7 +208,7 @@ def _table(view: View, blocks: list[_Block], heads: tuple[int, int], which: int)
     begin, first_unit = (np.cumsum(x) - x for x in (tokens, tokens * held))
 
     gives, takes = moves.sent(rank), moves.received(rank)
-    first, count = _heads(moves, gives, heads, which)
+    first, count = _heads(moves, gives, heads, wave, which)
     left = moves.source_offset[gives] * heads[which] + first
     offset = moves.target_offset[takes]
     block = np.searchsorted(begin, offset, side="right") - 1
@@ -212,12 +223,12 @@ def _table(view: View, blocks: list[_Block], heads: tuple[int, int], which: int)
 
 
 def _heads(
-    moves: Moves, rows: np.ndarray, heads: tuple[int, int], which: int
+    moves: Moves, rows: np.ndarray, heads: tuple[int, int], wave: int, which: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first of the heads that go with each row of moves, and how many go."""
     first, count = np.zeros_like(rows), np.full_like(rows, heads[which])
     for slices in np.unique(moves.slices[rows]):
-        runs = np.array([piece[which] for piece in split(*heads, int(slices))])
+        runs = np.array([piece[which] for piece in split(*heads, int(slices), wave)])
         these = moves.slices[rows] == slices
         first[these], end = runs[moves.piece[rows][these]].T
         count[these] = end - first[these]

@@ -229,11 +229,11 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
 
 
 def _heads(spans: Layout | Moves, costs: Costs, waves: int) -> tuple[Array, Array]:
-    """float64 (spans,): the share of a wave's query heads, and of its key heads, in each span."""
+    """float64 (spans,): the share of the query heads, and of the key heads, in each span."""
     queries, keys = np.ones(len(spans.piece)), np.ones(len(spans.piece))
     for slices in np.unique(spans.slices).tolist():
         these = spans.slices == slices
-        q, k = fractions(costs.heads // waves, costs.kv_heads // waves, slices)
+        q, k = fractions(costs.heads, costs.kv_heads, slices, waves)
         queries[these], keys[these] = q[spans.piece[these]], k[spans.piece[these]]
     return queries, keys
 
@@ -242,7 +242,7 @@ def ring_work(ring: Ring, costs: Costs, waves: int = 1) -> Array:
     """Seconds of arithmetic, forward, of each member of a ring: float64 (members,)."""
     seconds = costs.attention(ring.chunks[:, :-1], ring.chunks[:, 1:]).sum(axis=0)
     seats = ring.seats
-    queries, _ = fractions(costs.heads // waves, costs.kv_heads // waves, ring.slices)
+    queries, _ = fractions(costs.heads, costs.kv_heads, ring.slices, waves)
     return np.outer(seconds[:seats] + seconds[: seats - 1 : -1], queries).reshape(-1)
 
 
@@ -253,7 +253,7 @@ def ring_travel(
     nodes, each, slices = ring.ranks.shape
     if ring.seats == 1:  # every rank has the keys of its heads already
         return 0.0, Traffic(np.zeros(slices), np.zeros(slices))
-    _, keys = fractions(costs.heads // waves, costs.kv_heads // waves, slices)
+    _, keys = fractions(costs.heads, costs.kv_heads, slices, waves)
     block = ring.tokens.reshape(nodes, each, 1) * keys * costs.kv_bytes
     biggest = float(block.max(initial=0))
     node = ring.ranks // topology.ranks_per_node

@@ -36,11 +36,12 @@ class Waves(NamedTuple):
 
 
 @cache
-def split(heads: int, kv_heads: int, slices: int) -> tuple[Slice, ...]:
-    """`slices` slices of the heads, in order, as even as grouped heads allow.
+def split(heads: int, kv_heads: int, slices: int, wave: int = 0) -> tuple[Slice, ...]:
+    """`slices` slices of a wave's heads, as even as grouped heads allow.
 
-    With no more slices than key heads each takes whole groups; with more, several share a key
-    head (and each has a copy of it) and split its query heads.
+    In order, from one further on in every wave: where slices are uneven, no rank has the largest
+    each time. With no more slices than key heads each takes whole groups; with more, several
+    share a key head (and each has a copy of it) and split its query heads.
 
     Raises:
         ValueError: more slices than query heads.
@@ -56,17 +57,19 @@ def split(heads: int, kv_heads: int, slices: int) -> tuple[Slice, ...]:
         for (a, b), holders in shares(ratio, len(sharers)):
             assert len(holders) == 1
             found.append(Slice((first * ratio + a, first * ratio + b), (first, end)))
-    return tuple(found)
+    shift = wave % slices
+    return (*found[shift:], *found[:shift])
 
 
 @cache
-def fractions(heads: int, kv_heads: int, slices: int) -> tuple[np.ndarray, np.ndarray]:
+def fractions(
+    heads: int, kv_heads: int, slices: int, waves: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """float64 (slices,): the share of all query heads, and of all key heads, in each slice."""
-    every = split(heads, kv_heads, slices)
-    return (
-        np.array([(b - a) / heads for (a, b), _ in every]),
-        np.array([(b - a) / kv_heads for _, (a, b) in every]),
-    )
+    every = [split(heads // waves, kv_heads // waves, slices, wave) for wave in range(waves)]
+    runs = np.array(every, dtype=np.float64)  # (waves, slices, queries or keys, ends)
+    queries, keys = np.moveaxis(runs[..., 1] - runs[..., 0], 2, 0).sum(axis=1)
+    return queries / heads, keys / kv_heads
 
 
 def shares(items: int, ranks: int) -> list[tuple[Run, range]]:

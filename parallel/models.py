@@ -142,7 +142,7 @@ def _llama(layers: int, dim: int, mlp_dim: int, **changes: Any) -> Model:
 
 
 MODELS = {
-    "llama-3b": _llama(26, 3200, 8640, heads=25, kv_heads=25),
+    "llama-3b": _llama(26, 3200, 8640, heads=32, kv_heads=32, head_dim=100),
     "llama-7b": _llama(32, 4096, 11008),
     "llama-13b": _llama(40, 5120, 13824),
     "llama-30b": _llama(60, 6656, 17920),

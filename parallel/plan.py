@@ -38,6 +38,10 @@ _LIMITS = (
     Limits(nodes=1.1, tokens=1.0, slices=0.125),
     Limits(nodes=1.25, tokens=1.2),
     Limits(nodes=0.9, tokens=1.2, slices=0.25),
+    Limits(nodes=0.7, tokens=1.0, slices=0.5),
+    Limits(nodes=1.25, tokens=1.04),
+    Limits(nodes=0.3, tokens=1.0),
+    Limits(nodes=0.3, tokens=1.2),
 )
 _ENOUGH = 1.03  # of perfectly even
 _FEW = 2  # of them are tried of any batch,
@@ -145,7 +149,7 @@ def _waves(found: Plan, costs: Costs) -> list[int]:
     """In how many waves heads may be attended to: each has the same number, for all slices."""
     return [
         waves
-        for waves in (1, 2, 4)
+        for waves in (1, 2, 3, 4, 5)
         if costs.heads % waves == costs.kv_heads % waves == 0
         and _slices(found) * waves <= costs.heads
     ]

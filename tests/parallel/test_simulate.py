@@ -126,27 +126,28 @@ def sent_by_hand(made: Plan, costs: Costs) -> tuple[float, float]:
         for step in ring.rounds()[1:]:
             for seat, ranks in enumerate(grid):
                 amount = ring.tokens[step.block[seat]] * costs.kv_bytes
-                parts = keys(costs, ring.slices, made.waves)
+                parts = held(costs, ring.slices, made.waves, 1)
                 for rank, source, part in zip(ranks, grid[step.source[seat]], parts, strict=True):
                     found[bool(source // each == rank // each)] += 3 * amount * part
     moves = made.to_attention
     for row in np.flatnonzero(moves.source != moves.target):
         # Forward and backward: q and its gradient, o and its; k and v and theirs.
-        piece, pieces = moves.piece[row], moves.slices[row]
-        heads, kv_heads = costs.heads // made.waves, costs.kv_heads // made.waves
-        (a, b), _ = split(heads, kv_heads, int(pieces))[piece]
-        amount = 4 * costs.q_bytes * (b - a) / heads
-        amount += 2 * costs.kv_bytes * keys(costs, int(pieces), made.waves)[piece]
+        piece, pieces = moves.piece[row], int(moves.slices[row])
+        amount = 4 * costs.q_bytes * held(costs, pieces, made.waves, 0)[piece]
+        amount += 2 * costs.kv_bytes * held(costs, pieces, made.waves, 1)[piece]
         near = moves.source[row] // each == moves.target[row] // each
         found[bool(near)] += moves.tokens[row] * amount
     return found[True], found[False]
 
 
-def keys(costs: Costs, slices: int, waves: int) -> list[float]:
-    """The share of a wave's key heads that each slice needs."""
-    kv_heads = costs.kv_heads // waves
-    every = split(costs.heads // waves, kv_heads, slices)
-    return [(b - a) / kv_heads for _, (a, b) in every]
+def held(costs: Costs, slices: int, waves: int, which: int) -> list[float]:
+    """The share of all heads, or of all key heads (`which` is 1), that each rank of a seat has."""
+    heads, kv_heads = costs.heads // waves, costs.kv_heads // waves
+    found = np.zeros(slices)
+    for wave in range(waves):
+        for rank, runs in enumerate(split(heads, kv_heads, slices, wave)):
+            found[rank] += runs[which][1] - runs[which][0]
+    return (found / (costs.heads, costs.kv_heads)[which]).tolist()
 
 
 @quick
