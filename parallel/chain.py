@@ -7,7 +7,7 @@ dS_in = Mᵀ dS_out + what the fragment's own outputs ask of S_in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,8 +73,9 @@ class Recurrence(NamedTuple):
 class Passage:
     """The states of one layer on their way.
 
-    What is computed between `depart` and `arrive` is computed while maps travel, and backward
-    while gradients do. (Autograd goes through functions in the reverse of their order.)
+    What is computed after `depart` is computed while what the first of the turns sends travels,
+    what after an `advance` while what the next one does, and backward while gradients
+    do. (Autograd goes through functions in the reverse of their order.)
     """
 
     def __init__(
@@ -88,6 +89,10 @@ class Passage:
         self.Ms: dict[Key, Tensor] = {}  # until they arrive
         self.states: dict[Key, Tensor] = {}  # of the fragments that they enter; backward
         self.ticket: Tensor
+
+    def advance(self) -> None:
+        """Wait for a turn and begin the next one; `arrive` does so with those that are left."""
+        self.ticket = _Advance.apply(self, self.ticket)
 
     def arrive(self, through: Tensor) -> tuple[Tensor, Tensor]:
         """The states that enter, one a fragment that began elsewhere, in the order of the shard.
@@ -160,6 +165,19 @@ class _Depart(torch.autograd.Function):
         return None, *gradients
 
 
+class _Advance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, passage: Passage, ticket: Tensor) -> Tensor:
+        ctx.passage = passage
+        passage.way.advance()
+        return ticket.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, ticket: Tensor) -> tuple[Any, ...]:
+        ctx.passage.way.advance()
+        return None, ticket.new_empty(0)
+
+
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -205,12 +223,26 @@ class _Way:
         heads = (0, passage.shapes.E[1])
         self._have = {(c, ("fragment", n)): (heads, tensors) for (c, n), tensors in own.items()}
         self._turns = zip(*(chain.turns for chain in way), strict=True)
-        self._maps = self._turn()
+        self._entering: dict[Key, Tensor] = {}
+        self._steps = self._pass()
+        self.advance()
+
+    def advance(self) -> None:
+        """Wait for the turn that is under way, and begin the next one."""
+        next(self._steps, None)
 
     def states(self) -> dict[Key, Tensor]:
         """The states that enter this rank's fragments, in the order of chains and fragments."""
+        for _ in self._steps:
+            pass
+        return self._entering
+
+    def _pass(self) -> Iterator[None]:
+        """Stops after each turn is begun."""
         way, have, me = self._way, self._have, self._chains.rank
-        maps = self._maps()  # of fragments, to be composed by run
+        arrived = self._turn()
+        yield
+        maps = arrived()  # of fragments, to be composed by run
         composed: dict[Key, tuple[Run, list[Map]]] = {}
         for c, (passing, *_) in enumerate(way):
             for r, (run, parts) in enumerate(zip(passing.runs, passing.parts, strict=True)):
@@ -220,7 +252,9 @@ class _Way:
                     composed[c, r] = mine, _composed(found)
                     if r < len(passing.runs) - 1:
                         have[c, ("run", r)] = mine, composed[c, r][1][-1]
-        maps = self._turn()()  # of runs
+        arrived = self._turn()
+        yield
+        maps = arrived()  # of runs
         for c, (passing, *_) in enumerate(way):
             for parts in passing.upper:
                 mine = dict(parts).get(me)
@@ -228,7 +262,9 @@ class _Way:
                     found = [maps[c, ("run", r)] for r in range(len(passing.runs) - 1)]
                     for r, entry in enumerate(_composed(found), start=1):
                         have[c, ("entry", r)] = mine, entry[:1]
-        entries = self._turn()()
+        arrived = self._turn()
+        yield
+        entries = arrived()
         for (c, r), (mine, found) in composed.items():
             run = way[c].passing.runs[r]
             states = [E for E, *_ in found]
@@ -237,9 +273,11 @@ class _Way:
                 states = [S, *(apply_segment(M, E, S) for E, M in found)]
             for n, state in zip(run if r > 0 else run[1:], states, strict=False):
                 have[c, ("state", n)] = mine, [state]
-        arrived = self._turn()()
-        return {
-            (c, n): arrived[c, ("state", n)][0]
+        arrived = self._turn()
+        yield
+        came = arrived()
+        self._entering = {
+            (c, n): came[c, ("state", n)][0]
             for c, chain in enumerate(way)
             for n in chain.rows
             if n > 0

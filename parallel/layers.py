@@ -23,7 +23,11 @@ from parallel import attention
 from parallel.chain import Passage, Recurrence, Shapes, depart
 from parallel.exchange import move
 from parallel.heads import Waves
+from parallel.passing import TURNS
 from parallel.stream import Shard, View
+
+# Computes the i-th of n pieces of what is wanted later: of something that no state enters.
+Meanwhile = Callable[[int, int], None]
 
 
 def linear_attention(
@@ -37,14 +41,18 @@ def linear_attention(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    meanwhile: Meanwhile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`kernels.linear_attention` over the sequences of `shard`; shapes are given there.
 
     A sequence that began on other ranks enters with their state. `initial_state` and
-    `output_final_state` are for a shard that no other rank shares.
+    `output_final_state` are for a shard that no other rank shares. `meanwhile` is called while
+    states travel, piece by piece, or once if none do.
     """
     view = _view(shard, initial_state, output_final_state)
     if view is None:
+        if meanwhile is not None:
+            meanwhile(0, 1)
         return kernels.linear_attention(
             q,
             k,
@@ -58,7 +66,7 @@ def linear_attention(
         )
     passage = depart(_LINEAR_ATTENTION, view.chains, k, v, decay, beta)
     op = partial(kernels.linear_attention, scale=scale)
-    return _run(op, view, shard, passage, q, k, v, decay, beta), None
+    return _run(op, view, shard, passage, meanwhile, q, k, v, decay, beta), None
 
 
 def diagonal_scan(
@@ -68,10 +76,13 @@ def diagonal_scan(
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    meanwhile: Meanwhile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`kernels.diagonal_scan` over the sequences of `shard`, as `linear_attention` here."""
     view = _view(shard, initial_state, output_final_state)
     if view is None:
+        if meanwhile is not None:
+            meanwhile(0, 1)
         return kernels.diagonal_scan(
             x,
             decay,
@@ -85,7 +96,7 @@ def diagonal_scan(
         state = None if initial_state is None else initial_state[..., 0, 0]
         return kernels.diagonal_scan(x, decay, initial_state=state, **more)
 
-    return _run(op, view, shard, passage, x, decay), None
+    return _run(op, view, shard, passage, meanwhile, x, decay), None
 
 
 def short_convolution(
@@ -209,6 +220,7 @@ def _run(
     view: View,
     shard: Shard,
     passage: Passage,
+    meanwhile: Meanwhile | None,
     *inputs: Tensor | None,
 ) -> Tensor:
     """`op` over the shard: what begins here while states travel, then what they enter.
@@ -225,14 +237,19 @@ def _run(
         ),
         strict=True,
     )
-    if view.entering == len(shard.lengths):
-        _, states = passage.arrive(passage.like)
-        return op(*heads, initial_state=states, cu_seqlens=shard.begun)[0]
-    o, states = passage.arrive(op(*tails, cu_seqlens=shard.later)[0])
+    through = passage.like
+    if view.entering < len(shard.lengths):
+        through, _ = op(*tails, cu_seqlens=shard.later)
+    if meanwhile is not None:
+        for turn in range(TURNS):
+            if turn:
+                passage.advance()
+            meanwhile(turn, TURNS)
+    o, states = passage.arrive(through)
     if not view.entering:
         return o
     first, _ = op(*heads, initial_state=states, cu_seqlens=shard.begun)
-    return torch.cat([first, o], dim=1)
+    return torch.cat([first, o], dim=1) if view.entering < len(shard.lengths) else first
 
 
 def _shapes(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> Shapes:

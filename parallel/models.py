@@ -69,8 +69,8 @@ class Cluster:
 class Model:
     """A decoder of SwiGLU blocks; every `full_every`-th block has full attention.
 
-    The other blocks have gated delta rule mixers with `heads` heads of `head_dim`, and a
-    short convolution.
+    The other blocks have gated delta rule mixers with `heads` heads of `head_dim`, a short
+    convolution and a gate on the output.
     """
 
     layers: int
@@ -116,6 +116,11 @@ class Model:
         from kernels import flops
 
         return flops.linear_attention([1], self.heads, self.head_dim, self.head_dim, True)
+
+    @property
+    def gate_flops(self) -> float:
+        """FLOPs a token of the projection to one linear-attention mixer's gate, forward."""
+        return 2.0 * self.dim * self.head_dim * self.heads
 
     @property
     def state_bytes(self) -> float:

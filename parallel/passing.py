@@ -25,6 +25,7 @@ from typing import NamedTuple
 from parallel.heads import Run, shares
 from parallel.layout import Topology
 
+TURNS = 4
 Item = tuple[str, int]  # "fragment", "run", "entry" (the state of a run) or "state", and its number
 Part = tuple[int, Run]  # a rank and the heads that it composes
 

@@ -32,6 +32,7 @@ import numpy as np
 from parallel import placing
 from parallel.cost import (
     BACKWARD,
+    PRODUCTS,
     TRAVEL,
     Costs,
     LayerPrice,
@@ -43,7 +44,7 @@ from parallel.cost import (
 from parallel.layout import Array, Plan, Topology
 from parallel.models import Cluster, Model, costs
 from parallel.ordering import shard_bounds
-from parallel.passing import Passing
+from parallel.passing import TURNS, Passing
 from parallel.plan import build, plan
 from parallel.prices import Prices
 
@@ -112,7 +113,7 @@ class Case:
         """Of everything but full attention, forward and backward, for tokens of one rank."""
         model = self.model
         flops = model.layers * model.dense_flops + model.head_flops
-        flops += model.linear_layers * model.mixer_flops
+        flops += model.linear_layers * (model.mixer_flops + model.gate_flops)
         return STEP * tokens * flops / self.cluster.matmul_flops
 
     def attention_seconds(self) -> Array:
@@ -170,6 +171,7 @@ def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
     """Seconds and bytes (inside, between) of one linear layer's states, forward and backward.
 
     The maps of a rank's fragments cost about half of the mixer's forward pass in either pass.
+    Each turn overlaps a piece of the projection to the gate.
     """
     costs, model, ranks = case.costs(), case.model, case.topology.ranks
     stream, traffic = made.stream, Traffic(np.zeros(ranks), np.zeros(ranks))
@@ -178,7 +180,8 @@ def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
     every = np.concatenate(made.crossing)
     tokens = np.bincount(stream.rank[every], (stream.end - stream.start)[every])
     seconds = float(tokens.max()) * model.mixer_flops / case.cluster.matmul_flops
-    for way in (1, -1):
+    piece = case.share * model.gate_flops / case.cluster.matmul_flops / TURNS
+    for way, products in zip((1, -1), PRODUCTS.tolist(), strict=True):
         chains = [
             Passing(stream.rank[rows][::way].tolist(), model.heads, case.topology).turns()
             for rows in made.crossing
@@ -192,7 +195,8 @@ def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
             size = heads / model.heads * model.state_bytes / 2  # M is as large as E
             spent, sent, _ = move_time(source, target, size, case.topology, costs)
             far = sent.between.any()
-            seconds += (costs.latency_between if far else costs.latency_inside) + spent
+            spent += costs.latency_between if far else costs.latency_inside
+            seconds += max(0.0, spent - products * piece)
             traffic += sent
     return seconds, float(traffic.inside.sum()), float(traffic.between.sum())
 

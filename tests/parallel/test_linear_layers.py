@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,9 +15,14 @@ from torch.nn import functional as F
 import kernels
 import parallel
 from parallel import ParallelConfig, Shard, World, distribute
+from parallel.chain import _Way
 from parallel.config import Attention
 from parallel.exchange import sent_bytes
 from tests.parallel.across import STREAMS, difference
+from train.model.config import ModelConfig
+from train.model.linear import _Rows
+from train.model.mixers import make
+from train.model.mixers._parts import Later
 
 # Every row of the recurrence's table.
 ROWS = {
@@ -178,3 +185,47 @@ def test_linear_layers_send_states_alone(ranks, length: int) -> None:
     """
     E, M = 2 * 6 * 5 * 4, 2 * 6 * 6 * 4
     assert sum(ranks(4).run(sent_by_the_delta_rule, length)) == 2 * (4 * E + M)
+
+
+def calls_of_a_layer(world: World) -> list[str]:
+    """What one gated layer does while states travel, forward and backward."""
+    told: list[str] = []
+    turn, back, world = _Way._turn, _Rows.backward, dataclasses.replace(world, ranks_per_node=1)
+
+    def noted_turn(way: _Way) -> Callable[[], dict]:
+        told.append("turn")
+        arrived = turn(way)
+
+        def noted() -> dict:
+            told.append("arrives")
+            return arrived()
+
+        return noted
+
+    def piece(*arguments: object) -> object:
+        told.append("piece")
+        return back(*arguments)
+
+    class Noted(Later):
+        def __call__(self, piece: int, pieces: int) -> None:
+            told.append("piece")
+            super().__call__(piece, pieces)
+
+    settings = {"gated_deltanet": {"heads": 2, "head_dim": 4, "conv_size": 0}}
+    config = ModelConfig(pattern=["gated_deltanet"], dim=16, mixers=settings)
+    mixer = make("gated_deltanet", config, 0)
+    count = np.arange(48)
+    _, _, shard = distribute(count, count, np.array([0, 29, 48]), world, ParallelConfig())
+    x = torch.randn(1, shard.tokens, 16, requires_grad=True)
+    with (
+        mock.patch.object(_Way, "_turn", noted_turn),
+        mock.patch.object(_Rows, "backward", piece),
+        mock.patch("train.model.mixers.gated_deltanet.Later", Noted),
+    ):
+        mixer(x, shard).sum().backward()
+    return told
+
+
+def test_pieces_of_the_gate_are_made_while_states_travel(ranks) -> None:
+    """One a turn, forward and backward."""
+    assert ranks(2).run(calls_of_a_layer) == [["turn", "piece", "arrives"] * 8] * 2

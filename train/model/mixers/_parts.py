@@ -18,6 +18,7 @@ from kernels.packing import accumulation_dtype
 from parallel import Shard
 from train.model import mixers
 from train.model.config import ModelConfig, require_positive
+from train.model.linear import InParts, Linear
 
 
 @dataclass
@@ -132,6 +133,7 @@ def recur(
     shard: Shard,
     cache: dict[str, Tensor] | None,
     scale: float | None = None,
+    meanwhile: Later | None = None,
 ) -> Tensor:
     """o of `kernels.linear_attention`, from the cache's state if there is a cache."""
     o, state = parallel.linear_attention(
@@ -144,10 +146,32 @@ def recur(
         scale=scale,
         initial_state=None if cache is None else cache.get("state"),
         output_final_state=cache is not None,
+        meanwhile=meanwhile,
     )
     if cache is not None and state is not None:
         cache["state"] = state
     return o
+
+
+class Later:
+    """A projection of x that is wanted only when states have arrived, and made while they travel:
+    the `meanwhile` of `parallel.linear_attention`."""
+
+    def __init__(self, linear: Linear, x: Tensor) -> None:
+        self._linear, self._x = linear, x
+        self._pieces: list[Tensor] = []
+
+    def __call__(self, piece: int, pieces: int) -> None:
+        if piece == 0:
+            self._passage = InParts(self._linear, pieces)
+        width = self._linear.out_features
+        run = width * piece // pieces, width * (piece + 1) // pieces
+        self._pieces += self._passage.rows(self._x, [run])
+
+    @property
+    def value(self) -> Tensor:
+        """(…, out), once all pieces are made."""
+        return self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces, dim=-1)
 
 
 def average(

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from data.settings import setting
 from parallel import Shard
 from train.model.config import ModelConfig
-from train.model.mixers._parts import ConvolvedHeads, LinearMixer, by_head, full, recur, unit_length
+from train.model.linear import Linear
+from train.model.mixers._parts import (
+    ConvolvedHeads,
+    Later,
+    LinearMixer,
+    by_head,
+    full,
+    recur,
+    unit_length,
+)
 from train.model.norm import RMSNorm
 
 
@@ -28,12 +37,13 @@ class Mixer(LinearMixer):
         super().__init__(model, config, layer)
         self.largest_beta = 2 if config.negative_eigenvalues else 1
         self.beta = nn.Linear(model.dim, self.value_heads, bias=False)
-        self.gate = nn.Linear(model.dim, self.value_dim, bias=False) if config.output_gate else None
+        self.gate = Linear(model.dim, self.value_dim, bias=False) if config.output_gate else None
         self.norm = RMSNorm(self.value_head_dim, model.norm_eps)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         q, k, v = self.project(x, shard, cache)
         beta = self.largest_beta * full(self.beta(x)).sigmoid()
-        o = recur(unit_length(q), unit_length(k), v, None, beta, shard, cache)
-        gate = None if self.gate is None else by_head(self.gate(x), self.value_heads)
+        later = None if self.gate is None else Later(self.gate, x)
+        o = recur(unit_length(q), unit_length(k), v, None, beta, shard, cache, meanwhile=later)
+        gate = None if later is None else by_head(later.value, self.value_heads)
         return self.out(self.norm(o, gate).flatten(-2))

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from data.settings import setting
 from parallel import Shard
 from train.model.config import ModelConfig
+from train.model.linear import Linear
 from train.model.mixers._parts import (
     ConvolvedHeads,
+    Later,
     LinearMixer,
     by_head,
     full,
@@ -37,7 +39,7 @@ class Mixer(LinearMixer):
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
         self.largest_beta = 2 if config.negative_eigenvalues else 1
-        self.gate = nn.Linear(model.dim, self.value_dim, bias=False)
+        self.gate = Linear(model.dim, self.value_dim, bias=False)
         # β and the input-dependent part of the decay: a number each, a token and head.
         self.beta_decay = nn.Linear(model.dim, 2 * self.value_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.value_heads))
@@ -53,5 +55,6 @@ class Mixer(LinearMixer):
         beta, dt = full(self.beta_decay(x)).chunk(2, dim=-1)
         decay = -full(self.A_log).exp() * F.softplus(dt + full(self.dt_bias))
         beta = self.largest_beta * beta.sigmoid()
-        o = recur(unit_length(q), unit_length(k), v, decay, beta, shard, cache)
-        return self.out(self.norm(o, by_head(self.gate(x), self.value_heads)).flatten(-2))
+        gate = Later(self.gate, x)
+        o = recur(unit_length(q), unit_length(k), v, decay, beta, shard, cache, meanwhile=gate)
+        return self.out(self.norm(o, by_head(gate.value, self.value_heads)).flatten(-2))

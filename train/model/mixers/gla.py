@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from data.settings import ConfigError, setting
 from parallel import Shard
 from train.model.config import ModelConfig, require_positive
-from train.model.mixers._parts import Heads, LinearMixer, LowRank, by_head, full, recur
+from train.model.linear import Linear
+from train.model.mixers._parts import Heads, Later, LinearMixer, LowRank, by_head, full, recur
 from train.model.norm import RMSNorm
 
 
@@ -34,11 +35,12 @@ class Mixer(LinearMixer):
         self.gate_divisor = config.gate_divisor
         decay_dim = self.value_heads * self.head_dim
         self.decay = LowRank(model.dim, config.gate_rank, decay_dim, bias=True)
-        self.gate = nn.Linear(model.dim, self.value_dim, bias=False)
+        self.gate = Linear(model.dim, self.value_dim, bias=False)
         self.norm = RMSNorm(self.value_head_dim, model.norm_eps)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         q, k, v = self.project(x, shard, cache)
         decay = F.logsigmoid(full(by_head(self.decay(x), self.value_heads))) / self.gate_divisor
-        o = recur(q, k, v, decay, None, shard, cache)
-        return self.out(self.norm(o, by_head(self.gate(x), self.value_heads)).flatten(-2))
+        gate = Later(self.gate, x)
+        o = recur(q, k, v, decay, None, shard, cache, meanwhile=gate)
+        return self.out(self.norm(o, by_head(gate.value, self.value_heads)).flatten(-2))

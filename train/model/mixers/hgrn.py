@@ -14,7 +14,8 @@ from data.settings import setting
 from parallel import Shard
 from train.model import mixers
 from train.model.config import ModelConfig, require_positive
-from train.model.mixers._parts import BoundedForgetGate
+from train.model.linear import Linear
+from train.model.mixers._parts import BoundedForgetGate, Later
 from train.model.norm import RMSNorm
 
 
@@ -33,12 +34,13 @@ class Mixer(mixers.Mixer):
         super().__init__(model, config, layer)
         self.state_dim = config.state_dim or model.dim
         self.input_forget = nn.Linear(model.dim, 2 * self.state_dim, bias=False)
-        self.gate = nn.Linear(model.dim, self.state_dim, bias=False)
+        self.gate = Linear(model.dim, self.state_dim, bias=False)
         self.forget = BoundedForgetGate(self.state_dim, layer, model.layers)
         self.norm = RMSNorm(self.state_dim, model.norm_eps)
         self.out = nn.Linear(self.state_dim, model.dim, bias=False)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
+        gate = Later(self.gate, x)
         i, f = self.input_forget(x).chunk(2, dim=-1)
         log_a, rest = self.forget(f)
         h, state = parallel.diagonal_scan(
@@ -47,10 +49,11 @@ class Mixer(mixers.Mixer):
             shard,
             initial_state=None if cache is None else cache.get("state"),
             output_final_state=cache is not None,
+            meanwhile=gate,
         )
         if cache is not None and state is not None:
             cache["state"] = state
-        return self.out(self.norm(h, self.gate(x)))
+        return self.out(self.norm(h, gate.value))
 
     def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
         return 2.0 * sum(lengths) * self.state_dim  # a multiply-add a channel

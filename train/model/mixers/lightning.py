@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.packing import accumulation_dtype
 from parallel import Shard
 from train.model.config import ModelConfig
-from train.model.mixers._parts import Heads, LinearMixer, recur
+from train.model.linear import Linear
+from train.model.mixers._parts import Heads, Later, LinearMixer, recur
 from train.model.norm import RMSNorm
 
 Config = Heads
@@ -24,7 +25,7 @@ class Mixer(LinearMixer):
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
         self.depth = 1 - layer / max(model.layers - 1, 1) + 1e-5
-        self.gate = nn.Linear(model.dim, self.value_dim, bias=False)
+        self.gate = Linear(model.dim, self.value_dim, bias=False)
         self.norm = RMSNorm(self.value_dim, model.norm_eps)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
@@ -33,5 +34,6 @@ class Mixer(LinearMixer):
             1, self.value_heads + 1, device=x.device, dtype=accumulation_dtype(x.dtype)
         )
         slope = torch.exp2(-8 * head / self.value_heads) * self.depth
-        o = recur(q, k, v, -slope, None, shard, cache, scale=1.0)
-        return self.out(self.norm(o.flatten(-2)) * self.gate(x).sigmoid())
+        gate = Later(self.gate, x)
+        o = recur(q, k, v, -slope, None, shard, cache, scale=1.0, meanwhile=gate)
+        return self.out(self.norm(o.flatten(-2)) * gate.value.sigmoid())

@@ -12,7 +12,8 @@ import kernels
 from data.settings import ConfigError, setting
 from parallel import Shard
 from train.model.config import ModelConfig, require_positive
-from train.model.mixers._parts import Heads, LinearMixer, full, recur, reset_decay
+from train.model.linear import Linear
+from train.model.mixers._parts import Heads, Later, LinearMixer, full, recur, reset_decay
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Mixer(LinearMixer):
         super().__init__(model, shape, layer)
         self.conv_bias = nn.Parameter(torch.empty(sum(self.widths)))
         self.dt = nn.Linear(model.dim, heads, bias=False)
-        self.gate = nn.Linear(model.dim, self.value_dim, bias=False)
+        self.gate = Linear(model.dim, self.value_dim, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.ones(heads))
@@ -56,7 +57,8 @@ class Mixer(LinearMixer):
         dt = F.softplus(full(self.dt(x)) + full(self.dt_bias))
         decay = -full(self.A_log).exp() * dt
         taken = values * dt.unsqueeze(-1).to(values.dtype)
-        y = recur(C, B, taken, decay, None, shard, cache, scale=1.0)
-        y = (y + self.D.unsqueeze(-1) * values).flatten(-2) * F.silu(self.gate(x))
+        gate = Later(self.gate, x)
+        y = recur(C, B, taken, decay, None, shard, cache, scale=1.0, meanwhile=gate)
+        y = (y + self.D.unsqueeze(-1) * values).flatten(-2) * F.silu(gate.value)
         normed = kernels.rms_norm(y.unflatten(-1, (self.heads, -1)), None, eps=self.norm_eps)
         return self.out(normed.flatten(-2) * self.norm)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels
 from data.settings import ConfigError, setting
 from kernels.packing import accumulation_dtype
 from parallel import Shard
 from train.model.config import ModelConfig
-from train.model.mixers._parts import Heads, LinearMixer, by_head, recur
+from train.model.linear import Linear
+from train.model.mixers._parts import Heads, Later, LinearMixer, by_head, recur
 from train.model.norm import RMSNorm
 
 
@@ -32,7 +33,7 @@ class Mixer(LinearMixer):
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
         self.rotary_theta = config.rotary_theta
-        self.gate = nn.Linear(model.dim, self.value_dim, bias=False)
+        self.gate = Linear(model.dim, self.value_dim, bias=False)
         self.norm = RMSNorm(self.value_head_dim, model.norm_eps)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
@@ -43,5 +44,6 @@ class Mixer(LinearMixer):
         )
         head = torch.arange(self.value_heads, device=x.device, dtype=accumulation_dtype(x.dtype))
         decay = torch.log1p(-torch.exp2(-5 - head))
-        o = recur(q, k, v, decay, None, shard, cache)
-        return self.out(self.norm(o, by_head(self.gate(x), self.value_heads)).flatten(-2))
+        gate = Later(self.gate, x)
+        o = recur(q, k, v, decay, None, shard, cache, meanwhile=gate)
+        return self.out(self.norm(o, by_head(gate.value, self.value_heads)).flatten(-2))
