@@ -18,6 +18,9 @@ each sequence: few for a short one, a ring over nodes for a long one, and quadra
 (`ordering`). The cheapest of several such plans is taken (`plan`, `cost`). Layers see a shard and
 call the functions below; gradients come back the way that their tensors went (`exchange`).
 
+What travels does so beside what needs none of it: one wave of heads beside the attention of others
+and their projections, states beside pieces of the output's gate (`layers`).
+
 Names are imported when they are first used, so that settings and plans, which know no torch,
 come without it.
 """
