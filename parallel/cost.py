@@ -263,9 +263,10 @@ def ring_travel(
     column = block.sum(axis=0)
     inner = np.broadcast_to(column.sum(axis=0) - np.roll(column, -1, axis=0), block.shape)
     outer = column - np.roll(block, -1, axis=0)
+    far = node != np.roll(node, -1, axis=0)
     sent = Traffic(
-        np.where(crosses, 0.0, inner).reshape(-1),
-        (np.where(crosses, inner, 0.0) + outer).reshape(-1),
+        (np.where(crosses, 0.0, inner) + np.where(far, 0.0, outer)).reshape(-1),
+        (np.where(crosses, inner, 0.0) + np.where(far, outer, 0.0)).reshape(-1),
     )
     hops = nodes * (each - 1)
     if crosses.any():

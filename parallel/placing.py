@@ -76,11 +76,13 @@ def where_they_lie(lengths: Array, bounds: Array, topology: Topology) -> Owners:
 
 
 def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:
-    """Ranks of a ring as `Ring` has them; one row where nodes give unequal numbers."""
+    """Adjacent ranks of a ring as `Ring` has them; rows are parts of nodes if these give
+    unequal numbers."""
     _, counts = np.unique(topology.node(ranks), return_counts=True)
-    rows = len(counts) if (counts == counts[0]).all() else 1
-    each = max(1, len(ranks) // rows // slices)
-    return ranks.reshape(-1, each, slices)
+    width = int(np.gcd.reduce(counts))
+    if width == 1:  # rows of one rank would be a flat ring, stood on end
+        width = len(ranks)
+    return ranks.reshape(-1, max(1, width // slices), slices)
 
 
 class Limits(NamedTuple):
@@ -133,17 +135,18 @@ class _Placing:
         self.tokens = np.zeros(topology.ranks)
         self.owner = np.zeros(len(self.lengths), np.int64)
         self.grids: list[Array] = []
-        self.rings: dict[tuple[int, int, int], int] = {}
+        self.rings: dict[tuple[bytes, int], int] = {}
         self.sizes = np.diff(
             np.minimum(np.arange(topology.nodes + 1) * topology.ranks_per_node, topology.ranks)
         )
 
-    def ring(self, first: int, end: int, slices: int) -> int:
-        """The number of the ring over ranks [first, end), as `owner` has it."""
-        if (first, end, slices) not in self.rings:
-            self.rings[first, end, slices] = len(self.grids)
-            self.grids.append(grid(np.arange(first, end), self.topology, slices))
-        return -1 - self.rings[first, end, slices]
+    def ring(self, ranks: Array, slices: int) -> int:
+        """The number of the ring over rows of ranks, (rows, each), as `owner` has it."""
+        key = ranks.tobytes(), slices
+        if key not in self.rings:
+            self.rings[key] = len(self.grids)
+            self.grids.append(ranks.reshape(-1, max(1, ranks.shape[1] // slices), slices))
+        return -1 - self.rings[key]
 
     def over_nodes(self, by_length: Array, reach: float, node_room: float) -> Array:
         """Put the longest on rings over nodes; the node of each other one, −1 for those."""
@@ -172,21 +175,20 @@ class _Placing:
                 held[chosen] += n
                 continue
             spread = min(max(spread, 2), self.topology.nodes)
-            a = self._window(load / wanted, (held + n / spread) / room, spread)
+            a = self._window(load / wanted, (held + n / spread) / room, spread, i)
             if spread == 1:  # one node is all there is
                 node[i] = a
                 load[a] += alone
                 held[a] += n
                 continue
-            b = a + spread
-            first, end = a * each, min(b * each, self.topology.ranks)
-            seconds, slices = (x[i] for x in self.prices.of(spread, each))
-            even = end == b * each  # the last node may be a smaller one
-            self.owner[i] = self.ring(first, end, int(slices) if even else 1)
-            self.seconds[first:end] += seconds
-            self.tokens[first:end] += n / (end - first)
-            load[a:b] += seconds * self.sizes[a:b]
-            held[a:b] += n * self.sizes[a:b] / (end - first)
+            ranks = self._rows(a, spread)
+            seconds, slices = (x[i] for x in self.prices.of(*ranks.shape))
+            self.owner[i] = self.ring(ranks, int(slices))
+            self.seconds[ranks] += seconds
+            self.tokens[ranks] += n / ranks.size
+            on_node = np.bincount(ranks.reshape(-1) // each, minlength=len(load))
+            load += seconds * on_node
+            held += n * on_node / ranks.size
         rest = by_length[singly:]
         node[rest] = _sweep(np.maximum(room - held, 0.0), len(rest))
         return node
@@ -202,13 +204,33 @@ class _Placing:
         within = seconds <= max(reach * self.level, _NEARLY * seconds.min())
         return least + int(within.argmax())
 
-    @staticmethod
-    def _window(load: Array, filled: Array, spread: int) -> int:
-        """The first of `spread` adjacent nodes with the least load, among those with room."""
+    def _rows(self, first: int, spread: int) -> Array:
+        """The ranks of a ring over `spread` nodes, in rows as `Ring` has nodes: (rows, each).
+
+        A row is as many ranks as the smallest node has; a larger one gives as many rows as it can.
+        """
+        nodes = range(first, first + spread)
+        width = int(self.sizes[first : first + spread].min())
+        starts = [
+            node * self.topology.ranks_per_node + row * width
+            for node in nodes
+            for row in range(self.sizes[node] // width)
+        ]
+        return np.array(starts)[:, None] + np.arange(width)
+
+    def _window(self, load: Array, filled: Array, spread: int, i: int) -> int:
+        """The first of `spread` adjacent nodes that have done sequence i first, if they have room.
+
+        Only the last node may be a smaller one, which makes its neighbours wait.
+        """
         firsts = len(load) - spread + 1
         load, filled = (
-            np.maximum.reduce([x[i : i + firsts] for i in range(spread)]) for x in (load, filled)
+            np.maximum.reduce([x[j : j + firsts] for j in range(spread)]) for x in (load, filled)
         )
+        seconds, last = (
+            self.prices.of(*self._rows(first, spread).shape)[0][i] for first in (0, firsts - 1)
+        )
+        load += np.append(np.full(firsts - 1, seconds), last) / self.level
         fits = filled <= 1
         return int(np.where(fits, load, np.inf).argmin() if fits.any() else filled.argmin())
 
@@ -317,7 +339,8 @@ class _Placing:
         self.owner[sequence[whole]] = (first + begin[chosen])[whole]
         for at in np.flatnonzero((size[chosen] > 1) & (sequence >= 0)):
             i, a, count = sequence[at], int(first[at] + begin[chosen[at]]), int(size[chosen[at]])
-            self.owner[i] = self.ring(a, a + count, int(self.prices.of(1, count)[1][i]))
+            ranks = np.arange(a, a + count)[None]
+            self.owner[i] = self.ring(ranks, int(self.prices.of(1, count)[1][i]))
 
 
 def _halves(each: int, least: int) -> Array:

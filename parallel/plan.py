@@ -45,7 +45,7 @@ _LIMITS = (
 )
 _ENOUGH = 1.03  # of perfectly even
 _FEW = 2  # of them are tried of any batch,
-_MANY = 6 << 17  # and of small ones as many as this is times ranks · sequences
+_MANY = 12 << 17  # and of small ones as many as this is times ranks · sequences
 
 
 def plan(
