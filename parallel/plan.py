@@ -42,6 +42,10 @@ _LIMITS = (
     Limits(nodes=1.25, tokens=1.04),
     Limits(nodes=0.3, tokens=1.0),
     Limits(nodes=0.3, tokens=1.2),
+    Limits(nodes=1.6, tokens=1.2),
+    Limits(nodes=0.5, tokens=1.0),
+    Limits(nodes=1.6, tokens=1.0),
+    Limits(nodes=0.5, tokens=1.2, slices=0.25),
 )
 _ENOUGH = 1.03  # of perfectly even
 _FEW = 2  # of them are tried of any batch,

@@ -345,9 +345,9 @@ def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
 def ulysses(case: Case) -> Outcome:
     topology, model, weigh = case.topology, case.model, case.costs()
     size = 1
-    while size < min(topology.ranks, model.heads) and case.lengths.max() / size > case.room:
+    most = min(topology.ranks, model.heads)
+    while 2 * size <= most and case.lengths.max() / size > case.room:
         size *= 2
-    size = min(size, topology.ranks)
     groups = topology.ranks // size
     attention = case.attention_seconds()
     seconds = (attention + case.linear_seconds(case.lengths)) / size

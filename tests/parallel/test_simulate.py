@@ -18,7 +18,7 @@ from parallel.heads import split
 from parallel.layout import Plan, Topology
 from parallel.models import MODELS, clusters, load_cluster
 from parallel.plan import Strategy, plan
-from parallel.strategies import STRATEGIES, Case, lower_bound, our_plan
+from parallel.strategies import STRATEGIES, Case, lower_bound, our_plan, price_plan
 
 lengths_of_a_batch = st.lists(st.integers(1, 20000), min_size=1, max_size=30)
 quick = settings(max_examples=15, deadline=None)
@@ -77,6 +77,18 @@ def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bou
     ours = rows.pop("headrace")
     assert ours["step_ms"] < min(row["step_ms"] for row in rows.values())
     assert ours["over_bound"] <= over_bound
+
+
+@pytest.mark.parametrize("gpus", [12, 20, 14])
+def test_a_smaller_node_is_used_too(gpus: int) -> None:
+    """The last node has four or six GPUs of eight, which no long sequence can do without: it
+    crosses to them in rows, and takes about as long as on the full nodes alone."""
+    lengths = [2048 * gpus - 3000, 2000, 1000]
+    whole = a_case(lengths, gpus // 8 * 8)
+    uneven = Case(whole.lengths, Topology(gpus, 8), whole.cluster, whole.model)
+    made = our_plan(uneven)
+    assert all(ring.ranks[0].size > 1 for ring in made.rings)
+    assert price_plan(uneven, made).seconds < 1.15 * price_plan(whole, our_plan(whole)).seconds
 
 
 @pytest.mark.parametrize("lengths", simulate.distributions())
