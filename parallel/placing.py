@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parallel.cost import Costs
 from parallel.layout import Array, Topology
 from parallel.prices import Prices
 
@@ -57,9 +58,15 @@ class Owners:
         return b"".join([shapes, *(x.tobytes() for x in (self.owner, *self.grids))])
 
 
-def even(count: int, topology: Topology) -> Owners:
+def even(count: int, topology: Topology, slices: int = 1) -> Owners:
     """Every sequence on all ranks."""
-    return Owners(np.full(count, -1), [grid(np.arange(topology.ranks), topology)])
+    return Owners(np.full(count, -1), [grid(np.arange(topology.ranks), topology, slices)])
+
+
+def even_slices(topology: Topology, costs: Costs) -> list[int]:
+    """Into how many slices all ranks may split heads."""
+    _, each, _ = grid(np.arange(topology.ranks), topology).shape
+    return [slices for slices in costs.ways(each) if topology.ranks % slices == 0]
 
 
 def where_they_lie(lengths: Array, bounds: Array, topology: Topology) -> Owners:

@@ -127,25 +127,27 @@ def _cheapest(
         if owners.key in seen:
             continue
         seen.add(owners.key)
-        found = build("balanced", lengths, owners, topology, by_node, routing)
-        if not _fits(found, room):
+        made = build("balanced", lengths, owners, topology, by_node, routing)
+        if not _fits(made, room):
             continue
-        layer = price(found, costs)
+        layer = price(made, costs)
         # Waves change the rest by little more than latencies, if they need no more copies of
         # keys: each placing is priced once.
         seconds = min(
             replace(layer, waves=waves).seconds
-            for waves in _waves(found, costs)
-            if waves * _slices(found) <= max(costs.kv_heads, _slices(found))
+            for waves in _waves(made, costs)
+            if waves * _slices(made) <= max(costs.kv_heads, _slices(made))
         )
         if seconds < least:
-            best, least = found, seconds
+            best, least = made, seconds
         if least <= _ENOUGH * prices.level:
             break
+    found = [] if best is None else [best]
     if best is None:  # only an even split fits
-        owners = placing.even(len(lengths), topology)
-        best = build("balanced", lengths, owners, topology, by_node, routing)
-    in_waves = [replace(best, waves=waves) for waves in _waves(best, costs)]
+        for slices in placing.even_slices(topology, costs):
+            owners = placing.even(len(lengths), topology, slices)
+            found.append(build("balanced", lengths, owners, topology, by_node, routing))
+    in_waves = [replace(made, waves=waves) for made in found for waves in _waves(made, costs)]
     return min(in_waves, key=lambda made: price(made, costs).seconds)
 
 
