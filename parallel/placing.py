@@ -63,10 +63,12 @@ def even(count: int, topology: Topology, slices: int = 1) -> Owners:
     return Owners(np.full(count, -1), [grid(np.arange(topology.ranks), topology, slices)])
 
 
-def even_slices(topology: Topology, costs: Costs) -> list[int]:
-    """Into how many slices all ranks may split heads."""
-    _, each, _ = grid(np.arange(topology.ranks), topology).shape
-    return [slices for slices in costs.ways(each) if topology.ranks % slices == 0]
+def slices_if_even(lengths: Array, topology: Topology, costs: Costs, settled: bool) -> int:
+    """Into how many slices all ranks had best split heads (`Costs.shared`)."""
+    rows, each, _ = grid(np.arange(topology.ranks), topology).shape
+    ways = [slices for slices in costs.ways(each) if topology.ranks % slices == 0]
+    seconds = [costs.shared(lengths, rows, each, slices, settled).sum() for slices in ways]
+    return ways[int(np.argmin(seconds))]
 
 
 def where_they_lie(lengths: Array, bounds: Array, topology: Topology) -> Owners:

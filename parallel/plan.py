@@ -142,12 +142,11 @@ def _cheapest(
             best, least = made, seconds
         if least <= _ENOUGH * prices.level:
             break
-    found = [] if best is None else [best]
     if best is None:  # only an even split fits
-        for slices in placing.even_slices(topology, costs):
-            owners = placing.even(len(lengths), topology, slices)
-            found.append(build("balanced", lengths, owners, topology, by_node, routing))
-    in_waves = [replace(made, waves=waves) for made in found for waves in _waves(made, costs)]
+        slices = placing.slices_if_even(lengths, topology, costs, not by_node)
+        owners = placing.even(len(lengths), topology, slices)
+        best = build("balanced", lengths, owners, topology, by_node, routing)
+    in_waves = [replace(best, waves=waves) for waves in _waves(best, costs)]
     return min(in_waves, key=lambda made: price(made, costs).seconds)
 
 

@@ -17,7 +17,8 @@ from parallel.cost import Costs, price
 from parallel.heads import split
 from parallel.layout import Plan, Topology
 from parallel.models import MODELS, clusters, load_cluster
-from parallel.plan import Strategy, plan
+from parallel.placing import even
+from parallel.plan import Strategy, build, plan
 from parallel.strategies import STRATEGIES, Case, lower_bound, our_plan, price_plan
 
 lengths_of_a_batch = st.lists(st.integers(1, 20000), min_size=1, max_size=30)
@@ -78,6 +79,17 @@ def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bou
     ours = rows.pop("headrace")
     assert ours["step_ms"] < min(row["step_ms"] for row in rows.values())
     assert ours["over_bound"] <= over_bound
+
+
+def test_where_only_an_even_split_fits_heads_are_split_too() -> None:
+    """Four sequences want 17 nodes of 16: all go on all ranks, by heads inside a node."""
+    case = a_case([47375, 31687, 28351, 23659], gpus=128)
+    made = our_plan(case)
+    (ring,) = made.rings
+    assert len(ring.sequences) == 4
+    assert ring.slices > 1
+    undivided = build("even", case.lengths, even(4, case.topology), case.topology, True)
+    assert price_plan(case, made).seconds < 0.7 * price_plan(case, undivided).seconds
 
 
 @pytest.mark.parametrize("gpus", [12, 20, 14])
