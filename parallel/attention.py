@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +19,6 @@ from parallel.rings import Share, ring_attention, share
 from parallel.stream import Shard, View
 from parallel.ulysses import ulysses_attention
 
-# The strategies under which tokens stay in the stream's layout, or leave it by heads alone.
-IN_PLACE = ("allgather", "ulysses")
-
 
 def across_ranks(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, view: View, window: int | None
@@ -32,14 +28,20 @@ def across_ranks(
     Under a window a token's work is bounded and the stream's layout is even already: a rank
     fetches the windows that reach into its shard, whatever the strategy.
     """
+    moved = planned(view, q.shape[2], k.shape[2], window)
+    if moved is not None:
+        every = Waves(0, moved.waves, moved.waves)
+        moved.send(every, q[0], k[0], v[0])
+        return moved.receive(every).unsqueeze(0)
     if window is not None or view.attention == "allgather":
         return _fetch(q, k, v, shard, view, window)
-    if view.attention == "ulysses":
-        return ulysses_attention(q[0], k[0], v[0], view).unsqueeze(0)
-    planned = Planned(view, q.shape[2], k.shape[2])
-    every = Waves(0, planned.waves, planned.waves)
-    planned.send(every, q[0], k[0], v[0])
-    return planned.receive(every).unsqueeze(0)
+    return ulysses_attention(q[0], k[0], v[0], view).unsqueeze(0)
+
+
+def planned(view: View, heads: int, kv_heads: int, window: int | None) -> Planned | None:
+    """None where tokens stay in the stream's layout, or leave it by heads alone."""
+    stay = window is not None or view.attention in ("allgather", "ulysses")
+    return None if stay else Planned(view, heads, kv_heads)
 
 
 def _fetch(q: Tensor, k: Tensor, v: Tensor, shard: Shard, view: View, window: int | None) -> Tensor:
@@ -102,16 +104,9 @@ class Planned:
         self.view = view
         # A plan's waves are those of one kind of layer; another may have fewer heads.
         self.waves = math.gcd(view.plan.waves, heads, kv_heads)
-        heads, kv_heads = heads // self.waves, kv_heads // self.waves
-        pieces = {ring.slices for ring in view.plan.rings}
-        uneven = any(heads % n or (kv_heads % n and n % kv_heads) for n in pieces)
-        self._heads = heads
-        self._tables = [
-            # Uneven slices have other heads in every wave (`split`).
-            view.once(key, partial(_tables, view, *key[1:]))
-            for wave in range(self.waves)
-            for key in [("planned", heads, kv_heads, wave if uneven else 0)]
-        ]
+        self._heads, kv_heads = heads // self.waves, kv_heads // self.waves
+        key = ("planned", self._heads, kv_heads, self.waves)
+        self._tables = view.once(key, lambda: _by_wave(view, *key[1:]))
         self._coming: deque[Journey] = deque()
         self._going: list[Journey] = []
 
@@ -167,6 +162,14 @@ def _blocks(x: Tensor, blocks: list[_Block], by_head: bool, which: str) -> Itera
     parts = x.split([tokens * heads if by_head else tokens for tokens, heads in sizes])
     for part, size in zip(parts, sizes, strict=True):
         yield part.unflatten(0, size) if by_head else part
+
+
+def _by_wave(view: View, heads: int, kv_heads: int, waves: int) -> list[_Tables]:
+    """The tables of each wave; uneven slices have other heads in every one (`split`)."""
+    pieces = {ring.slices for ring in view.plan.rings}
+    if any(heads % n or (kv_heads % n and n % kv_heads) for n in pieces):
+        return [_tables(view, heads, kv_heads, wave) for wave in range(waves)]
+    return [_tables(view, heads, kv_heads, 0)] * waves
 
 
 def _tables(view: View, heads: int, kv_heads: int, wave: int) -> _Tables:

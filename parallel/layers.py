@@ -179,8 +179,7 @@ class SoftmaxAttention:
 
     def __init__(self, shard: Shard, heads: int, kv_heads: int, window: int | None = None) -> None:
         self._shard, self._window, view = shard, window, shard.view
-        moves = view is not None and window is None and view.attention not in attention.IN_PLACE
-        self._planned = attention.Planned(view, heads, kv_heads) if view and moves else None
+        self._planned = attention.planned(view, heads, kv_heads, window) if view else None
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
         every = self._planned.waves if self._planned else 1
         self.leaving, self.arriving = (

@@ -43,26 +43,35 @@ class Cluster:
         )
 
     def costs(
-        self, pair_flops: float, qkv_flops: float = 0.0, o_flops: float = 0.0, **layer: Any
+        self, heads: int, kv_heads: int, head_dim: int, dim: int, number_bytes: int = _E
     ) -> Costs:
-        """What the planner weighs here for a layer with so many FLOPs a query-key pair.
+        """What the planner weighs here for a layer of full attention.
 
         Args:
-            qkv_flops, o_flops: FLOPs a token of the projections to q, k and v and from o, if
-                they are made wave by wave.
+            dim: of what q, k and v are projected from and o to, wave by wave; 0 if not so.
+            number_bytes: of an activation.
         """
         nic = self.nic_gbit / 8 * 1e9 * self.network
+        to_qkv, from_o = _projections(heads, kv_heads, head_dim, dim)
         return Costs(
-            pair=pair_flops / (self.tflops * 1e12 * self.attention),
-            to_qkv=qkv_flops / self.matmul_flops,
-            from_o=o_flops / self.matmul_flops,
+            pair=4.0 * heads * head_dim / (self.tflops * 1e12 * self.attention),
+            q_bytes=float(number_bytes * heads * head_dim),
+            kv_bytes=float(number_bytes * 2 * kv_heads * head_dim),
+            heads=heads,
+            kv_heads=kv_heads,
+            to_qkv=to_qkv / self.matmul_flops,
+            from_o=from_o / self.matmul_flops,
             inside=self.inside_gb * 1e9,
             between=self.nics * nic,
             nic=nic,
             latency_inside=self.latency_inside_us * 1e-6,
             latency_between=self.latency_between_us * 1e-6,
-            **layer,
         )
+
+
+def _projections(heads: int, kv_heads: int, head_dim: int, dim: int) -> tuple[float, float]:
+    """FLOPs a token, forward, of the projections to q, k and v, and from o."""
+    return 2.0 * dim * head_dim * (heads + 2 * kv_heads), 2.0 * dim * head_dim * heads
 
 
 @dataclass(frozen=True)
@@ -91,19 +100,10 @@ class Model:
         return self.layers - self.full_layers
 
     @property
-    def qkv_flops(self) -> float:
-        """FLOPs a token of one block's projections to q, k and v, forward."""
-        return 2.0 * self.dim * self.head_dim * (self.heads + 2 * self.kv_heads)
-
-    @property
-    def o_flops(self) -> float:
-        """The same of the projection from o."""
-        return 2.0 * self.dim * self.head_dim * self.heads
-
-    @property
     def dense_flops(self) -> float:
         """FLOPs a token of one block's projections and MLP, forward."""
-        return self.qkv_flops + self.o_flops + 6.0 * self.dim * self.mlp_dim
+        projections = _projections(self.heads, self.kv_heads, self.head_dim, self.dim)
+        return sum(projections) + 6.0 * self.dim * self.mlp_dim
 
     @property
     def head_flops(self) -> float:
@@ -198,13 +198,5 @@ def _read(path: Path, schema: type, unknown: str) -> dict[str, Any]:
 
 def costs(cluster: Cluster, model: Model, routed: bool = False) -> Costs:
     """What the planner weighs for a model on a cluster."""
-    return cluster.costs(
-        pair_flops=4.0 * model.heads * model.head_dim,
-        qkv_flops=model.qkv_flops,
-        o_flops=model.o_flops,
-        q_bytes=float(_E * model.heads * model.head_dim),
-        kv_bytes=float(_E * 2 * model.kv_heads * model.head_dim),
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        routed=routed,
-    )
+    found = cluster.costs(model.heads, model.kv_heads, model.head_dim, model.dim)
+    return replace(found, routed=routed)

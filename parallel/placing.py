@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.cost import Costs
 from parallel.layout import Array, Topology
 from parallel.prices import Prices
 
@@ -58,17 +57,12 @@ class Owners:
         return b"".join([shapes, *(x.tobytes() for x in (self.owner, *self.grids))])
 
 
-def even(count: int, topology: Topology, slices: int = 1) -> Owners:
-    """Every sequence on all ranks."""
-    return Owners(np.full(count, -1), [grid(np.arange(topology.ranks), topology, slices)])
-
-
-def slices_if_even(lengths: Array, topology: Topology, costs: Costs, settled: bool) -> int:
-    """Into how many slices all ranks had best split heads (`Costs.shared`)."""
-    rows, each, _ = grid(np.arange(topology.ranks), topology).shape
-    ways = [slices for slices in costs.ways(each) if topology.ranks % slices == 0]
-    seconds = [costs.shared(lengths, rows, each, slices, settled).sum() for slices in ways]
-    return ways[int(np.argmin(seconds))]
+def even(count: int, topology: Topology, prices: Prices | None = None) -> Owners:
+    """Every sequence on all ranks; heads are split as makes it quickest, if prices are given."""
+    ranks = np.arange(topology.ranks)
+    rows, each, _ = grid(ranks, topology).shape
+    slices = prices.together(rows, each) if prices is not None else 1
+    return Owners(np.full(count, -1), [grid(ranks, topology, slices)])
 
 
 def where_they_lie(lengths: Array, bounds: Array, topology: Topology) -> Owners:

@@ -143,8 +143,7 @@ def _cheapest(
         if least <= _ENOUGH * prices.level:
             break
     if best is None:  # only an even split fits
-        slices = placing.slices_if_even(lengths, topology, costs, not by_node)
-        owners = placing.even(len(lengths), topology, slices)
+        owners = placing.even(len(lengths), topology, Prices(lengths, topology, costs, not by_node))
         best = build("balanced", lengths, owners, topology, by_node, routing)
     in_waves = [replace(best, waves=waves) for waves in _waves(best, costs)]
     return min(in_waves, key=lambda made: price(made, costs).seconds)

@@ -102,13 +102,6 @@ def filled(lengths: Array, ranks: int) -> Array:
 
 def _costs(model: FullAttention, device: str) -> Costs:
     """Of one full-attention layer of the model on the cluster that such devices make up."""
-    width = model.number_bytes * model.head_dim
     return cluster_of(device).costs(
-        pair_flops=4.0 * model.heads * model.head_dim,
-        qkv_flops=2.0 * model.dim * model.head_dim * (model.heads + 2 * model.kv_heads),
-        o_flops=2.0 * model.dim * model.head_dim * model.heads,
-        q_bytes=float(width * model.heads),
-        kv_bytes=float(2 * width * model.kv_heads),
-        heads=model.heads,
-        kv_heads=model.kv_heads,
+        model.heads, model.kv_heads, model.head_dim, model.dim, model.number_bytes
     )

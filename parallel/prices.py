@@ -36,6 +36,17 @@ class Prices:
 
     def on(self, n: Array, nodes: Array | int, each: int) -> tuple[Array, Array]:
         """Seconds of n tokens on nodes · each ranks, and the slices that make them fewest."""
+        ways, seconds = self._by_slices(n, nodes, each)
+        best = seconds.argmin(axis=0)
+        return np.take_along_axis(seconds, best[None], axis=0)[0], np.array(ways)[best]
+
+    def together(self, nodes: int, each: int) -> int:
+        """The slices that make all sequences quickest where nodes · each ranks share each."""
+        ways, seconds = self._by_slices(self.lengths, nodes, each)
+        return ways[int(seconds.sum(axis=1).argmin())]
+
+    def _by_slices(self, n: Array, nodes: Array | int, each: int) -> tuple[list[int], Array]:
+        """The numbers of slices, and seconds of n tokens with each of them."""
         size = nodes * np.asarray(each)
         found = []
         ways = [h for h in self.costs.ways(each) if h <= self.slices]
@@ -44,9 +55,7 @@ class Prices:
             rounded = np.where(fits, nodes, max(1, h // each))
             seconds = self.costs.shared(n, rounded, each, h, self.settled)
             found.append(np.where(fits, seconds, np.inf))
-        seconds = np.stack(found)
-        best = seconds.argmin(axis=0)
-        return np.take_along_axis(seconds, best[None], axis=0)[0], np.array(ways)[best]
+        return ways, np.stack(found)
 
     def of(self, nodes: int, each: int) -> tuple[Array, Array]:
         """Of each sequence on nodes · each ranks: seconds and slices, (N,) each."""

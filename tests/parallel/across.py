@@ -5,14 +5,19 @@ Functions here run on every rank; a test hands them to its ranks.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from parallel import FullAttention, ParallelConfig, Planner, Shard, World, distribute
+from parallel.layout import Plan
+from parallel.plan import plan
 
 # Streams of every shape: a sequence over all ranks, many short ones, a mixture, lengths
 # divisible by nothing, shards of one to three tokens, fewer tokens than ranks.
@@ -25,6 +30,27 @@ STREAMS = [
     [2, 5, 1],
     [1, 0, 1],
 ]
+
+
+def plans_in_waves(waves: int) -> AbstractContextManager[object]:
+    """Every plan made meanwhile has so many waves of heads."""
+
+    def planned(*arguments: Any, **more: Any) -> Plan:
+        return dataclasses.replace(plan(*arguments, **more), waves=waves)
+
+    return mock.patch("parallel.planner.plan", planned)
+
+
+def noting(told: list[str], owner: type, name: str, what: str) -> AbstractContextManager[object]:
+    """Calls of a function of `owner` are told, in their order."""
+    real = getattr(owner, name)
+
+    def noted(*arguments: Any) -> Any:
+        told.append(what)
+        return real(*arguments)
+
+    return mock.patch.object(owner, name, noted)
+
 
 Layer = Callable[[dict[str, Tensor], Shard], Tensor]
 Whole = Callable[[dict[str, Tensor], Tensor], Tensor]

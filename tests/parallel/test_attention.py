@@ -24,7 +24,7 @@ from parallel.layout import Plan, Topology
 from parallel.placing import Owners, grid
 from parallel.plan import Strategy, build, plan
 from parallel.rings import ring_attention, share
-from tests.parallel.across import STREAMS, difference
+from tests.parallel.across import STREAMS, difference, noting, plans_in_waves
 from train.model.config import ModelConfig
 from train.model.linear import _Columns, _Rows
 from train.model.mixers import make
@@ -289,23 +289,11 @@ def calls_of_a_layer(world: World, waves: int) -> list[str]:
     """What one layer of attention does, forward and backward, in the order of its calls."""
     told: list[str] = []
 
-    def noting(owner: type, name: str, what: str) -> typing.ContextManager[object]:
-        real = getattr(owner, name)
-
-        def noted(*arguments: object) -> object:
-            told.append(what)
-            return real(*arguments)
-
-        return mock.patch.object(owner, name, noted)
-
-    def planned(*arguments: typing.Any, **more: typing.Any) -> Plan:
-        return dataclasses.replace(plan(*arguments, **more), waves=waves)
-
     settings = {"attention": {"heads": 4, "head_dim": DIM}}
     mixer = make("attention", ModelConfig(pattern=["attention"], dim=16, mixers=settings), 0)
     count = np.arange(48)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("parallel.planner.plan", planned))
+        stack.enter_context(plans_in_waves(waves))
         _, _, shard = distribute(count, count, np.array([0, 29, 48]), world, ParallelConfig())
         for owner, name, what in (
             (Journey, "start", "departs"),
@@ -316,7 +304,7 @@ def calls_of_a_layer(world: World, waves: int) -> list[str]:
             (_Columns, "forward", "from o"),
             (_Columns, "backward", "from o"),
         ):
-            stack.enter_context(noting(owner, name, what))
+            stack.enter_context(noting(told, owner, name, what))
         x = torch.randn(1, shard.tokens, 16, requires_grad=True)
         mixer(x, shard).sum().backward()
     return told

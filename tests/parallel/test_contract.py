@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,8 +17,7 @@ from torch import Tensor
 
 from parallel import ParallelConfig, World, distribute
 from parallel.config import Attention
-from parallel.layout import Plan
-from parallel.plan import plan
+from tests.parallel.across import plans_in_waves
 from tests.streams import Stream, streams
 from train.config import ZeroConfig
 from train.engine import Engine
@@ -122,11 +119,7 @@ def plain(accumulate: int, family: str | None) -> Course:
 def shared(world: World, setting: Setting) -> Course:
     world = dataclasses.replace(world, ranks_per_node=setting.each or world.size)
     config = ParallelConfig(attention=setting.attention)
-
-    def planned(*arguments: Any, **more: Any) -> Plan:
-        return dataclasses.replace(plan(*arguments, **more), waves=setting.waves)
-
-    with mock.patch("parallel.planner.plan", planned):
+    with plans_in_waves(setting.waves):
         return course(world, config, setting)
 
 

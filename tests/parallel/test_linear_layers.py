@@ -18,7 +18,7 @@ from parallel import ParallelConfig, Shard, World, distribute
 from parallel.chain import _Way
 from parallel.config import Attention
 from parallel.exchange import sent_bytes
-from tests.parallel.across import STREAMS, difference
+from tests.parallel.across import STREAMS, difference, noting
 from train.model.config import ModelConfig
 from train.model.linear import _Rows
 from train.model.mixers import make
@@ -190,7 +190,7 @@ def test_linear_layers_send_states_alone(ranks, length: int) -> None:
 def calls_of_a_layer(world: World) -> list[str]:
     """What one gated layer does while states travel, forward and backward."""
     told: list[str] = []
-    turn, back, world = _Way._turn, _Rows.backward, dataclasses.replace(world, ranks_per_node=1)
+    turn, world = _Way._turn, dataclasses.replace(world, ranks_per_node=1)
 
     def noted_turn(way: _Way) -> Callable[[], dict]:
         told.append("turn")
@@ -202,15 +202,6 @@ def calls_of_a_layer(world: World) -> list[str]:
 
         return noted
 
-    def piece(*arguments: object) -> object:
-        told.append("piece")
-        return back(*arguments)
-
-    class Noted(Later):
-        def __call__(self, piece: int, pieces: int) -> None:
-            told.append("piece")
-            super().__call__(piece, pieces)
-
     settings = {"gated_deltanet": {"heads": 2, "head_dim": 4, "conv_size": 0}}
     config = ModelConfig(pattern=["gated_deltanet"], dim=16, mixers=settings)
     mixer = make("gated_deltanet", config, 0)
@@ -219,8 +210,8 @@ def calls_of_a_layer(world: World) -> list[str]:
     x = torch.randn(1, shard.tokens, 16, requires_grad=True)
     with (
         mock.patch.object(_Way, "_turn", noted_turn),
-        mock.patch.object(_Rows, "backward", piece),
-        mock.patch("train.model.mixers.gated_deltanet.Later", Noted),
+        noting(told, Later, "__call__", "piece"),
+        noting(told, _Rows, "backward", "piece"),
     ):
         mixer(x, shard).sum().backward()
     return told

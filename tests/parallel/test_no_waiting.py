@@ -23,9 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import ParallelConfig, World, distribute
-from tests.parallel.test_contract import FAMILIES, MODEL, VOCABULARY
-from train.model.config import ModelConfig
-from train.model.transformer import Model
+from tests.parallel.test_contract import FAMILIES, VOCABULARY, model
 
 ROOT = Path(__file__).parents[2]
 READ_BY_THE_HOST = {
@@ -96,16 +94,12 @@ def called_from() -> str:
 
 def waits(world: World, family: str | None, attention: str, recompute: bool) -> list[str]:
     world = dataclasses.replace(world, ranks_per_node=2)
-    config = MODEL
-    if family is not None:
-        mixers = FAMILIES[family]
-        config = ModelConfig(pattern=list(mixers), layers=len(mixers), dim=24, mixers=mixers)
-    model = Model(dataclasses.replace(config, checkpoint_activations=recompute), VOCABULARY)
+    net = model(family, recompute)
     tokens = np.arange(101) % VOCABULARY
     cu_seqlens = np.array([0, 61, 64, 101])
     parallel = ParallelConfig(attention=attention)  # type: ignore[arg-type]
     with Watch() as watch:  # tables that are made once a batch are made here too
-        model(*distribute(tokens, tokens, cu_seqlens, world, parallel))[0].backward()
+        net(*distribute(tokens, tokens, cu_seqlens, world, parallel))[0].backward()
     return watch.waits
 
 
