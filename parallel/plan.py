@@ -190,7 +190,7 @@ def build(
         pinned = np.full(len(lengths), not by_node)
         for ring in rings:
             # Where slices of heads lie on several nodes, all tokens cross: best over all NICs.
-            if routing and ring.slices > topology.ranks_per_node:
+            if routing and np.ptp(topology.node(ring.ranks), axis=2).any():
                 pinned[ring.sequences] = True
         stream = near_home(home, topology, pinned, routing)
     cu_seqlens = np.append(0, np.cumsum(lengths))
