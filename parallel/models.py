@@ -12,7 +12,9 @@ import yaml
 from parallel.cost import Costs
 
 CLUSTERS = Path(__file__).parent / "clusters"
+MEMORY_SLACK = 0.15  # how far a rank's activations may exceed the even share
 _E = 2  # bytes of a bf16 number
+_AT_WORK = 3  # times q, k, v and o that the backward pass of a layer takes while it runs
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,20 @@ MODELS = {
     "hybrid-7b": _llama(32, 4096, 11008, full_every=4),
     "hybrid-7b-gqa": _llama(32, 4096, 14336, kv_heads=8, full_every=4),
 }
+
+
+def slack(kept: float, layer: float, others: float) -> float:
+    """How far a rank's tokens in full attention may exceed the even share, for activations.
+
+    They are kept within `MEMORY_SLACK`; q, k, v and o of these layers are but a part of them.
+
+    Args:
+        kept: of q, k, v and o of a token, in all layers that keep them at a time.
+        layer: of these, in one layer.
+        others: of all else that a token leaves behind for the backward pass, in the same units.
+    """
+    uneven = kept + _AT_WORK * layer
+    return MEMORY_SLACK * (uneven + others) / uneven
 
 
 def clusters() -> list[str]:

@@ -96,23 +96,27 @@ class Limits(NamedTuple):
         tokens: of a node, likewise. What it holds too much crosses between nodes in every layer.
         slices: into how many parts heads may be split, as a share of their number. One head a
             rank leaves nothing to come in waves.
+        slack: how far a rank's tokens may exceed the even share, as a fraction.
     """
 
     nodes: float
     tokens: float
     slices: float = 1.0
+    slack: float = 0.15
 
 
-def balanced(prices: Prices, room: float, limits: Limits) -> Owners:
-    """Place every sequence; see the head of this file.
+def room(lengths: Array, topology: Topology, slack: float) -> float:
+    """Tokens that a rank may hold."""
+    return float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
 
-    Args:
-        room: tokens that a rank should not exceed. Not a promise: the caller checks.
-    """
+
+def balanced(prices: Prices, limits: Limits) -> Owners:
+    """Place every sequence; see the head of this file. That limits are kept is no promise."""
     lengths, topology = prices.lengths, prices.topology
-    placing = _Placing(prices, room)
+    rank_room = room(lengths, topology, limits.slack)
+    placing = _Placing(prices, rank_room)
     share = float(lengths.sum()) / topology.ranks
-    node_room = min(room, limits.tokens * share)
+    node_room = min(rank_room, limits.tokens * share)
     by_length = np.argsort(-lengths, kind="stable")
     by_length = by_length[lengths[by_length] > 0]
     inside = placing.over_nodes(by_length, limits.nodes, node_room)

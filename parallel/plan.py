@@ -28,12 +28,13 @@ Strategy = Literal["balanced", "ring", "even", "allgather"]
 # Placings that are tried, the likeliest first. The longer one sequence may keep its ranks busy
 # beside the even share, the fewer ranks share it and the less moves; where a node may hold more
 # than its share of tokens, fewer sequences are shared; where heads are split less, more of the
-# moves are hidden. The cheapest is taken, or the first that is good enough.
+# moves are hidden; where a rank may hold more, long sequences have fewer ranks. The cheapest is
+# taken, or the first that is good enough.
 _LIMITS = (
     Limits(nodes=1.1, tokens=1.04, slices=0.5),
     Limits(nodes=1.25, tokens=1.0, slices=0.5),
+    Limits(nodes=1.1, tokens=1.2, slices=0.5, slack=0.6),
     Limits(nodes=1.1, tokens=1.0),
-    Limits(nodes=1.0, tokens=1.2),
     Limits(nodes=0.9, tokens=1.0),
     Limits(nodes=1.1, tokens=1.0, slices=0.125),
     Limits(nodes=1.25, tokens=1.2),
@@ -41,13 +42,13 @@ _LIMITS = (
     Limits(nodes=0.7, tokens=1.0, slices=0.5),
     Limits(nodes=1.25, tokens=1.04),
     Limits(nodes=0.3, tokens=1.0),
-    Limits(nodes=0.3, tokens=1.2),
+    Limits(nodes=0.7, tokens=1.2, slack=0.3),
     Limits(nodes=1.6, tokens=1.2),
     Limits(nodes=0.5, tokens=1.0),
-    Limits(nodes=1.6, tokens=1.0),
     Limits(nodes=0.5, tokens=1.2, slices=0.25),
+    Limits(nodes=1.25, tokens=1.2, slack=0.6),
 )
-_ENOUGH = 1.03  # of perfectly even
+_ENOUGH = 1.002  # of perfectly even
 _FEW = 2  # of them are tried of any batch,
 _MANY = 12 << 17  # and of small ones as many as this is times ranks · sequences
 
@@ -72,9 +73,9 @@ def plan(
             stream, which has the batch's order (a rank fetches the keys that come before its
             own).
         costs: what `balanced` weighs; those of a usual layer and cluster unless given.
-        slack: how far a rank's tokens in the attention layout may exceed the even share, as
-            a fraction. Holds for "balanced" but for a rounding of two tokens a sequence on
-            a ring.
+        slack: how far memory lets a rank's tokens in the attention layout exceed the even
+            share, as a fraction. "balanced" keeps to it, but for a rounding of two tokens a
+            sequence on a ring.
         by_node: tokens of the stream stay on the node on which attention wants them, and few
             sequences are cut in it, for layers that pass states on. Else they stay on the
             rank: best for a model of full attention alone.
@@ -114,7 +115,7 @@ def _cheapest(
     routing: bool,
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
-    room = float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
+    room = placing.room(lengths, topology, slack)
     by_slices: dict[float, Prices] = {}
     tried = max(_FEW, _MANY // max(1, len(lengths) * topology.ranks))
     best, least = None, np.inf
@@ -123,7 +124,7 @@ def _cheapest(
         if limits.slices not in by_slices:
             by_slices[limits.slices] = Prices(lengths, topology, costs, not by_node, limits.slices)
         prices = by_slices[limits.slices]
-        owners = placing.balanced(prices, room, limits)
+        owners = placing.balanced(prices, limits._replace(slack=min(slack, limits.slack)))
         if owners.key in seen:
             continue
         seen.add(owners.key)

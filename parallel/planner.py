@@ -11,7 +11,7 @@ import numpy as np
 from parallel.config import ParallelConfig
 from parallel.cost import Costs
 from parallel.layout import Array, Plan, Topology
-from parallel.models import cluster_of
+from parallel.models import MEMORY_SLACK, cluster_of
 from parallel.plan import Strategy, plan
 
 _KEPT = 8  # plans, of which a step uses each once
@@ -25,6 +25,7 @@ class FullAttention:
         heads, kv_heads, head_dim: of such a layer; of several kinds the one with fewest heads.
         dim: of what q, k and v are projected from, and o to, if that is done wave by wave; else 0.
         number_bytes: of an activation, 2 for bf16.
+        slack: how far memory lets a rank's tokens there exceed the even share, as a fraction.
         alone: no layer of another kind mixes tokens (linear attention, a convolution, a
             window), so that no state has to pass: tokens stay on attention's ranks.
     """
@@ -34,6 +35,7 @@ class FullAttention:
     head_dim: int
     dim: int = 0
     number_bytes: int = 2
+    slack: float = MEMORY_SLACK
     alone: bool = False
 
 
@@ -56,6 +58,7 @@ class Planner:
     ) -> None:
         self.config, self.topology = config, topology
         self.costs = _costs(model, device) if model else Costs()
+        self.slack = model.slack if model else MEMORY_SLACK
         self.by_node = model is None or not model.alone
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._plans: OrderedDict[bytes, Future[Plan]] = OrderedDict()
@@ -89,6 +92,7 @@ class Planner:
             self.topology,
             strategy,
             self.costs,
+            self.slack,
             by_node=self.by_node,
             routing=self.config.routing,
         )

@@ -12,7 +12,8 @@ alternative gets the better reading, except where the text says otherwise:
   values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2).
 - hybrid-dp: each sequence on the fewest ranks whose memory holds it, longest first to the
   least busy ones; no layout changes, ranks meet only at the end of a step, and tokens a rank
-  differ (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism).
+  differ (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism). Linear layers
+  pass states on as ours do, over the two chunks that a rank has of a shared sequence.
 - zeppelin: arXiv 2509.21841. Our placing with fixed thresholds stands for its partitioner;
   flat rings with routing; tokens are evened out around each mixing layer. It takes every
   mixing layer for a quadratic one, so in a hybrid's linear layers too tokens are moved, and
@@ -43,7 +44,7 @@ from parallel.cost import (
 )
 from parallel.heads import fractions
 from parallel.layout import Array, Plan, Topology
-from parallel.models import Cluster, Model, costs
+from parallel.models import MEMORY_SLACK, Cluster, Model, costs, slack
 from parallel.ordering import shard_bounds
 from parallel.passing import TURNS, Passing
 from parallel.plan import build, plan
@@ -84,7 +85,6 @@ class Case:
     topology: Topology
     cluster: Cluster
     model: Model
-    memory_slack: float = 0.15
     routing: bool = True
 
     @property
@@ -95,17 +95,14 @@ class Case:
     @property
     def room(self) -> float:
         """Tokens of a rank at which its memory is at the limit, if all layers hold as many."""
-        return float(np.ceil((1 + self.memory_slack) * self.share))
+        return float(np.ceil((1 + MEMORY_SLACK) * self.share))
 
     @property
     def slack(self) -> float:
-        """How uneven full attention's tokens may be for the memory of all layers to keep within.
-
-        q, k, v and o of the full-attention layers are but a part of what a token leaves behind.
-        """
+        """How uneven full attention's tokens may be for the memory of all layers to keep within."""
         model = self.model
-        everything = model.layers * (model.stream_bytes + model.mixer_bytes)
-        return self.memory_slack * everything / (model.full_layers * model.mixer_bytes)
+        others = model.layers * model.stream_bytes + model.linear_layers * model.mixer_bytes
+        return slack(model.full_layers * model.mixer_bytes, model.mixer_bytes, others)
 
     def costs(self, routed: bool = False) -> Costs:
         return costs(self.cluster, self.model, routed)
@@ -143,6 +140,7 @@ def our_plan(case: Case) -> Plan:
         case.lengths,
         case.topology,
         costs=case.costs(),
+        slack=case.slack,
         by_node=case.model.linear_layers > 0,
         routing=case.routing,
     )
@@ -244,10 +242,13 @@ def allgather(case: Case) -> Outcome:
         ranks,
     )
     keys = total * weigh.kv_bytes
-    away = (topology.nodes - 1) / topology.nodes
-    travel = keys * max((ranks - 1) / ranks / weigh.inside, away / weigh.between)
+    # What a node takes from others comes over its ranks' share of the NICs.
+    sizes = np.bincount(topology.node(np.arange(ranks)))
+    away = 1 - sizes / ranks
+    rate = weigh.between * sizes / topology.ranks_per_node
+    travel = keys * max((ranks - 1) / ranks / weigh.inside, float((away / rate).max()))
     sent = full * keys * TRAVEL.sum() * (ranks - 1) / ranks
-    between = full * keys * TRAVEL.sum() * away * topology.nodes
+    between = full * keys * TRAVEL.sum() * float(away.sum())
     return Outcome(
         float(case.linear_seconds(case.share) + full * (BOTH * work.max() + TRAVEL.sum() * travel)),
         full * BOTH * work + case.linear_seconds(case.share),
@@ -258,31 +259,36 @@ def allgather(case: Case) -> Outcome:
 
 
 def hybrid_dp(case: Case) -> Outcome:
-    topology, full, weigh = case.topology, case.model.full_layers, case.costs()
-    ranks, each = topology.ranks, topology.ranks_per_node
-    weigh = weigh.with_heads_together()
-    busy, ready = np.zeros(ranks), np.zeros(ranks)
-    tokens = np.zeros(ranks)
+    topology, model, weigh = case.topology, case.model, case.costs().with_heads_together()
+    ranks, full = topology.ranks, model.full_layers
+    busy, ready, tokens = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     inside = between = fullest = 0.0
-    for n in np.sort(case.lengths[case.lengths > 0])[::-1].astype(float):
+    for n in np.sort(case.lengths[case.lengths > 0])[::-1].tolist():
         size = 1
         while size < ranks and n / size > case.room:
             size *= 2
         size = min(size, ranks)
-        groups = ready[: ranks // size * size].reshape(-1, size).max(axis=1)
-        mine = slice(int(groups.argmin()) * size, (int(groups.argmin()) + 1) * size)
-        nodes = max(1, size // each)
-        seconds = float(weigh.shared(np.array(n), nodes, min(size, each), 1, True))
-        chunks = 2 * size if size > 1 else 1
-        work = BOTH * weigh.pair * n * (n + 1) / 2 / size * (1 + weigh.half * chunks / n)
+        first = int(ready[: ranks // size * size].reshape(-1, size).max(axis=1).argmin())
+        mine = slice(first * size, (first + 1) * size)
         linear = float(case.linear_seconds(n / size))
+        if size == 1:
+            seconds = work = BOTH * float(weigh.attention(np.array(0), np.array(n)))
+        else:
+            group = replace(
+                case, lengths=np.array([n]), topology=Topology(size, topology.ranks_per_node)
+            )
+            owners = placing.even(1, group.topology)
+            made = build("hybrid-dp", group.lengths, owners, group.topology, by_node=False)
+            layer = price(made, weigh)
+            seconds, work = float(layer.finish.max(axis=1).sum()), layer.arithmetic.sum(axis=0)
+            states, *passed = states_passed(group, made)
+            linear += model.linear_layers * states
+            inside += full * float(layer.traffic.inside.sum()) + model.linear_layers * passed[0]
+            between += full * float(layer.traffic.between.sum()) + model.linear_layers * passed[1]
         ready[mine] = ready[mine].max() + full * seconds + linear
         busy[mine] += full * work + linear
         tokens[mine] += n / size
         fullest = max(fullest, n / size)
-        sent = full * n * weigh.kv_bytes * TRAVEL.sum()
-        between += sent * nodes if size > each else 0.0
-        inside += sent * (size - 1)
     # A rank takes its sequences in micro-batches of what its memory holds.
     held = max(fullest, min(case.room, float(tokens.max())))
     return Outcome(float(ready.max()), busy, inside, between, case.memory(held, held))
@@ -298,10 +304,9 @@ def zeppelin_states(case: Case) -> Outcome:
 
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     model, weigh = case.model, case.costs(routed=True).with_heads_together()
-    room = (1 + case.slack) * case.share
-    limits = placing.Limits(nodes=1.0, tokens=1.15)
+    limits = placing.Limits(nodes=1.0, tokens=1.15, slack=case.slack)
     prices = Prices(case.lengths, case.topology, weigh, settled=True)
-    owners = placing.balanced(prices, room, limits)
+    owners = placing.balanced(prices, limits)
     made = build("zeppelin", case.lengths, owners, case.topology, by_node=False)
     flat = tuple(
         replace(ring, ranks=ring.ranks.reshape(1, -1, 1)) if len(ring.ranks) > 1 else ring

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from parallel import FullAttention, ParallelConfig, Planner, World
+from parallel.models import slack
 from train.model.mixers import attention
 from train.model.transformer import Model
 
@@ -28,5 +29,20 @@ def _full_attention(model: Model, dtype: torch.dtype) -> FullAttention | None:
         head_dim=fewest.head_dim,
         dim=model.config.dim if all(mixer.by_wave for mixer in full) else 0,
         number_bytes=dtype.itemsize,
+        slack=_slack(model, full),
         alone=len(full) == len(mixers),
     )
+
+
+def _slack(model: Model, full: list[attention.Mixer]) -> float:
+    """How far memory lets tokens of full attention exceed the even share, on the safe side.
+
+    A block leaves behind at least its input, that of its MLP and a norm's output, and three times
+    the width of its MLP; where activations are made anew, its input, but for the block at work.
+    """
+    each = [2 * (mixer.heads + mixer.kv_heads) * mixer.head_dim for mixer in full]
+    dim = model.config.dim
+    blocks = [3 * (dim + block.mlp.out.in_features) for block in model.blocks]
+    if model.config.checkpoint_activations:
+        return slack(max(each), max(each), len(blocks) * dim + min(blocks))
+    return slack(sum(each), max(each), sum(blocks))

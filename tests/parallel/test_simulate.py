@@ -82,14 +82,19 @@ def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bou
 
 
 def test_where_only_an_even_split_fits_heads_are_split_too() -> None:
-    """Four sequences want 17 nodes of 16: all go on all ranks, by heads inside a node."""
+    """Four sequences want 17 nodes of 16: all go on all ranks, by heads inside a node.
+
+    Where memory has room for more of attention's tokens, it is less.
+    """
     case = a_case([47375, 31687, 28351, 23659], gpus=128)
-    made = our_plan(case)
+    made = plan(case.lengths, case.topology, costs=case.costs())
     (ring,) = made.rings
     assert len(ring.sequences) == 4
     assert ring.slices > 1
     undivided = build("even", case.lengths, even(4, case.topology), case.topology, True)
     assert price_plan(case, made).seconds < 0.7 * price_plan(case, undivided).seconds
+    assert case.slack > 0.15
+    assert price_plan(case, our_plan(case)).seconds < 0.8 * price_plan(case, made).seconds
 
 
 @pytest.mark.parametrize("gpus", [12, 20, 14])
