@@ -97,12 +97,15 @@ class Limits(NamedTuple):
         slices: into how many parts heads may be split, as a share of their number. One head a
             rank leaves nothing to come in waves.
         slack: how far a rank's tokens may exceed the even share, as a fraction.
+        rows: of ranks that a node is taken apart into. A ring over nodes is one of whole rows:
+            of two on each node it may have three.
     """
 
     nodes: float
     tokens: float
     slices: float = 1.0
     slack: float = 0.15
+    rows: int = 1
 
 
 def room(lengths: Array, topology: Topology, slack: float) -> float:

@@ -28,8 +28,9 @@ Strategy = Literal["balanced", "ring", "even", "allgather"]
 # Placings that are tried, the likeliest first. The longer one sequence may keep its ranks busy
 # beside the even share, the fewer ranks share it and the less moves; where a node may hold more
 # than its share of tokens, fewer sequences are shared; where heads are split less, more of the
-# moves are hidden; where a rank may hold more, long sequences have fewer ranks. The cheapest is
-# taken, or the first that is good enough.
+# moves are hidden; where a rank may hold more, long sequences have fewer ranks; of rows of a node
+# a ring may have more nearly as many as it needs. The cheapest is taken, or the first that is
+# good enough.
 _LIMITS = (
     Limits(nodes=1.25, tokens=1.0, slices=0.5),
     Limits(nodes=1.1, tokens=1.0, slices=0.5, slack=0.3),
@@ -37,6 +38,8 @@ _LIMITS = (
     Limits(nodes=1.0, tokens=1.0, slack=0.3),
     Limits(nodes=1.1, tokens=1.04, slices=0.5),
     Limits(nodes=1.6, tokens=1.2),
+    Limits(nodes=1.1, tokens=1.0, slices=0.5, slack=0.3, rows=2),
+    Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=4),
     Limits(nodes=0.3, tokens=1.2, slices=0.5),
     Limits(nodes=1.25, tokens=1.2),
     Limits(nodes=0.9, tokens=1.04),
@@ -47,6 +50,8 @@ _LIMITS = (
     Limits(nodes=1.1, tokens=1.4, slack=0.3),
     Limits(nodes=1.25, tokens=1.04),
     Limits(nodes=1.1, tokens=1.2, slices=0.5, slack=0.6),
+    Limits(nodes=1.6, tokens=1.4, slices=0.5, slack=0.3, rows=2),
+    Limits(nodes=1.1, tokens=1.04, slices=0.5, rows=2),
 )
 _ENOUGH = 1.002  # of perfectly even
 _FEW = 2  # of them are tried of any batch,
@@ -116,14 +121,17 @@ def _cheapest(
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
     room = placing.room(lengths, topology, slack)
-    by_slices: dict[float, Prices] = {}
+    of: dict[tuple[float, int], Prices] = {}
     tried = max(_FEW, _MANY // max(1, len(lengths) * topology.ranks))
     best, least = None, np.inf
     seen: set[bytes] = set()
     for limits in _LIMITS[:tried]:
-        if limits.slices not in by_slices:
-            by_slices[limits.slices] = Prices(lengths, topology, costs, not by_node, limits.slices)
-        prices = by_slices[limits.slices]
+        if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
+            continue
+        key = limits.slices, limits.rows
+        if key not in of:
+            of[key] = Prices(lengths, *_in_rows(topology, costs, limits.rows), not by_node, key[0])
+        prices = of[key]
         owners = placing.balanced(prices, limits._replace(slack=min(slack, limits.slack)))
         if owners.key in seen:
             continue
@@ -148,6 +156,12 @@ def _cheapest(
         best = build("balanced", lengths, owners, topology, by_node, routing)
     in_waves = [replace(best, waves=waves) for waves in _waves(best, costs)]
     return min(in_waves, key=lambda made: price(made, costs).seconds)
+
+
+def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Costs]:
+    """Rows of ranks as if each were a node, with its share of the NICs."""
+    each = topology.ranks_per_node // rows
+    return Topology(topology.ranks, each), replace(costs, between=costs.between / rows)
 
 
 def _waves(found: Plan, costs: Costs) -> list[int]:
