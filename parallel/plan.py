@@ -54,8 +54,8 @@ _LIMITS = (
     Limits(nodes=1.1, tokens=1.04, slices=0.5, rows=2),
 )
 _ENOUGH = 1.002  # of perfectly even
-_FEW = 2  # of them are tried of any batch,
-_MANY = 12 << 17  # and of small ones as many as this is times ranks · sequences
+_FEW = 2  # of them are tried of any batch, and of small ones as many as `_MANY` is times
+_MANY, _FIXED = 5 << 18, 400  # ranks · (sequences + `_FIXED`): about half a second's
 
 
 def plan(
@@ -122,7 +122,7 @@ def _cheapest(
     """The cheapest of a few placings, by the cost model."""
     room = placing.room(lengths, topology, slack)
     of: dict[tuple[float, int], Prices] = {}
-    tried = max(_FEW, _MANY // max(1, len(lengths) * topology.ranks))
+    tried = max(_FEW, _MANY // (topology.ranks * (len(lengths) + _FIXED)))
     best, least = None, np.inf
     seen: set[bytes] = set()
     for limits in _LIMITS[:tried]:
