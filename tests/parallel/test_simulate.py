@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel import plan as planning
 from parallel import simulate
 from parallel.__main__ import main
 from parallel.cost import Costs, price
@@ -95,6 +97,16 @@ def test_where_only_an_even_split_fits_heads_are_split_too() -> None:
     assert price_plan(case, made).seconds < 0.7 * price_plan(case, undivided).seconds
     assert case.slack > 0.15
     assert price_plan(case, our_plan(case)).seconds < 0.96 * price_plan(case, made).seconds
+
+
+def test_rings_lie_over_rows_of_a_node_where_they_want_no_whole_one() -> None:
+    """Two sequences want 13 and 11 GPUs of three nodes: whole nodes would leave one idle."""
+    lengths = np.array([25324, 21507, 1386, 935])
+    case = Case(lengths, Topology(24, 8), load_cluster("a800"), MODELS["llama-13b"])
+    whole_nodes = [limits for limits in planning._LIMITS if limits.rows == 1]
+    with mock.patch.object(planning, "_LIMITS", whole_nodes):
+        coarse = our_plan(case)
+    assert price_plan(case, our_plan(case)).seconds < 0.9 * price_plan(case, coarse).seconds
 
 
 @pytest.mark.parametrize("gpus", [12, 20, 14])
