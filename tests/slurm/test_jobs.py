@@ -61,7 +61,8 @@ class Place:
 
     def wait_for_step(self, run: str, step: int, job: str) -> None:
         path = self.folder / "runs" / run / "metrics.jsonl"
-        until(lambda: path.exists() and f'"step": {step},' in path.read_text(), self, job)
+        done = f'"step": {step},'
+        until(lambda: path.exists() and done in path.read_text(), self, job, seconds=300)
 
 
 def until(fact: Callable[[], bool], place: Place, job: str, seconds: float = 120) -> None:
@@ -134,15 +135,16 @@ def test_a_time_limit_leads_to_a_save_a_new_start_and_the_same_losses(
 ) -> None:
     """And scancel, of the run to compare with, to a checkpoint and no new start."""
     endless = ("train.steps=100000", "checkpoint.every=100000", "eval.every=100000")
-    whole = place.train("--nodes=2", run="whole", settings=endless)
     own = place.folder / "limited.yaml"
     own.write_text('base: "tiny run.yaml"\ntrain: {steps: 100000}\n', encoding="utf-8")
-    limited = place.submit(
-        "--nodes=2", "--time=1", "slurm/train.sbatch", own, "run.name=limited", *endless[1:]
-    )
+    submit = ("--nodes=2", "--time=1", "slurm/train.sbatch", own, "run.name=limited", *endless[1:])
+    limited = place.submit(*submit)
     metrics = place.folder / "runs/limited/metrics.jsonl"
 
     def stopped_after_a_step() -> bool:
+        nonlocal limited
+        if cluster.facts(limited)["JobState"] == "TIMEOUT":
+            limited = place.submit(*submit)  # a machine too busy to hear of the end in a minute
         log = place.log(limited)
         if not 0 < log.count(": start ") == log.count("queueing again"):
             return False
@@ -154,6 +156,7 @@ def test_a_time_limit_leads_to_a_save_a_new_start_and_the_same_losses(
     until(stopped_after_a_step, place, limited, seconds=400)
     assert "stopped in time, saved" in place.log(limited)
     assert re.search("stopped by (SIGUSR1|the clock|another rank) at step", place.log(limited))
+    whole = place.train("--nodes=2", run="whole", settings=endless)
     stopped = max(place.losses("limited"))
     assert (place.folder / f"runs/limited/checkpoints/step-{stopped:08d}").is_dir()
     # It would go on like this for hours: let the rest be short.
