@@ -37,6 +37,7 @@ from parallel.heads import fractions
 
 if TYPE_CHECKING:
     from parallel.layout import Array, Layout, Moves, Plan, Ring, Topology
+    from parallel.states import States
 
 BACKWARD = np.array([1.0, 2.5])  # arithmetic of attention: forward, backward
 TRAVEL = np.array([1.0, 2.0])  # what goes round a ring: forward, backward
@@ -46,7 +47,7 @@ _SHOWN = 0.3  # of the moves, where heads come in waves: the first one's overlap
 
 @dataclass(frozen=True)
 class Costs:
-    """What a planner must know of the machine and of one full-attention layer.
+    """What a planner must know of the machine and of a model, by one full-attention layer.
 
     The defaults are a layer of 32 heads of 128, keys and values in 8, bf16, on nodes of
     eight H800 with a 400 Gb NIC each. Only ratios decide between plans, and they change
@@ -66,6 +67,8 @@ class Costs:
         latency_inside, latency_between: seconds before the first byte arrives.
         routed: traffic between nodes is forwarded by all ranks of its nodes, whoever has it.
             Training does not: its plans lay tokens out so that all ranks have their part.
+        flops: FLOPs a second of large matrix products.
+        states: the linear layers beside it, if the model has any.
     """
 
     pair: float = 4 * 32 * 128 / (989e12 * 0.5)
@@ -82,6 +85,8 @@ class Costs:
     latency_inside: float = 10e-6
     latency_between: float = 20e-6
     routed: bool = False
+    flops: float = 989e12 * 0.6
+    states: States | None = None
 
     def with_heads_together(self) -> Costs:
         return replace(self, heads=1, kv_heads=1)

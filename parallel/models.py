@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from parallel.cost import Costs
+from parallel.states import States
 
 CLUSTERS = Path(__file__).parent / "clusters"
 MEMORY_SLACK = 0.15  # how far a rank's activations may exceed the even share
@@ -66,6 +67,7 @@ class Cluster:
             inside=self.inside_gb * 1e9,
             between=self.nics * nic,
             nic=nic,
+            flops=self.matmul_flops,
             latency_inside=self.latency_inside_us * 1e-6,
             latency_between=self.latency_between_us * 1e-6,
         )
@@ -125,9 +127,13 @@ class Model:
         return 2.0 * self.dim * self.head_dim * self.heads
 
     @property
-    def state_bytes(self) -> float:
-        """Bytes of one affine map (M, E) of a linear layer, fp32."""
-        return 4 * self.heads * self.head_dim * 2 * self.head_dim
+    def states(self) -> States | None:
+        """The linear layers as the planner knows them."""
+        if not self.linear_layers:
+            return None
+        one = 4.0 * self.head_dim**2  # bytes of M, and of E, fp32
+        layers = self.linear_layers / max(1, self.full_layers)
+        return States(layers, self.heads, one, one, self.mixer_flops, self.gate_flops)
 
     @property
     def stream_bytes(self) -> float:
@@ -215,4 +221,4 @@ def _read(path: Path, schema: type, unknown: str) -> dict[str, Any]:
 def costs(cluster: Cluster, model: Model, routed: bool = False) -> Costs:
     """What the planner weighs for a model on a cluster."""
     found = cluster.costs(model.heads, model.kv_heads, model.head_dim, model.dim)
-    return replace(found, routed=routed)
+    return replace(found, routed=routed, states=model.states)

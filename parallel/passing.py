@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from parallel.heads import Run, shares
 from parallel.layout import Topology
 
 TURNS = 4
-Item = tuple[str, int]  # "fragment", "run", "entry" (the state of a run) or "state", and its number
+Kind = Literal["fragment", "run", "entry", "state"]  # "entry": the state of a run
+Item = tuple[Kind, int]  # and its number
 Part = tuple[int, Run]  # a rank and the heads that it composes
 
 
@@ -38,6 +39,34 @@ class Message(NamedTuple):
     item: Item
     heads: Run
     whole: bool
+
+
+class Block(NamedTuple):
+    """Items that go to whoever composes their heads, or come from there.
+
+    Attributes:
+        kind: of the items.
+        numbers, holders: of each item, and the rank that has it or wants it.
+        parts: who composes which heads of all of them.
+    """
+
+    kind: Kind
+    numbers: Sequence[int]
+    holders: Sequence[int]
+    parts: list[Part]
+
+    @property
+    def gathered(self) -> bool:
+        return self.kind in ("fragment", "run")
+
+    def messages(self) -> Iterator[Message]:
+        for number, holder in zip(self.numbers, self.holders, strict=True):
+            for rank, heads in self.parts:
+                item = self.kind, number
+                if self.gathered:
+                    yield Message(holder, rank, item, heads, number > 0)
+                else:
+                    yield Message(rank, holder, item, heads, False)
 
 
 class Passing:
@@ -79,36 +108,25 @@ class Passing:
 
     def turns(self) -> list[list[Message]]:
         """The messages of the four turns; those of a rank to itself are copies."""
+        return [[m for block in turn for m in block.messages()] for turn in self.blocks()]
+
+    def blocks(self) -> list[list[Block]]:
+        """The same by who composes."""
+        numbers = range(len(self.runs))
+        maps = [[place for place in run if place < self.last] for run in self.runs]
+        states = [[place for place in run if place > 0] for run in self.runs]
+        # By part of the heads, of every run: who composes them there.
+        across = [[part[0] for part in parts] for parts in zip(*self.parts, strict=True)]
+        above = list(zip(across, self.upper, strict=bool(self.upper)))
         return [
-            list(turn) for turn in (self._maps(), self._runs(), self._entries(), self._states())
+            [self._inside("fragment", x, parts) for x, parts in zip(maps, self.parts, strict=True)],
+            [Block("run", numbers[:-1], ranks[:-1], upper) for ranks, upper in above],
+            [Block("entry", numbers[1:], ranks[1:], upper) for ranks, upper in above],
+            [self._inside("state", x, parts) for x, parts in zip(states, self.parts, strict=True)],
         ]
 
-    def _maps(self) -> Iterator[Message]:
-        for run, parts in zip(self.runs, self.parts, strict=True):
-            for place in run:
-                if place < self.last:
-                    for rank, heads in parts:
-                        item = "fragment", place
-                        yield Message(self.holders[place], rank, item, heads, place > 0)
-
-    def _runs(self) -> Iterator[Message]:
-        for number, parts in enumerate(self.parts[:-1]):
-            for (rank, _), upper in zip(parts, self.upper, strict=True):
-                for composer, heads in upper:
-                    yield Message(rank, composer, ("run", number), heads, number > 0)
-
-    def _entries(self) -> Iterator[Message]:
-        for number, parts in enumerate(self.parts[1:], start=1):
-            for (rank, _), upper in zip(parts, self.upper, strict=True):
-                for composer, heads in upper:
-                    yield Message(composer, rank, ("entry", number), heads, False)
-
-    def _states(self) -> Iterator[Message]:
-        for run, parts in zip(self.runs, self.parts, strict=True):
-            for place in run:
-                if place > 0:
-                    for rank, heads in parts:
-                        yield Message(rank, self.holders[place], ("state", place), heads, False)
+    def _inside(self, kind: Kind, places: Sequence[int], parts: list[Part]) -> Block:
+        return Block(kind, places, [self.holders[place] for place in places], parts)
 
 
 def _divided(ranks: Sequence[int], heads: Run) -> list[Part]:

@@ -20,6 +20,7 @@ from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, m
 from parallel.ordering import in_order, near_home, shard_bounds
 from parallel.placing import Limits, Owners
 from parallel.prices import Prices
+from parallel.states import price_states
 
 __all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Topology", "plan"]
 
@@ -147,6 +148,8 @@ def _cheapest(
             for waves in _waves(made, costs)
             if waves * _slices(made) <= max(costs.kv_heads, _slices(made))
         )
+        if seconds < least and costs.states:
+            seconds += costs.states.layers * price_states(made, costs)[0]
         if seconds < least:
             best, least = made, seconds
         if least <= _ENOUGH * prices.level:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,13 +13,14 @@ from parallel.cost import Costs
 from parallel.layout import Array, Plan, Topology
 from parallel.models import MEMORY_SLACK, cluster_of
 from parallel.plan import Strategy, plan
+from parallel.states import States
 
 _KEPT = 8  # plans, of which a step uses each once
 
 
 @dataclass(frozen=True)
 class FullAttention:
-    """What a planner must know of a model's full-attention layers.
+    """What a planner must know of a model with full-attention layers.
 
     Attributes:
         heads, kv_heads, head_dim: of such a layer; of several kinds the one with fewest heads.
@@ -28,6 +29,7 @@ class FullAttention:
         slack: how far memory lets a rank's tokens there exceed the even share, as a fraction.
         alone: no layer of another kind mixes tokens (linear attention, a convolution, a
             window), so that no state has to pass: tokens stay on attention's ranks.
+        states: what passes from rank to rank in layers of linear attention, if there are any.
     """
 
     heads: int
@@ -37,6 +39,7 @@ class FullAttention:
     number_bytes: int = 2
     slack: float = MEMORY_SLACK
     alone: bool = False
+    states: States | None = None
 
 
 class Planner:
@@ -105,7 +108,8 @@ def filled(lengths: Array, ranks: int) -> Array:
 
 
 def _costs(model: FullAttention, device: str) -> Costs:
-    """Of one full-attention layer of the model on the cluster that such devices make up."""
-    return cluster_of(device).costs(
+    """Of the model on the cluster that such devices make up."""
+    found = cluster_of(device).costs(
         model.heads, model.kv_heads, model.head_dim, model.dim, model.number_bytes
     )
+    return replace(found, states=model.states)

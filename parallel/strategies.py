@@ -33,12 +33,9 @@ import numpy as np
 from parallel import placing
 from parallel.cost import (
     BACKWARD,
-    PRODUCTS,
     TRAVEL,
     Costs,
     LayerPrice,
-    Traffic,
-    move_time,
     price,
     ring_travel,
 )
@@ -46,9 +43,9 @@ from parallel.heads import fractions
 from parallel.layout import Array, Plan, Topology
 from parallel.models import MEMORY_SLACK, Cluster, Model, costs, slack
 from parallel.ordering import shard_bounds
-from parallel.passing import TURNS, Passing
 from parallel.plan import build, plan
 from parallel.prices import Prices
+from parallel.states import price_states
 
 STEP = 3.0  # a dense layer's forward and backward, in units of its forward
 BOTH = float(BACKWARD.sum())
@@ -95,7 +92,7 @@ class Case:
     @property
     def room(self) -> float:
         """Tokens of a rank at which its memory is at the limit, if all layers hold as many."""
-        return float(np.ceil((1 + MEMORY_SLACK) * self.share))
+        return placing.room(self.lengths, self.topology, MEMORY_SLACK)
 
     @property
     def slack(self) -> float:
@@ -154,50 +151,17 @@ def price_plan(case: Case, made: Plan) -> Outcome:
     """A step in which full attention follows a plan and linear layers pass states on."""
     model, full = case.model, case.model.full_layers
     layer = price(made, case.costs())
-    states, inside, between = states_passed(case, made)
+    states, passed = price_states(made, case.costs())
     seconds = case.linear_seconds(float(made.stream.tokens.max())) + full * layer.seconds
+    sent = layer.traffic * full + passed * model.linear_layers
     mixing = (full * made.attention.load + model.linear_layers * made.stream.tokens).max()
     return Outcome(
         float(seconds + model.linear_layers * states),
         full * layer.arithmetic.sum(axis=0) + case.linear_seconds(made.stream.tokens),
-        full * float(layer.traffic.inside.sum()) + model.linear_layers * inside,
-        full * float(layer.traffic.between.sum()) + model.linear_layers * between,
+        float(sent.inside.sum()),
+        float(sent.between.sum()),
         case.memory(float(made.stream.tokens.max()), float(mixing) / model.layers),
     )
-
-
-def states_passed(case: Case, made: Plan) -> tuple[float, float, float]:
-    """Seconds and bytes (inside, between) of one linear layer's states, forward and backward.
-
-    The maps of a rank's fragments cost about half of the mixer's forward pass in either pass.
-    Each turn overlaps a piece of the projection to the gate.
-    """
-    costs, model, ranks = case.costs(), case.model, case.topology.ranks
-    stream, traffic = made.stream, Traffic(np.zeros(ranks), np.zeros(ranks))
-    if not made.crossing:
-        return 0.0, 0.0, 0.0
-    every = np.concatenate(made.crossing)
-    tokens = np.bincount(stream.rank[every], (stream.end - stream.start)[every])
-    seconds = float(tokens.max()) * model.mixer_flops / case.cluster.matmul_flops
-    piece = case.share * model.gate_flops / case.cluster.matmul_flops / TURNS
-    for way, products in zip((1, -1), PRODUCTS.tolist(), strict=True):
-        chains = [
-            Passing(stream.rank[rows][::way].tolist(), model.heads, case.topology).turns()
-            for rows in made.crossing
-        ]
-        for turns in zip(*chains, strict=True):
-            away = [m for turn in turns for m in turn if m.source != m.target]
-            if not away:
-                continue
-            source, target = (np.array([m[end] for m in away]) for end in (0, 1))
-            heads = np.array([(m.heads[1] - m.heads[0]) * (1 + m.whole) for m in away])
-            size = heads / model.heads * model.state_bytes / 2  # M is as large as E
-            spent, sent, _ = move_time(source, target, size, case.topology, costs)
-            far = sent.between.any()
-            spent += costs.latency_between if far else costs.latency_inside
-            seconds += max(0.0, spent - products * piece)
-            traffic += sent
-    return seconds, float(traffic.inside.sum()), float(traffic.between.sum())
 
 
 def even(case: Case) -> Outcome:
@@ -274,17 +238,16 @@ def hybrid_dp(case: Case) -> Outcome:
         if size == 1:
             seconds = work = BOTH * float(weigh.attention(np.array(0), np.array(n)))
         else:
-            group = replace(
-                case, lengths=np.array([n]), topology=Topology(size, topology.ranks_per_node)
-            )
-            owners = placing.even(1, group.topology)
-            made = build("hybrid-dp", group.lengths, owners, group.topology, by_node=False)
+            group = Topology(size, topology.ranks_per_node)
+            owners = placing.even(1, group)
+            made = build("hybrid-dp", np.array([n]), owners, group, by_node=False)
             layer = price(made, weigh)
             seconds, work = float(layer.finish.max(axis=1).sum()), layer.arithmetic.sum(axis=0)
-            states, *passed = states_passed(group, made)
+            states, passed = price_states(made, weigh)
             linear += model.linear_layers * states
-            inside += full * float(layer.traffic.inside.sum()) + model.linear_layers * passed[0]
-            between += full * float(layer.traffic.between.sum()) + model.linear_layers * passed[1]
+            sent = layer.traffic * full + passed * model.linear_layers
+            inside += float(sent.inside.sum())
+            between += float(sent.between.sum())
         ready[mine] = ready[mine].max() + full * seconds + linear
         busy[mine] += full * work + linear
         tokens[mine] += n / size

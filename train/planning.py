@@ -6,8 +6,13 @@ import torch
 
 from parallel import FullAttention, ParallelConfig, Planner, World
 from parallel.models import slack
+from parallel.states import States
+from train.model.linear import Linear
 from train.model.mixers import attention
+from train.model.mixers._parts import LinearMixer
 from train.model.transformer import Model
+
+_FP32 = 4.0  # bytes of a number
 
 
 def planner_of(model: Model, config: ParallelConfig, world: World, dtype: torch.dtype) -> Planner:
@@ -31,6 +36,27 @@ def _full_attention(model: Model, dtype: torch.dtype) -> FullAttention | None:
         number_bytes=dtype.itemsize,
         slack=_slack(model, full),
         alone=len(full) == len(mixers),
+        states=_states(model, len(full)),
+    )
+
+
+def _states(model: Model, full: int) -> States | None:
+    """Of the layers on the one recurrence, of several kinds those of most numbers.
+
+    A decay alone makes M a diagonal at most. Element-wise states are too small to count.
+    """
+    linear = [block.mixer for block in model.blocks if isinstance(block.mixer, LinearMixer)]
+    if not linear:
+        return None
+    most = max(linear, key=lambda mixer: mixer.value_dim * mixer.head_dim)
+    meanwhile = sum(part.out_features for part in most.children() if isinstance(part, Linear))
+    return States(
+        layers=len(linear) / full,
+        heads=most.value_heads,
+        M_bytes=_FP32 * most.head_dim * (most.head_dim if most.delta else 1),
+        E_bytes=_FP32 * most.head_dim * most.value_head_dim,
+        map_flops=most.mixing_flops([1]),
+        beside_flops=2.0 * model.config.dim * meanwhile,
     )
 
 

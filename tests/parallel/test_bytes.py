@@ -19,7 +19,8 @@ from parallel.cost import Costs, price
 from parallel.exchange import sent_bytes
 from parallel.layout import Plan, Topology
 from parallel.models import Model, load_cluster
-from parallel.strategies import Case, states_passed, ulysses
+from parallel.states import price_states
+from parallel.strategies import Case, ulysses
 
 RANKS, EACH = 4, 2  # on two nodes
 HEADS, KV_HEADS, DIM, WORD = 4, 2, 8, 4  # fp32
@@ -112,5 +113,5 @@ def test_of_all_gather(ranks, lengths: list[int]) -> None:
 @pytest.mark.parametrize("lengths", STREAMS, ids=str)
 def test_of_linear_layers(ranks, lengths: list[int]) -> None:
     found = ranks(RANKS).run(sent, "balanced", False, lengths, delta_rule)
-    _, inside, between = states_passed(a_case(lengths, 4), found[0][1])
-    assert everywhere(found) == pytest.approx((inside, between))
+    _, traffic = price_states(found[0][1], a_case(lengths, 4).costs())
+    assert everywhere(found) == pytest.approx((traffic.inside.sum(), traffic.between.sum()))

@@ -1,0 +1,79 @@
+"""What it costs that the states of linear layers pass from rank to rank (`parallel.passing`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from parallel.cost import PRODUCTS, Costs, Traffic, move_time
+from parallel.passing import TURNS, Block, Passing
+
+if TYPE_CHECKING:
+    from parallel.layout import Array, Plan
+
+
+@dataclass(frozen=True)
+class States:
+    """What a planner must know of a linear layer whose states pass.
+
+    Attributes:
+        layers: how many there are, for each one of full attention.
+        heads: of its states; ranks divide them.
+        M_bytes, E_bytes: of one head's affine map.
+        map_flops: a token, of making its fragment's map, forward and backward together.
+        beside_flops: a token, forward, of what is computed while states travel.
+    """
+
+    layers: float
+    heads: int
+    M_bytes: float
+    E_bytes: float
+    map_flops: float
+    beside_flops: float
+
+
+def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
+    """Seconds of one linear layer's states, forward and backward, and what each rank sends.
+
+    Nothing where `costs` knows of no such layer. Maps are made of all tokens of sequences that
+    are cut; a turn costs what it takes longer than its piece of the arithmetic beside it.
+    """
+    stream, ranks, states = plan.stream, plan.topology.ranks, costs.states
+    traffic = Traffic(np.zeros(ranks), np.zeros(ranks))
+    if states is None or not plan.crossing:
+        return 0.0, traffic
+    every = np.concatenate(plan.crossing)
+    mapped = np.bincount(stream.rank[every], (stream.end - stream.start)[every])
+    seconds = float(mapped.max()) * states.map_flops / costs.flops
+    piece = float(stream.tokens.max()) * states.beside_flops / costs.flops / TURNS
+    for way, products in zip((1, -1), PRODUCTS.tolist(), strict=True):
+        chains = [
+            Passing(stream.rank[rows][::way].tolist(), states.heads, plan.topology).blocks()
+            for rows in plan.crossing
+        ]
+        for turns in zip(*chains, strict=True):
+            source, target, size = _sent([block for turn in turns for block in turn], states)
+            if not len(source):
+                continue
+            spent, sent, _ = move_time(source, target, size, plan.topology, costs)
+            far = sent.between.any()
+            spent += costs.latency_between if far else costs.latency_inside
+            seconds += max(0.0, spent - products * piece)
+            traffic += sent
+    return seconds, traffic
+
+
+def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:
+    """Source, target and bytes of each message between two ranks, as `Block.messages` has them."""
+    rows = [
+        (holder, rank, end - first, block.gathered and number > 0, block.gathered)
+        for block in blocks
+        for number, holder in zip(block.numbers, block.holders, strict=True)
+        for rank, (first, end) in block.parts
+        if rank != holder
+    ]
+    holder, rank, heads, whole, gathered = np.array(rows, np.int64).reshape(-1, 5).T
+    size = heads * (states.E_bytes + whole * states.M_bytes)
+    return np.where(gathered, holder, rank), np.where(gathered, rank, holder), size
