@@ -42,6 +42,8 @@ _LIMITS = (
     Limits(nodes=1.1, tokens=1.0, slices=0.5, slack=0.3, rows=2),
     Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=4),
     Limits(nodes=0.3, tokens=1.2, slices=0.5),
+    Limits(nodes=3.5, tokens=1.0, slack=0.3, rows=2),
+    Limits(nodes=2.0, tokens=1.0, slices=0.25),
     Limits(nodes=1.25, tokens=1.2),
     Limits(nodes=0.9, tokens=1.04),
     Limits(nodes=0.7, tokens=1.0, slices=0.25),

@@ -66,14 +66,22 @@ def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
 
 
 def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:
-    """Source, target and bytes of each message between two ranks, as `Block.messages` has them."""
-    rows = [
-        (holder, rank, end - first, block.gathered and number > 0, block.gathered)
+    """Source, target and bytes of a turn's messages between two ranks: `Block.messages`."""
+    gathered = any(block.gathered for block in blocks)
+    items = [
+        (holder, gathered and number > 0, len(block.parts))
         for block in blocks
         for number, holder in zip(block.numbers, block.holders, strict=True)
-        for rank, (first, end) in block.parts
-        if rank != holder
     ]
-    holder, rank, heads, whole, gathered = np.array(rows, np.int64).reshape(-1, 5).T
-    size = heads * (states.E_bytes + whole * states.M_bytes)
-    return np.where(gathered, holder, rank), np.where(gathered, rank, holder), size
+    parts = [(rank, end - first) for block in blocks for rank, (first, end) in block.parts]
+    holder, whole, times = np.array(items, np.int64).reshape(-1, 3).T
+    rank, heads = np.array(parts, np.int64).reshape(-1, 2).T
+    # Every item of a block meets every part of it.
+    begin = np.cumsum([0, *(len(block.parts) for block in blocks)])[:-1]
+    begin = np.repeat(begin, [len(block.holders) for block in blocks])
+    part = np.arange(times.sum()) + np.repeat(begin - np.cumsum(times) + times, times)
+    holder, rank = np.repeat(holder, times), rank[part]
+    size = heads[part] * (states.E_bytes + np.repeat(whole, times) * states.M_bytes)
+    away = holder != rank
+    ends = (holder[away], rank[away]) if gathered else (rank[away], holder[away])
+    return *ends, size[away]

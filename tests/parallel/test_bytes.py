@@ -19,7 +19,7 @@ from parallel.cost import Costs, price
 from parallel.exchange import sent_bytes
 from parallel.layout import Plan, Topology
 from parallel.models import Model, load_cluster
-from parallel.states import price_states
+from parallel.states import States, price_states
 from parallel.strategies import Case, ulysses
 
 RANKS, EACH = 4, 2  # on two nodes
@@ -43,6 +43,11 @@ def delta_rule(shard: Shard) -> Tensor:
     q, v = (torch.randn(1, shard.tokens, HEADS, DIM, requires_grad=True) for _ in range(2))
     beta = torch.rand(1, shard.tokens, HEADS)
     return parallel.linear_attention(q, F.normalize(q, dim=-1), v, None, beta, shard)[0]
+
+
+def decayed(shard: Shard) -> Tensor:
+    q, v = (torch.randn(1, shard.tokens, HEADS, DIM, requires_grad=True) for _ in range(2))
+    return parallel.linear_attention(q, q.detach(), v, -torch.rand_like(q), None, shard)[0]
 
 
 def sent(
@@ -111,7 +116,10 @@ def test_of_all_gather(ranks, lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("lengths", STREAMS, ids=str)
-def test_of_linear_layers(ranks, lengths: list[int]) -> None:
-    found = ranks(RANKS).run(sent, "balanced", False, lengths, delta_rule)
-    _, traffic = price_states(found[0][1], a_case(lengths, 4).costs())
+@pytest.mark.parametrize(("layer", "M"), [(delta_rule, DIM * DIM), (decayed, DIM)])
+def test_of_linear_layers(ranks, layer: Callable, M: int, lengths: list[int]) -> None:
+    """M is a matrix under the delta rule, and a diagonal where there is a decay alone."""
+    found = ranks(RANKS).run(sent, "balanced", False, lengths, layer)
+    states = States(1, HEADS, WORD * M, WORD * DIM * DIM, map_flops=0, beside_flops=0)
+    _, traffic = price_states(found[0][1], Costs(states=states))
     assert everywhere(found) == pytest.approx((traffic.inside.sum(), traffic.between.sum()))

@@ -1,0 +1,74 @@
+"""The price of states is that of the messages they travel in, and the planner knows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel.cost import Costs, price
+from parallel.layout import Topology
+from parallel.models import MODELS, load_cluster
+from parallel.passing import Passing
+from parallel.plan import plan
+from parallel.states import States, price_states
+from parallel.strategies import Case, our_plan, price_plan
+
+STATES = States(3.0, heads=6, M_bytes=7.0, E_bytes=100.0, map_flops=1e6, beside_flops=1e6)
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=12).filter(lambda x: sum(x) > 12),
+    ranks=st.integers(2, 12),
+    each=st.integers(1, 5),
+)
+def test_every_message_is_priced(lengths: list[int], ranks: int, each: int) -> None:
+    where = Topology(ranks, each)
+    made = plan(lengths, where)
+    _, traffic = price_states(made, Costs(states=STATES))
+    wanted = np.zeros((2, ranks))  # inside nodes, between them
+    for rows in made.crossing:
+        for way in (1, -1):
+            passing = Passing(made.stream.rank[rows][::way].tolist(), STATES.heads, where)
+            for source, target, _, (first, end), whole in chain(*passing.turns()):
+                size = (end - first) * (STATES.E_bytes + whole * STATES.M_bytes)
+                if source != target:
+                    wanted[int(source // each != target // each), source] += size
+    np.testing.assert_allclose([traffic.inside, traffic.between], wanted)
+
+
+def test_a_layer_without_states_costs_nothing() -> None:
+    seconds, traffic = price_states(plan([60000], Topology(16, 8)), Costs())
+    assert seconds == traffic.inside.sum() == traffic.between.sum() == 0
+
+
+def test_no_state_passes_where_no_sequence_is_cut() -> None:
+    made = plan([64] * 16, Topology(16, 8))
+    assert price_states(made, Costs(states=STATES))[0] == 0
+
+
+def test_states_hide_behind_what_is_computed_meanwhile() -> None:
+    made, costs = plan([60000, 3000], Topology(16, 8)), Costs(states=STATES)
+    shown, hidden = (
+        price_states(made, replace(costs, states=replace(STATES, map_flops=0, beside_flops=flops)))
+        for flops in (0.0, 1e12)
+    )
+    assert shown[0] > hidden[0] == 0
+    assert (shown[1].between == hidden[1].between).all()
+
+
+def test_where_states_are_dear_fewer_sequences_lie_on_several_nodes() -> None:
+    """Three have a node's share of tokens, but more than its share of attention."""
+    lengths = [8192, 8192, 8192, 5996, 5127, 5080, 4501, 4206, 4192, 1580, 1310, 1108, 1033, 1010]
+    lengths += [899, 853, 768, 636, 454, 449, 378, 378, 351, 194, 173, 146, 138]
+    case = Case(np.array(lengths), Topology(64, 8), load_cluster("h200"), MODELS["hybrid-7b-gqa"])
+    costs = case.costs()
+    blind = plan(lengths, case.topology, costs=replace(costs, states=None), slack=case.slack)
+    made = our_plan(case)
+    assert price(made, costs).seconds > price(blind, costs).seconds
+    assert price_states(made, costs)[0] < 0.7 * price_states(blind, costs)[0]
+    assert price_plan(case, made).seconds < 0.99 * price_plan(case, blind).seconds
