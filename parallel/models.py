@@ -159,6 +159,7 @@ MODELS = {
     "llama-7b": _llama(32, 4096, 11008),
     "llama-13b": _llama(40, 5120, 13824),
     "llama-30b": _llama(60, 6656, 17920),
+    "llama-8b-gqa": _llama(32, 4096, 14336, kv_heads=8, vocab_size=128256),
     "hybrid-3b": _llama(28, 3072, 8192, full_every=4),
     "hybrid-7b": _llama(32, 4096, 11008, full_every=4),
     "hybrid-7b-gqa": _llama(32, 4096, 14336, kv_heads=8, full_every=4),

@@ -42,14 +42,14 @@ _LIMITS = (
     Limits(nodes=1.1, tokens=1.0, slices=0.5, slack=0.3, rows=2),
     Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=4),
     Limits(nodes=0.3, tokens=1.2, slices=0.5),
-    Limits(nodes=3.5, tokens=1.0, slack=0.3, rows=2),
-    Limits(nodes=2.0, tokens=1.0, slices=0.25),
     Limits(nodes=1.25, tokens=1.2),
     Limits(nodes=0.9, tokens=1.04),
     Limits(nodes=0.7, tokens=1.0, slices=0.25),
     Limits(nodes=1.6, tokens=1.0, slices=0.5),
     Limits(nodes=0.7, tokens=1.0, slices=0.5),
     Limits(nodes=0.5, tokens=1.0, slices=0.5),
+    Limits(nodes=3.5, tokens=1.0, slack=0.3, rows=2),
+    Limits(nodes=2.0, tokens=1.0, slices=0.25),
     Limits(nodes=1.1, tokens=1.4, slack=0.3),
     Limits(nodes=1.25, tokens=1.04),
     Limits(nodes=1.1, tokens=1.2, slices=0.5, slack=0.6),
@@ -142,14 +142,7 @@ def _cheapest(
         made = build("balanced", lengths, owners, topology, by_node, routing)
         if not _fits(made, room):
             continue
-        layer = price(made, costs)
-        # Waves change the rest by little more than latencies, if they need no more copies of
-        # keys: each placing is priced once.
-        seconds = min(
-            replace(layer, waves=waves).seconds
-            for waves in _waves(made, costs)
-            if waves * _slices(made) <= max(costs.kv_heads, _slices(made))
-        )
+        made, seconds = _in_waves(made, costs, least)
         if seconds < least and costs.states:
             seconds += costs.states.layers * price_states(made, costs)[0]
         if seconds < least:
@@ -158,9 +151,9 @@ def _cheapest(
             break
     if best is None:  # only an even split fits
         owners = placing.even(len(lengths), topology, Prices(lengths, topology, costs, not by_node))
-        best = build("balanced", lengths, owners, topology, by_node, routing)
-    in_waves = [replace(best, waves=waves) for waves in _waves(best, costs)]
-    return min(in_waves, key=lambda made: price(made, costs).seconds)
+        made = build("balanced", lengths, owners, topology, by_node, routing)
+        best, _ = _in_waves(made, costs, np.inf)
+    return best
 
 
 def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Costs]:
@@ -169,18 +162,24 @@ def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Cos
     return Topology(topology.ranks, each), replace(costs, between=costs.between / rows)
 
 
-def _waves(found: Plan, costs: Costs) -> list[int]:
-    """In how many waves heads may be attended to: each has the same number, for all slices."""
-    return [
-        waves
-        for waves in (1, 2, 3, 4, 5)
-        if costs.heads % waves == costs.kv_heads % waves == 0
-        and _slices(found) * waves <= costs.heads
-    ]
+def _in_waves(made: Plan, costs: Costs, least: float) -> tuple[Plan, float]:
+    """The plan in the number of waves that makes it quickest, and its seconds, if below `least`.
 
-
-def _slices(found: Plan) -> int:
-    return max((ring.slices for ring in found.rings), default=1)
+    Each wave has as many heads, for all slices of a ring.
+    """
+    layer = price(made, costs)
+    slices = max((ring.slices for ring in made.rings), default=1)
+    for waves in (1, 2, 3, 4, 5):
+        if costs.heads % waves or costs.kv_heads % waves or slices * waves > costs.heads:
+            continue
+        # A wave costs latencies, and copies of keys where slices have no key head each: this
+        # is the least that it can take.
+        if replace(layer, waves=waves).seconds < least:
+            in_waves = replace(made, waves=waves)
+            seconds = price(in_waves, costs).seconds
+            if seconds < least:
+                made, least = in_waves, seconds
+    return made, least
 
 
 def _fits(found: Plan, room: float) -> bool:

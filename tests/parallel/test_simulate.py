@@ -109,6 +109,16 @@ def test_rings_lie_over_rows_of_a_node_where_they_want_no_whole_one() -> None:
     assert price_plan(case, our_plan(case)).seconds < 0.9 * price_plan(case, coarse).seconds
 
 
+@pytest.mark.parametrize("model", ["llama-8b-gqa", "hybrid-7b-gqa", "llama-13b"])
+def test_no_placing_that_is_tried_is_cheaper(model: str) -> None:
+    """By the price of the whole step, with states and copies of keys, in the best waves."""
+    (case,) = simulate.cases(simulate.Settings("h800", model, "github", 32, 2048, 65536, 1, 50053))
+    step = price_plan(case, our_plan(case)).seconds
+    for limits in planning._LIMITS:
+        with mock.patch.object(planning, "_LIMITS", (limits,)):
+            assert step <= planning._ENOUGH * price_plan(case, our_plan(case)).seconds
+
+
 @pytest.mark.parametrize("gpus", [12, 20, 14])
 def test_a_smaller_node_is_used_too(gpus: int) -> None:
     """The last node has four or six GPUs of eight, which no long sequence can do without: it
