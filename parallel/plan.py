@@ -8,14 +8,14 @@ CPU. numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
 
 from parallel import placing
-from parallel.cost import Costs, price
+from parallel.cost import BACKWARD, Costs, price
 from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
 from parallel.ordering import in_order, near_home, shard_bounds
 from parallel.placing import Limits, Owners
@@ -57,7 +57,7 @@ _LIMITS = (
     Limits(nodes=1.1, tokens=1.04, slices=0.5, rows=2),
 )
 _ENOUGH = 1.002  # of perfectly even
-_FEW = 2  # of them are tried of any batch, and of small ones as many as `_MANY` is times
+_FEW = 2  # of them are tried of any batch that they fit, of small ones as many as `_MANY` is times
 _MANY, _FIXED = 5 << 18, 400  # ranks · (sequences + `_FIXED`): about half a second's
 
 
@@ -124,21 +124,12 @@ def _cheapest(
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
     room = placing.room(lengths, topology, slack)
-    of: dict[tuple[float, int], Prices] = {}
-    tried = max(_FEW, _MANY // (topology.ranks * (len(lengths) + _FIXED)))
+    perfect = float(BACKWARD.sum() * costs.attention(0 * lengths, lengths).sum()) / topology.ranks
+    enough = max(_FEW, _MANY // (topology.ranks * (len(lengths) + _FIXED)))
     best, least = None, np.inf
-    seen: set[bytes] = set()
-    for limits in _LIMITS[:tried]:
-        if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
-            continue
-        key = limits.slices, limits.rows
-        if key not in of:
-            of[key] = Prices(lengths, *_in_rows(topology, costs, limits.rows), not by_node, key[0])
-        prices = of[key]
-        owners = placing.balanced(prices, limits._replace(slack=min(slack, limits.slack)))
-        if owners.key in seen:
-            continue
-        seen.add(owners.key)
+    for tried, owners in enumerate(_placings(lengths, topology, costs, slack, by_node)):
+        if best is not None and (tried >= enough or least <= _ENOUGH * perfect):
+            break
         made = build("balanced", lengths, owners, topology, by_node, routing)
         if not _fits(made, room):
             continue
@@ -147,13 +138,27 @@ def _cheapest(
             seconds += costs.states.layers * price_states(made, costs)[0]
         if seconds < least:
             best, least = made, seconds
-        if least <= _ENOUGH * prices.level:
-            break
-    if best is None:  # only an even split fits
-        owners = placing.even(len(lengths), topology, Prices(lengths, topology, costs, not by_node))
-        made = build("balanced", lengths, owners, topology, by_node, routing)
-        best, _ = _in_waves(made, costs, np.inf)
+    assert best is not None
     return best
+
+
+def _placings(
+    lengths: Array, topology: Topology, costs: Costs, slack: float, by_node: bool
+) -> Iterator[Owners]:
+    """The likeliest first; the last is an even split, which always fits."""
+    of: dict[tuple[float, int], Prices] = {}
+    seen: set[bytes] = set()
+    for limits in _LIMITS:
+        if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
+            continue
+        key = limits.slices, limits.rows
+        if key not in of:
+            of[key] = Prices(lengths, *_in_rows(topology, costs, limits.rows), not by_node, key[0])
+        owners = placing.balanced(of[key], limits._replace(slack=min(slack, limits.slack)))
+        if owners.key not in seen:
+            seen.add(owners.key)
+            yield owners
+    yield placing.even(len(lengths), topology, Prices(lengths, topology, costs, not by_node))
 
 
 def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Costs]:
