@@ -15,8 +15,9 @@ A *plan* says where every token lies in both layouts. It follows from the length
 rank makes it for itself, beside the step before (`planner`). First come the ranks that attend to
 each sequence: few for a short one, a ring over nodes for a long one, and quadratic work is even
 (`placing`). Then the stream, near them: tokens stay on their node but for what evens shards out
-(`ordering`). The cheapest of several such plans is taken (`plan`, `cost`). Layers see a shard and
-call the functions below; gradients come back the way that their tensors went (`exchange`).
+(`ordering`). The cheapest of several such plans is taken (`plan`), by what attention costs (`cost`)
+and what the states of linear layers do (`states`). Layers see a shard and call the functions below;
+gradients come back the way that their tensors went (`exchange`).
 
 What travels does so beside what needs none of it: one wave of heads beside the attention of others
 and their projections, states beside pieces of the output's gate (`layers`).

@@ -17,6 +17,7 @@ import numpy as np
 from parallel import placing
 from parallel.cost import BACKWARD, Costs, price
 from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
+from parallel.models import MEMORY_SLACK
 from parallel.ordering import in_order, near_home, shard_bounds
 from parallel.placing import Limits, Owners
 from parallel.prices import Prices
@@ -55,10 +56,14 @@ _LIMITS = (
     Limits(nodes=1.1, tokens=1.2, slices=0.5, slack=0.6),
     Limits(nodes=1.6, tokens=1.4, slices=0.5, slack=0.3, rows=2),
     Limits(nodes=1.1, tokens=1.04, slices=0.5, rows=2),
+    Limits(nodes=0.3, tokens=1.0, slices=0.25, rows=2),
+    Limits(nodes=0.3, tokens=1.0, slices=0.5, slack=0.3, rows=2),
+    Limits(nodes=1.6, tokens=1.6, slack=0.6),
+    Limits(nodes=0.9, tokens=1.2),
 )
 _ENOUGH = 1.002  # of perfectly even
-_FEW = 2  # of them are tried of any batch that they fit, of small ones as many as `_MANY` is times
-_MANY, _FIXED = 5 << 18, 400  # ranks · (sequences + `_FIXED`): about half a second's
+_FEW = 2  # of them are tried of any batch that they fit; of most as many as half a second allows,
+_MANY, _FIXED = 4500, 70  # which is `_MANY` / (ranks + sequences + `_FIXED`)
 
 
 def plan(
@@ -66,7 +71,7 @@ def plan(
     topology: Topology,
     strategy: Strategy = "balanced",
     costs: Costs | None = None,
-    slack: float = 0.15,
+    slack: float = MEMORY_SLACK,
     by_node: bool = True,
     routing: bool = True,
 ) -> Plan:
@@ -125,7 +130,7 @@ def _cheapest(
     """The cheapest of a few placings, by the cost model."""
     room = placing.room(lengths, topology, slack)
     perfect = float(BACKWARD.sum() * costs.attention(0 * lengths, lengths).sum()) / topology.ranks
-    enough = max(_FEW, _MANY // (topology.ranks * (len(lengths) + _FIXED)))
+    enough = max(_FEW, _MANY // (topology.ranks + len(lengths) + _FIXED))
     best, least = None, np.inf
     for tried, owners in enumerate(_placings(lengths, topology, costs, slack, by_node)):
         if best is not None and (tried >= enough or least <= _ENOUGH * perfect):
