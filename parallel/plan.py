@@ -132,17 +132,17 @@ def _cheapest(
     perfect = float(BACKWARD.sum() * costs.attention(0 * lengths, lengths).sum()) / topology.ranks
     enough = max(_FEW, _MANY // (topology.ranks + len(lengths) + _FIXED))
     best, least = None, np.inf
-    for tried, owners in enumerate(_placings(lengths, topology, costs, slack, by_node)):
+    placings = _placings(lengths, topology, costs, slack, by_node)
+    for tried, owners in enumerate(placings, start=1):
+        made = build("balanced", lengths, owners, topology, by_node, routing)
+        if _fits(made, room):
+            made, seconds = _in_waves(made, costs, least)
+            if seconds < least and costs.states:
+                seconds += costs.states.layers * price_states(made, costs)[0]
+            if seconds < least:
+                best, least = made, seconds
         if best is not None and (tried >= enough or least <= _ENOUGH * perfect):
             break
-        made = build("balanced", lengths, owners, topology, by_node, routing)
-        if not _fits(made, room):
-            continue
-        made, seconds = _in_waves(made, costs, least)
-        if seconds < least and costs.states:
-            seconds += costs.states.layers * price_states(made, costs)[0]
-        if seconds < least:
-            best, least = made, seconds
     assert best is not None
     return best
 
