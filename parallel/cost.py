@@ -104,8 +104,10 @@ class Costs:
 
     def ways(self, each: int) -> list[int]:
         """Into how many slices a group of ranks, `each` on a node, may split heads."""
-        powers = [1 << i for i in range(self.heads.bit_length())]
-        return [h for h in powers if each % h == 0 or h % each == 0]
+        powers = {1 << i for i in range(self.heads.bit_length())}
+        # Over whole groups also what leaves no rank more heads than others: 24 on three nodes of 8.
+        over = {h for h in range(each, self.heads + 1, each) if self.heads % h == 0}
+        return sorted(h for h in powers | over if each % h == 0 or h % each == 0)
 
     def shared(self, n: Array, nodes: Array | int, each: int, slices: int, settled: bool) -> Array:
         """Seconds, forward and backward, on each of `nodes` · `each` ranks that share n tokens.

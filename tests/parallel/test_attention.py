@@ -200,6 +200,7 @@ def on_slices(
         (4, [[[[0, 1], [2, 3]]]]),  # two seats of two
         (2, [[[[0, 1]], [[2, 3]]]]),  # the same over two nodes
         (4, [[[[0], [1]], [[2], [3]]]]),  # two rows of one node
+        (4, [[[[0, 1, 2]]], [[[3]]]]),  # three slices
         (2, [[[[0, 2]], [[3, 1]]], [[[1, 2]]], [[[3], [0]]]]),  # rings of all kinds together
     ],
     ids=str,

@@ -18,7 +18,7 @@ batches = st.lists(
     st.one_of(st.integers(0, 4), st.integers(0, 60), st.integers(0, 900)), max_size=24
 )
 topologies = st.builds(Topology, st.integers(1, 13), st.integers(1, 9))
-any_heads = st.sampled_from([(1, 1), (4, 4), (8, 2), (5, 1), (32, 8)])
+any_heads = st.sampled_from([(1, 1), (4, 4), (8, 2), (5, 1), (32, 8), (24, 24)])
 any_costs = any_heads.map(lambda heads: Costs(heads=heads[0], kv_heads=heads[1]))
 any_plan = st.builds(
     plan,

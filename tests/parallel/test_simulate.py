@@ -133,6 +133,20 @@ def test_rings_lie_over_rows_of_a_node_where_they_want_no_whole_one() -> None:
     assert price_plan(case, made).seconds < 0.985 * price_plan(case, coarse).seconds
 
 
+def test_heads_are_split_evenly_where_they_are_no_power_of_two() -> None:
+    """24 of them over three nodes of eight, one a GPU."""
+    case = a_case([24576], 24, "hybrid-3b")
+    made, ways = our_plan(case), Costs.ways
+    assert case.model.heads == 24
+    assert made.rings[0].slices == 24
+
+    def powers(costs: Costs, each: int) -> list[int]:
+        return [h for h in ways(costs, each) if h & (h - 1) == 0]
+
+    with mock.patch.object(Costs, "ways", powers):
+        assert price_plan(case, made).seconds < 0.96 * price_plan(case, our_plan(case)).seconds
+
+
 @pytest.mark.parametrize("model", ["llama-8b-gqa", "hybrid-7b-gqa", "llama-13b"])
 def test_no_placing_that_is_tried_is_cheaper(model: str) -> None:
     """By the price of the whole step, with states and copies of keys, in the best waves."""
