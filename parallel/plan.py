@@ -183,13 +183,14 @@ def _in_waves(made: Plan, costs: Costs, least: float) -> tuple[Plan, float]:
     for waves in (1, 2, 3, 4, 5):
         if costs.heads % waves or costs.kv_heads % waves or slices * waves > costs.heads:
             continue
-        # A wave costs latencies, and copies of keys where slices have no key head each: this
-        # is the least that it can take.
-        if replace(layer, waves=waves).seconds < least:
-            in_waves = replace(made, waves=waves)
+        in_waves = replace(made, waves=waves)
+        seconds = replace(layer, waves=waves).seconds
+        # A wave costs latencies, and copies of keys where slices have no key head each: that
+        # is the least that several can take.
+        if waves > 1 and seconds < least:
             seconds = price(in_waves, costs).seconds
-            if seconds < least:
-                made, least = in_waves, seconds
+        if seconds < least:
+            made, least = in_waves, seconds
     return made, least
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -89,7 +90,10 @@ def test_no_alternative_is_quicker_in_a_random_setting(seed: int) -> None:
     """On any batch, to half a percent: ours has even shards, which the best alternatives have not,
     and on batches of short documents all are within that of the bound."""
     rng = np.random.default_rng(seed)
-    choose = lambda *values: values[int(rng.integers(len(values)))]  # noqa: E731
+
+    def choose(*values: Any) -> Any:
+        return values[int(rng.integers(len(values)))]
+
     given = simulate.Settings(
         cluster=choose(*clusters()),
         model=choose(*MODELS),
@@ -125,12 +129,24 @@ def test_rings_lie_over_rows_of_a_node_where_they_want_no_whole_one() -> None:
     """Two sequences take 12 GPUs of three nodes each: whole nodes would be two and one."""
     lengths = np.array([13040, 11536])
     case = Case(lengths, Topology(24, 8), load_cluster("h800"), MODELS["llama-8b-gqa"])
+    made, coarse = with_and_without_rows(case)
+    assert [ring.ranks.size for ring in made.rings] == [12, 12]
+    assert price_plan(case, made).seconds < 0.985 * price_plan(case, coarse).seconds
+
+
+def test_placings_over_rows_find_what_those_over_nodes_do_not() -> None:
+    """Two long sequences whose heads are best split over two nodes."""
+    lengths = [18371, 18077, 6007, 2403, 1724, 1471, 824, 275]
+    case = a_case(lengths, 48, "llama-7b")
+    made, coarse = with_and_without_rows(case)
+    assert price_plan(case, made).seconds < 0.9 * price_plan(case, coarse).seconds
+
+
+def with_and_without_rows(case: Case) -> tuple[Plan, Plan]:
     whole_nodes = [limits for limits in planning._LIMITS if limits.rows == 1]
     with mock.patch.object(planning, "_LIMITS", whole_nodes):
         coarse = our_plan(case)
-    made = our_plan(case)
-    assert [ring.ranks.size for ring in made.rings] == [12, 12]
-    assert price_plan(case, made).seconds < 0.985 * price_plan(case, coarse).seconds
+    return our_plan(case), coarse
 
 
 def test_heads_are_split_evenly_where_they_are_no_power_of_two() -> None:
