@@ -64,7 +64,7 @@ _LIMITS = (
 )
 _ENOUGH = 1.002  # of perfectly even
 _FEW = 2  # of them are tried of any batch that they fit; of most as many as half a second allows,
-_MANY, _FIXED = 4500, 70  # which is `_MANY` / (ranks + sequences + `_FIXED`)
+_MANY, _FIXED = 5500, 70  # which is `_MANY` / (ranks + sequences + `_FIXED`)
 
 
 def plan(
@@ -261,20 +261,19 @@ def _attend(lengths: Array, owners: Owners, ranks: int) -> tuple[Layout, Layout,
         rings.append(ring)
         # (seats, slices, S) each. A seat's tokens are at home on its ranks in turn, the early ones
         # before the late ones: most ranks then have one run of a sequence, where states pass.
-        shape = seats, slices, len(sequences)
-        sequence = np.broadcast_to(sequences, shape)
-        rank = np.broadcast_to(grid.reshape(seats, slices, 1), shape)
-        piece = np.broadcast_to(np.arange(slices)[:, None], shape)
+        zero = np.zeros((seats, slices, len(sequences)), np.int64)
+        sequence, rank = zero + sequences, zero + grid.reshape(seats, slices, 1)
+        piece = zero + np.arange(slices)[:, None]
         both = (ring.early + ring.late)[:, None]
         edges = [both * (piece + i) // slices for i in (0, 1)]
         for half, size, before in (
             (np.arange(seats), ring.early, 0),
-            (np.arange(2 * seats - 1, seats - 1, -1), ring.late, ring.early),
+            (np.arange(2 * seats - 1, seats - 1, -1), ring.late, ring.early[:, None]),
         ):
-            start = np.broadcast_to(ring.chunks[:, half].T[:, None], shape)
+            start = zero + ring.chunks[:, half].T[:, None]
             end = start + size[:, None]
-            spans.append((sequence, start, end, rank, piece, np.full_like(piece, slices)))
-            offset = start - np.broadcast_to(before, size.shape)[:, None]
+            spans.append((sequence, start, end, rank, piece, zero + slices))
+            offset = start - before
             homes.append((sequence, *(np.clip(offset + x, start, end) for x in edges), rank))
     whole = np.flatnonzero(owner >= 0)
     alone = (whole, np.zeros_like(whole), lengths[whole], owner[whole])

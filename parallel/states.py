@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,20 +70,22 @@ def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
 def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:
     """Source, target and bytes of a turn's messages between two ranks: `Block.messages`."""
     gathered = any(block.gathered for block in blocks)
-    items = [
-        (holder, gathered and number > 0, len(block.parts))
-        for block in blocks
-        for number, holder in zip(block.numbers, block.holders, strict=True)
-    ]
+    counts, times = np.array(
+        [(len(block.holders), len(block.parts)) for block in blocks] or [(0, 0)]
+    ).T
+    holder = _flat(block.holders for block in blocks)
+    whole = gathered & (_flat(block.numbers for block in blocks) > 0)
     parts = [(rank, end - first) for block in blocks for rank, (first, end) in block.parts]
-    holder, whole, times = np.array(items, np.int64).reshape(-1, 3).T
     rank, heads = np.array(parts, np.int64).reshape(-1, 2).T
     # Every item of a block meets every part of it.
-    begin = np.cumsum([0, *(len(block.parts) for block in blocks)])[:-1]
-    begin = np.repeat(begin, [len(block.holders) for block in blocks])
+    begin, times = np.repeat(np.cumsum(times) - times, counts), np.repeat(times, counts)
     part = np.arange(times.sum()) + np.repeat(begin - np.cumsum(times) + times, times)
     holder, rank = np.repeat(holder, times), rank[part]
     size = heads[part] * (states.E_bytes + np.repeat(whole, times) * states.M_bytes)
     away = holder != rank
     ends = (holder[away], rank[away]) if gathered else (rank[away], holder[away])
     return *ends, size[away]
+
+
+def _flat(lists: Iterable[Iterable[int]]) -> Array:
+    return np.fromiter(chain.from_iterable(lists), np.int64)
