@@ -23,12 +23,15 @@ Kept simple enough to be checked by hand, and the same for every strategy:
   but 1/w of it overlaps the arithmetic, but never a ring's transfers, which need the same links.
   The first wave in overlaps what projects the other w − 1 to q, k and v, the last one out what
   projects the others' o back; backward likewise, beside twice as many products.
+- All other work is that of a rank's tokens. Ranks that meet in attention, or hold parts of one
+  sequence, wait for each other's: a step is as long as the slowest pair takes, one for the
+  tokens and the other for attention.
 - ZeRO's traffic of weights and gradients is the same for every plan and is left out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,6 +72,7 @@ class Costs:
             Training does not: its plans lay tokens out so that all ranks have their part.
         flops: FLOPs a second of large matrix products.
         states: the linear layers beside it, if the model has any.
+        rest: seconds a token, forward, of all work but this layer's attention; 0 if not known.
     """
 
     pair: float = 4 * 32 * 128 / (989e12 * 0.5)
@@ -87,9 +91,7 @@ class Costs:
     routed: bool = False
     flops: float = 989e12 * 0.6
     states: States | None = None
-
-    def with_heads_together(self) -> Costs:
-        return replace(self, heads=1, kv_heads=1)
+    rest: float = 0.0
 
     def attention(self, start: Array, end: Array) -> Array:
         """Seconds, forward, of queries [start, end) of a sequence against all keys up to them."""
@@ -160,13 +162,16 @@ class Work:
 
 @dataclass(frozen=True)
 class LayerPrice:
-    """One full-attention layer under one plan; pairs are (forward, backward), in seconds.
+    """One full-attention layer under one plan, and the rest of the work that comes with it.
+
+    Pairs are (forward, backward), in seconds.
 
     Attributes:
         arithmetic: float64 (2, ranks), attention alone.
         finish: float64 (2, ranks), when each rank is done, transfers included.
         moved: float64 (2,), the moves of q, k and v, and of o, the same in either pass.
         projected: float64 (2,), forward, the projections to q, k and v, and from o.
+        together: float64 (2,), the longest that attention and the rest take.
         links: float64 (2,), the longest that rings keep a rank's links busy.
         waves: of heads, in which moves overlap the rest.
         rings: when each ring runs.
@@ -177,6 +182,7 @@ class LayerPrice:
     finish: Array
     moved: Array
     projected: Array
+    together: Array
     links: Array
     rings: list[Work]
     traffic: Traffic
@@ -192,8 +198,8 @@ class LayerPrice:
 
     @property
     def seconds(self) -> float:
-        """Of the whole layer's attention, forward and backward."""
-        return float((self.finish.max(axis=1) + self.exposed).sum())
+        """Of the whole layer's attention and of the rest, forward and backward."""
+        return float((self.together + self.exposed).sum())
 
 
 def price(plan: Plan, costs: Costs) -> LayerPrice:
@@ -228,11 +234,42 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
         finish,
         moved,
         np.array([costs.to_qkv, costs.from_o]) * tokens,
+        _together(plan, costs, finish),
         TRAVEL * links.max(),
         rings,
         traffic + sent,
         plan.waves,
     )
+
+
+def _together(plan: Plan, costs: Costs, finish: Array) -> Array:
+    """Seconds, (forward, backward), of the slowest pair of ranks: see the head of this file."""
+    tokens = plan.stream.tokens.astype(np.float64)
+    if not costs.rest or np.ptp(tokens) <= 1:
+        return PRODUCTS * costs.rest * tokens.max() + finish.max(axis=1)
+    met = [plan.stream.rank[rows] for rows in plan.crossing]
+    met += [ring.members for ring in plan.rings]
+    waits = _slowest_of(met, tokens)
+    source, target = plan.to_attention.source, plan.to_attention.target
+    every = np.arange(len(tokens))
+    source, target = np.append(source, every), np.append(target, every)
+    rest = np.outer(PRODUCTS, waits[source]) * costs.rest
+    return (rest + finish[:, target]).max(axis=1)
+
+
+def _slowest_of(groups: list[Array], values: Array) -> Array:
+    """The values, raised until they are alike wherever ranks are in one group."""
+    if not groups:
+        return values
+    members = np.concatenate(groups)
+    size = np.array([len(group) for group in groups])
+    first = np.cumsum(size) - size
+    while True:
+        raised = values.copy()
+        np.maximum.at(raised, members, np.repeat(np.maximum.reduceat(values[members], first), size))
+        if np.array_equal(raised, values):
+            return values
+        values = raised
 
 
 def _heads(spans: Layout | Moves, costs: Costs, waves: int) -> tuple[Array, Array]:

@@ -127,6 +127,13 @@ class Model:
         return 2.0 * self.dim * self.head_dim * self.heads
 
     @property
+    def rest_flops(self) -> float:
+        """FLOPs a token, forward, of all but full attention, by one layer of that."""
+        linear = self.linear_layers * (self.mixer_flops + self.gate_flops)
+        every = self.layers * self.dense_flops + self.head_flops + linear
+        return every / max(1, self.full_layers)
+
+    @property
     def states(self) -> States | None:
         """The linear layers as the planner knows them."""
         if not self.linear_layers:
@@ -222,4 +229,5 @@ def _read(path: Path, schema: type, unknown: str) -> dict[str, Any]:
 def costs(cluster: Cluster, model: Model, routed: bool = False) -> Costs:
     """What the planner weighs for a model on a cluster."""
     found = cluster.costs(model.heads, model.kv_heads, model.head_dim, model.dim)
-    return replace(found, routed=routed, states=model.states)
+    rest = model.rest_flops / cluster.matmul_flops
+    return replace(found, routed=routed, states=model.states, rest=rest)

@@ -111,22 +111,38 @@ def in_order(lengths: Array, ranks: int) -> Layout:
     return runs.dealt(np.diff(shard_bounds(int(lengths.sum()), ranks))).layout(ranks)
 
 
-def near_home(home: Layout, topology: Topology, pinned: Array, routing: bool) -> Layout:
-    """The stream of tokens that stay where they are at home, up to an even share.
+def even_shards(held: Array) -> Array:
+    """int64 (ranks,): the sizes of even shards, those a token larger where most is held."""
+    share, larger = np.divmod(int(held.sum()), len(held))
+    shards = np.full(len(held), share)
+    shards[np.argsort(-held, kind="stable")[:larger]] += 1
+    return shards
+
+
+def node_shards(held: Array, topology: Topology) -> Array:
+    """int64 (ranks,): the sizes of shards where no token leaves its node, even on each."""
+    ranks = np.arange(topology.ranks)
+    first = topology.node(ranks) * topology.ranks_per_node
+    size = np.minimum(topology.ranks_per_node, topology.ranks - first)
+    of_node = np.add.reduceat(held, np.unique(first))[topology.node(ranks)]
+    return (ranks - first + 1) * of_node // size - (ranks - first) * of_node // size
+
+
+def near_home(
+    home: Layout, topology: Topology, shards: Array, pinned: Array, routing: bool
+) -> Layout:
+    """The stream of tokens that stay where they are at home, as far as shards have room.
 
     Args:
         home: holds every token once, with all its heads.
+        shards: int64 (ranks,), tokens of each; as many as `home` has in all.
         pinned: bool (N,), the sequences whose tokens stay on their rank, not on their node only:
             fewer move, but rings leave more fragments.
         routing: what a node misses is taken by all its ranks, so that it comes over all NICs.
     """
     ranks = np.arange(topology.ranks)
     node = ranks // topology.ranks_per_node
-    # The shards that are a token larger go to the ranks that hold the most.
-    share, larger = np.divmod(int(home.tokens.sum()), topology.ranks)
-    room = np.full(topology.ranks, share)
-    room[np.argsort(-home.tokens, kind="stable")[:larger]] += 1
-
+    room = shards.copy()
     at_home = _Runs(home.sequence, home.start, home.end, home.rank, home.rank.astype(float))
     fixed = at_home.at(pinned[home.sequence])
     loose = at_home.at(~pinned[home.sequence])

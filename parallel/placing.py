@@ -18,11 +18,12 @@ each node. At both, three rules decide:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
+from parallel.cost import PRODUCTS
 from parallel.layout import Array, Topology
 from parallel.prices import Prices
 
@@ -41,19 +42,21 @@ class Owners:
         owner: int64 (N,), by place in the batch: a rank that holds the sequence whole, or
             −1 − i for ring i.
         grids: the ranks of each ring, int64 (nodes, seats a node, slices): see `Ring`.
+        level: nodes have shards as large as what attention has there, else all are even.
     """
 
     owner: Array
     grids: list[Array] = field(default_factory=list)
+    level: bool = False
 
     def flat(self) -> Owners:
         """The same with rings that know no nodes: keys step from rank to rank."""
-        return Owners(self.owner, [x.reshape(1, -1, x.shape[2]) for x in self.grids])
+        return replace(self, grids=[x.reshape(1, -1, x.shape[2]) for x in self.grids])
 
     @property
     def key(self) -> bytes:
         """Alike for placings that are alike."""
-        shapes = repr([x.shape for x in self.grids]).encode()
+        shapes = repr([self.level, *(x.shape for x in self.grids)]).encode()
         return b"".join([shapes, *(x.tobytes() for x in (self.owner, *self.grids))])
 
 
@@ -99,6 +102,8 @@ class Limits(NamedTuple):
         slack: how far a rank's tokens may exceed the even share, as a fraction.
         rows: of ranks that a node is taken apart into. A ring over nodes is one of whole rows:
             of two on each node it may have three.
+        level: all work is made even over the nodes, that of tokens too, and not either for
+            itself: who has more of attention's has fewer tokens.
     """
 
     nodes: float
@@ -106,6 +111,7 @@ class Limits(NamedTuple):
     slices: float = 1.0
     slack: float = 0.15
     rows: int = 1
+    level: bool = False
 
 
 def room(lengths: Array, topology: Topology, slack: float) -> float:
@@ -117,7 +123,7 @@ def balanced(prices: Prices, limits: Limits) -> Owners:
     """Place every sequence; see the head of this file. That limits are kept is no promise."""
     lengths, topology = prices.lengths, prices.topology
     rank_room = room(lengths, topology, limits.slack)
-    placing = _Placing(prices, rank_room)
+    placing = _Placing(prices, rank_room, limits.level)
     share = float(lengths.sum()) / topology.ranks
     node_room = min(rank_room, limits.tokens * share)
     by_length = np.argsort(-lengths, kind="stable")
@@ -130,17 +136,24 @@ def balanced(prices: Prices, limits: Limits) -> Owners:
         placing.inside_nodes(inside, full, topology.ranks_per_node)
     if small:
         placing.inside_nodes(inside, np.array([last]), small)
-    return Owners(placing.owner, placing.grids)
+    return Owners(placing.owner, placing.grids, limits.level)
 
 
 class _Placing:
-    """Loads while sequences are placed: seconds and tokens of every rank."""
+    """Loads while sequences are placed: seconds and tokens of every rank.
 
-    def __init__(self, prices: Prices, room: float) -> None:
+    Over the nodes also the rest of the work counts, if shards need not be even: `rest` seconds a
+    token, else 0.
+    """
+
+    def __init__(self, prices: Prices, room: float, uneven: bool) -> None:
         self.prices, self.room = prices, room
         self.lengths, self.topology, self.alone = prices.lengths, prices.topology, prices.alone
         self.level = prices.level
         topology = prices.topology
+        self.rest = float(PRODUCTS.sum()) * prices.costs.rest if uneven else 0.0
+        self.work = self.alone + self.rest * self.lengths
+        self.mean = float(self.work.sum()) / topology.ranks
         self.seconds = np.zeros(topology.ranks)
         self.tokens = np.zeros(topology.ranks)
         self.owner = np.zeros(len(self.lengths), np.int64)
@@ -162,16 +175,17 @@ class _Placing:
         """Put the longest on rings over nodes; the node of each other one, −1 for those."""
         each = self.topology.ranks_per_node
         node = np.full(len(self.lengths), -1)
-        worth = self._worth(by_length)
+        # Room is all taken if shards are even. If not, there is enough of it.
+        worth = self._worth(by_length) * (not self.rest)
         load, held = np.zeros(self.topology.nodes), np.zeros(self.topology.nodes)
-        wanted = self.level * self.sizes
+        wanted = self.mean * self.sizes
         room = node_room * self.sizes
         share = self.lengths.sum() / self.topology.ranks
         singly = min(len(by_length), max(256, _SINGLY * self.topology.nodes))
         wide = True
         for at in range(singly):
             i = int(by_length[at])
-            n, alone = float(self.lengths[i]), float(self.alone[i])
+            n, work = float(self.lengths[i]), float(self.work[i])
             spread = self._nodes_for(i, reach) if wide else 1
             wide = spread > 1
             need = _LEVEL * (wanted - load) - (room - held) * worth[at]
@@ -181,14 +195,14 @@ class _Placing:
             chosen = int(np.where(fits, need, -np.inf).argmax())
             if spread == 1 and fits[chosen]:
                 node[i] = chosen
-                load[chosen] += alone
+                load[chosen] += work
                 held[chosen] += n
                 continue
             spread = min(max(spread, 2), self.topology.nodes)
             a = self._window(load / wanted, (held + n / spread) / room, spread, i)
             if spread == 1:  # one node is all there is
                 node[i] = a
-                load[a] += alone
+                load[a] += work
                 held[a] += n
                 continue
             ranks = self._rows(a, spread)
@@ -197,21 +211,23 @@ class _Placing:
             self.seconds[ranks] += seconds
             self.tokens[ranks] += n / ranks.size
             on_node = np.bincount(ranks.reshape(-1) // each, minlength=len(load))
-            load += seconds * on_node
+            load += (seconds + self.rest * n / ranks.size) * on_node
             held += n * on_node / ranks.size
         rest = by_length[singly:]
-        node[rest] = _sweep(np.maximum(room - held, 0.0), len(rest))
+        free = wanted - load if self.rest else room - held
+        node[rest] = _sweep(np.maximum(free, 0.0), len(rest))
         return node
 
     def _nodes_for(self, i: int, reach: float) -> int:
         """The fewest nodes on which sequence i keeps within the even share, or nearly so."""
         each, nodes = self.topology.ranks_per_node, self.topology.nodes
         least = min(nodes, max(1, int(np.ceil(self.lengths[i] / (each * self.room)))))
-        if least == 1 and self.alone[i] <= reach * self.level * each:
+        if least == 1 and self.work[i] <= reach * self.mean * each:
             return 1
         seconds, _ = self.prices.over(i)
+        seconds = seconds + self.rest * self.lengths[i] / (each * np.arange(1, nodes + 1))
         seconds = seconds[least - 1 :]
-        within = seconds <= max(reach * self.level, _NEARLY * seconds.min())
+        within = seconds <= max(reach * self.mean, _NEARLY * seconds.min())
         return least + int(within.argmax())
 
     def _rows(self, first: int, spread: int) -> Array:
@@ -240,13 +256,13 @@ class _Placing:
         seconds, last = (
             self.prices.of(*self._rows(first, spread).shape)[0][i] for first in (0, firsts - 1)
         )
-        load += np.append(np.full(firsts - 1, seconds), last) / self.level
+        load += np.append(np.full(firsts - 1, seconds), last) / self.mean
         fits = filled <= 1
         return int(np.where(fits, load, np.inf).argmin() if fits.any() else filled.argmin())
 
     def _worth(self, by_length: Array) -> Array:
         """Seconds a token of the sequences from each one on, longest first."""
-        seconds = np.cumsum(self.alone[by_length][::-1])[::-1]
+        seconds = np.cumsum(self.work[by_length][::-1])[::-1]
         return seconds / np.cumsum(self.lengths[by_length][::-1])[::-1]
 
     def inside_nodes(self, node: Array, nodes: Array, each: int, least: int = 1) -> None:

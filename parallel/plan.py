@@ -15,10 +15,10 @@ from typing import Literal, get_args
 import numpy as np
 
 from parallel import placing
-from parallel.cost import BACKWARD, Costs, price
+from parallel.cost import BACKWARD, PRODUCTS, Costs, price
 from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
 from parallel.models import MEMORY_SLACK
-from parallel.ordering import in_order, near_home, shard_bounds
+from parallel.ordering import even_shards, in_order, near_home, node_shards, shard_bounds
 from parallel.placing import Limits, Owners
 from parallel.prices import Prices
 from parallel.states import price_states
@@ -31,36 +31,37 @@ Strategy = Literal["balanced", "ring", "even", "allgather"]
 # beside the even share, the fewer ranks share it and the less moves; where a node may hold more
 # than its share of tokens, fewer sequences are shared; where heads are split less, more of the
 # moves are hidden; where a rank may hold more, long sequences have fewer ranks; of rows of a node
-# a ring may have more nearly as many as it needs. The cheapest is taken, or the first that is
-# good enough.
+# a ring may have more nearly as many as it needs; where all work is levelled at once, less moves
+# to make attention even. The cheapest is taken, or the first that is good enough.
 _LIMITS = (
     Limits(nodes=1.25, tokens=1.0, slices=0.5),
-    Limits(nodes=1.1, tokens=1.0, slices=0.5, slack=0.3),
-    Limits(nodes=1.6, tokens=1.4, slices=0.5, slack=0.3),
-    Limits(nodes=1.0, tokens=1.0, slack=0.3),
-    Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=2),
-    Limits(nodes=1.1, tokens=1.04, slices=0.5),
-    Limits(nodes=1.6, tokens=1.2),
-    Limits(nodes=1.1, tokens=1.0, slices=0.5, slack=0.3, rows=2),
-    Limits(nodes=0.3, tokens=1.2, slices=0.5),
-    Limits(nodes=1.25, tokens=1.2),
-    Limits(nodes=0.9, tokens=1.04),
-    Limits(nodes=0.7, tokens=1.0, slices=0.25),
-    Limits(nodes=1.6, tokens=1.0, slices=0.5),
-    Limits(nodes=0.7, tokens=1.0, slices=0.5),
-    Limits(nodes=0.5, tokens=1.0, slices=0.5),
-    Limits(nodes=3.5, tokens=1.0, slack=0.3, rows=2),
-    Limits(nodes=2.0, tokens=1.0, slices=0.25),
-    Limits(nodes=1.1, tokens=1.4, slack=0.3),
-    Limits(nodes=1.25, tokens=1.04),
-    Limits(nodes=1.1, tokens=1.2, slices=0.5, slack=0.6),
-    Limits(nodes=1.6, tokens=1.4, slices=0.5, slack=0.3, rows=2),
-    Limits(nodes=1.1, tokens=1.04, slices=0.5, rows=2),
-    Limits(nodes=0.3, tokens=1.0, slices=0.25, rows=2),
-    Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=4),
-    Limits(nodes=0.3, tokens=1.0, slices=0.5, slack=0.3, rows=2),
+    Limits(nodes=1.25, tokens=1.15, level=True),
+    Limits(nodes=1.1, tokens=1.15, slices=0.5, level=True),
     Limits(nodes=1.6, tokens=1.6, slack=0.6),
+    Limits(nodes=0.7, tokens=1.0, slices=0.5),
+    Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=4),
+    Limits(nodes=1.1, tokens=1.15, slices=0.5, rows=2, level=True),
+    Limits(nodes=0.9, tokens=1.15, level=True),
+    Limits(nodes=1.1, tokens=1.4, slack=0.3),
+    Limits(nodes=0.3, tokens=1.2, slices=0.5),
+    Limits(nodes=1.25, tokens=1.15, rows=2, level=True),
+    Limits(nodes=0.9, tokens=1.05, slices=0.5, level=True),
     Limits(nodes=0.9, tokens=1.2),
+    Limits(nodes=0.3, tokens=1.0, slices=0.25, rows=2),
+    Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=2),
+    Limits(nodes=1.25, tokens=1.04),
+    Limits(nodes=0.9, tokens=1.1, slices=0.5, level=True),
+    Limits(nodes=0.7, tokens=1.15, level=True),
+    Limits(nodes=1.6, tokens=1.4, slices=0.5, slack=0.3, rows=2),
+    Limits(nodes=0.3, tokens=1.15, level=True),
+    Limits(nodes=0.5, tokens=1.15, level=True),
+    Limits(nodes=0.9, tokens=1.04),
+    Limits(nodes=0.5, tokens=1.0, slices=0.5),
+    Limits(nodes=1.1, tokens=1.05, slices=0.5, level=True),
+    Limits(nodes=0.9, tokens=1.15, rows=2, level=True),
+    Limits(nodes=0.5, tokens=1.15, rows=2, level=True),
+    Limits(nodes=1.0, tokens=1.0, slack=0.3),
+    Limits(nodes=1.1, tokens=1.2, slices=0.5, slack=0.6),
 )
 _ENOUGH = 1.002  # of perfectly even
 _FEW = 2  # of them are tried of any batch that they fit; of most as many as half a second allows,
@@ -129,20 +130,20 @@ def _cheapest(
     routing: bool,
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
-    room = placing.room(lengths, topology, slack)
+    rest = float(PRODUCTS.sum()) * costs.rest * lengths.sum() / topology.ranks
     perfect = float(BACKWARD.sum() * costs.attention(0 * lengths, lengths).sum()) / topology.ranks
     enough = max(_FEW, _MANY // (topology.ranks + len(lengths) + _FIXED))
     best, least = None, np.inf
     placings = _placings(lengths, topology, costs, slack, by_node)
     for tried, owners in enumerate(placings, start=1):
         made = build("balanced", lengths, owners, topology, by_node, routing)
-        if _fits(made, room):
+        if _fits(made, slack):
             made, seconds = _in_waves(made, costs, least)
             if seconds < least and costs.states:
                 seconds += costs.states.layers * price_states(made, costs)[0]
             if seconds < least:
                 best, least = made, seconds
-        if best is not None and (tried >= enough or least <= _ENOUGH * perfect):
+        if best is not None and (tried >= enough or least <= rest + _ENOUGH * perfect):
             break
     assert best is not None
     return best
@@ -156,6 +157,8 @@ def _placings(
     seen: set[bytes] = set()
     for limits in _LIMITS:
         if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
+            continue
+        if limits.level and not costs.rest:
             continue
         key = limits.slices, limits.rows
         if key not in of:
@@ -194,12 +197,19 @@ def _in_waves(made: Plan, costs: Costs, least: float) -> tuple[Plan, float]:
     return made, least
 
 
-def _fits(found: Plan, room: float) -> bool:
-    """Whether no rank holds more than `room` tokens, up to the rounding of chunks."""
+def _fits(found: Plan, slack: float) -> bool:
+    """Whether no rank holds too many tokens, up to the rounding of chunks.
+
+    Where shards are uneven, both layouts keep to the slack of all activations.
+    """
+    shards = found.stream.tokens
+    if np.ptp(shards) > 1:
+        slack = min(slack, MEMORY_SLACK)
+    room = placing.room(shards, found.topology, slack)
     rounding = np.zeros(found.topology.ranks)
     for ring in found.rings:
         rounding[ring.members] += 2 * len(ring.sequences)
-    return bool((found.attention.load <= room + rounding).all())
+    return bool((np.maximum(found.attention.load, shards) <= room + rounding).all())
 
 
 def build(
@@ -223,7 +233,11 @@ def build(
             # Where slices of heads lie on several nodes, all tokens cross: best over all NICs.
             if routing and np.ptp(topology.node(ring.ranks), axis=2).any():
                 pinned[ring.sequences] = True
-        stream = near_home(home, topology, pinned, routing)
+        shards = even_shards(home.tokens)
+        if owners.level:
+            uneven = node_shards(home.tokens, topology)
+            shards = uneven if uneven.min() else shards  # no rank is without any
+        stream = near_home(home, topology, shards, pinned, routing)
     cu_seqlens = np.append(0, np.cumsum(lengths))
     return Plan(
         topology=topology,

@@ -30,6 +30,8 @@ class FullAttention:
         alone: no layer of another kind mixes tokens (linear attention, a convolution, a
             window), so that no state has to pass: tokens stay on attention's ranks.
         states: what passes from rank to rank in layers of linear attention, if there are any.
+        rest_flops: a token, forward, of all but full attention, by one layer of that; 0 if not
+            known: then shards are even.
     """
 
     heads: int
@@ -40,6 +42,7 @@ class FullAttention:
     slack: float = MEMORY_SLACK
     alone: bool = False
     states: States | None = None
+    rest_flops: float = 0.0
 
 
 class Planner:
@@ -112,4 +115,4 @@ def _costs(model: FullAttention, device: str) -> Costs:
     found = cluster_of(device).costs(
         model.heads, model.kv_heads, model.head_dim, model.dim, model.number_bytes
     )
-    return replace(found, states=model.states)
+    return replace(found, states=model.states, rest=model.rest_flops / found.flops)

@@ -104,11 +104,14 @@ class Case:
     def costs(self, routed: bool = False) -> Costs:
         return costs(self.cluster, self.model, routed)
 
+    def published(self, routed: bool = False) -> Costs:
+        """For plans that split no heads, and know of full attention alone."""
+        return replace(self.costs(routed), heads=1, kv_heads=1, rest=0.0)
+
     def linear_seconds(self, tokens: Array | float) -> Array | float:
         """Of everything but full attention, forward and backward, for tokens of one rank."""
         model = self.model
-        flops = model.layers * model.dense_flops + model.head_flops
-        flops += model.linear_layers * (model.mixer_flops + model.gate_flops)
+        flops = max(1, model.full_layers) * model.rest_flops
         return STEP * tokens * flops / self.cluster.matmul_flops
 
     def attention_seconds(self) -> Array:
@@ -152,11 +155,10 @@ def price_plan(case: Case, made: Plan) -> Outcome:
     model, full = case.model, case.model.full_layers
     layer = price(made, case.costs())
     states, passed = price_states(made, case.costs())
-    seconds = case.linear_seconds(float(made.stream.tokens.max())) + full * layer.seconds
     sent = layer.traffic * full + passed * model.linear_layers
     mixing = (full * made.attention.load + model.linear_layers * made.stream.tokens).max()
     return Outcome(
-        float(seconds + model.linear_layers * states),
+        float(full * layer.seconds + model.linear_layers * states),
         full * layer.arithmetic.sum(axis=0) + case.linear_seconds(made.stream.tokens),
         float(sent.inside.sum()),
         float(sent.between.sum()),
@@ -223,7 +225,7 @@ def allgather(case: Case) -> Outcome:
 
 
 def hybrid_dp(case: Case) -> Outcome:
-    topology, model, weigh = case.topology, case.model, case.costs().with_heads_together()
+    topology, model, weigh = case.topology, case.model, case.published()
     ranks, full = topology.ranks, model.full_layers
     busy, ready, tokens = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     inside = between = fullest = 0.0
@@ -266,7 +268,7 @@ def zeppelin_states(case: Case) -> Outcome:
 
 
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
-    model, weigh = case.model, case.costs(routed=True).with_heads_together()
+    model, weigh = case.model, case.published(routed=True)
     limits = placing.Limits(nodes=1.0, tokens=1.15, slack=case.slack)
     prices = Prices(case.lengths, case.topology, weigh, settled=True)
     owners = placing.balanced(prices, limits)

@@ -28,6 +28,7 @@ def _full_attention(model: Model, dtype: torch.dtype) -> FullAttention | None:
     if not full:
         return None
     fewest = min(full, key=lambda mixer: mixer.heads)
+    others = sum(mixer.mixing_flops([1]) for mixer in mixers if mixer not in full)
     return FullAttention(
         heads=fewest.heads,
         kv_heads=fewest.kv_heads,
@@ -37,6 +38,7 @@ def _full_attention(model: Model, dtype: torch.dtype) -> FullAttention | None:
         slack=_slack(model, full),
         alone=len(full) == len(mixers),
         states=_states(model, len(full)),
+        rest_flops=(2.0 * model.matmul_parameters + others) / len(full),
     )
 
 
