@@ -6,8 +6,8 @@ Functions here run on every rank; a test hands them to its ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -39,6 +39,22 @@ def plans_in_waves(waves: int) -> AbstractContextManager[object]:
         return dataclasses.replace(plan(*arguments, **more), waves=waves)
 
     return mock.patch("parallel.planner.plan", planned)
+
+
+@contextmanager
+def lopsided_shards() -> Iterator[None]:
+    """Every plan made meanwhile has shards of very different sizes; none is empty."""
+
+    def shards(held: np.ndarray) -> np.ndarray:
+        weights = np.array([1, 4, 2, 3])[: len(held)]
+        ends = (int(held.sum()) - len(held)) * np.cumsum(weights) // weights.sum()
+        return 1 + np.diff(ends, prepend=0)
+
+    with (
+        mock.patch("parallel.plan.even_shards", shards),
+        mock.patch("parallel.plan._fits", return_value=True),
+    ):
+        yield
 
 
 def noting(told: list[str], owner: type, name: str, what: str) -> AbstractContextManager[object]:

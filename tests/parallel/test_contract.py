@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from parallel import ParallelConfig, World, distribute
 from parallel.config import Attention
-from tests.parallel.across import plans_in_waves
+from tests.parallel.across import lopsided_shards, plans_in_waves
 from tests.streams import Stream, streams
 from train.config import ZeroConfig
 from train.engine import Engine
@@ -66,6 +67,7 @@ class Setting:
     family: str | None = None
     each: int | None = None  # ranks a node, if not all are on one
     waves: int = 1  # of heads
+    lopsided: bool = False  # shards are anything but even
 
 
 def steps(accumulate: int) -> list[list[Stream]]:
@@ -119,7 +121,7 @@ def plain(accumulate: int, family: str | None) -> Course:
 def shared(world: World, setting: Setting) -> Course:
     world = dataclasses.replace(world, ranks_per_node=setting.each or world.size)
     config = ParallelConfig(attention=setting.attention)
-    with plans_in_waves(setting.waves):
+    with plans_in_waves(setting.waves), lopsided_shards() if setting.lopsided else nullcontext():
         return course(world, config, setting)
 
 
@@ -176,6 +178,12 @@ CASES += [
 CASES += [
     (4, Setting("balanced", stage, 1 + stage // 2, stage % 2 == 0, each=(2, 4)[stage % 2], waves=2))
     for stage in (0, 1, 2, 3)
+]
+CASES += [
+    (4, Setting(attention, stage % 4, 1 + stage % 2, stage > 2, family, each=2, lopsided=True))
+    for stage, (attention, family) in enumerate(
+        itertools.product(("balanced", "ring"), (None, *FAMILIES))
+    )
 ]
 CASES += [(size, setting) for size in (2, 3) for setting in SETTINGS[size - 2 :: 5]]
 

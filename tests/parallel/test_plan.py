@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 
 from parallel.cost import Costs, price
 from parallel.heads import split
-from parallel.layout import Layout, Plan, Topology
+from parallel.layout import Layout, Plan, Topology, moves
+from parallel.models import MEMORY_SLACK
 from parallel.placing import Owners
-from parallel.plan import Strategy, plan
+from parallel.plan import Strategy, build, plan
 
 STRATEGIES = ("balanced", "ring", "even", "allgather")
 batches = st.lists(
@@ -19,7 +22,10 @@ batches = st.lists(
 )
 topologies = st.builds(Topology, st.integers(1, 13), st.integers(1, 9))
 any_heads = st.sampled_from([(1, 1), (4, 4), (8, 2), (5, 1), (32, 8), (24, 24)])
-any_costs = any_heads.map(lambda heads: Costs(heads=heads[0], kv_heads=heads[1]))
+any_rest = st.sampled_from([0.0, 1e-8, 1e-6])
+any_costs = st.builds(
+    lambda heads, rest: Costs(heads=heads[0], kv_heads=heads[1], rest=rest), any_heads, any_rest
+)
 any_plan = st.builds(
     plan,
     batches,
@@ -85,9 +91,60 @@ def test_slices_of_heads_are_all_heads_once(kv_heads: int, ratio: int, data: st.
 
 
 @quick
-@given(any_plan)
-def test_shards_differ_by_one_token_at_most(made: Plan) -> None:
-    assert made.stream.tokens.max() - made.stream.tokens.min() <= 1
+@given(batches, topologies, st.sampled_from(STRATEGIES), any_costs, st.floats(0, 1))
+def test_shards_are_even_or_within_memory(
+    lengths: list[int], where: Topology, how: Strategy, costs: Costs, slack: float
+) -> None:
+    """They differ by one token at most, unless the rest of the work is known. Then tokens of
+    either layout keep to the memory of all activations, and no rank is without any."""
+    made = plan(lengths, where, how, costs, slack)
+    shards, held = made.stream.tokens, made.attention.load
+    if how != "balanced" or not costs.rest or np.ptp(shards) <= 1:
+        assert np.ptp(shards) <= 1
+        return
+    room = np.ceil((1 + min(slack, MEMORY_SLACK)) * sum(lengths) / where.ranks)
+    pieces = sum(len(ring.sequences) for ring in made.rings)
+    assert shards.min() >= 1
+    assert max(shards.max(), held.max()) <= room + 2 * pieces
+    node = where.node(np.arange(where.ranks))
+    for one in range(where.nodes):
+        assert np.ptp(shards[node == one]) <= 1
+
+
+def test_who_has_more_of_attention_has_fewer_tokens() -> None:
+    """A long sequence makes one node's work; the others' short ones are most of the tokens."""
+    lengths = [3000] + [100] * 90
+    costs = Costs(rest=1e-7, heads=8, kv_heads=8)
+    made = plan(lengths, Topology(6, 2), costs=costs)
+    even = plan(lengths, Topology(6, 2), costs=replace(costs, rest=0.0))
+    (ring,) = (ring for ring in made.rings if 0 in ring.sequences)
+    assert made.stream.tokens[ring.members].max() < 0.99 * even.stream.tokens.min()
+    assert price(made, costs).seconds < price(even, costs).seconds
+
+
+def test_a_step_is_as_long_as_the_slowest_pair_that_meets() -> None:
+    """Rank 1 has most tokens, rank 0 attention's work; they wait for each other if one of them
+    holds tokens that the other attends to."""
+    costs = Costs(rest=1e-6, heads=2, kv_heads=2)
+    lengths, where = np.array([3000, 3500]), Topology(2, 1)
+    apart = build("balanced", lengths, Owners(np.array([0, 1]), [], level=True), where, True)
+    found = price(apart, costs)
+    rest = np.outer([1, 2], apart.stream.tokens) * costs.rest
+    assert apart.stream.tokens.tolist() == [3000, 3500]
+    np.testing.assert_allclose(found.together, (rest + found.finish).max(axis=1))
+    moved = replace(apart, stream=in_shards(apart.stream, [2900, 3600]))
+    moved = replace(moved, to_attention=moves(moved.stream, apart.attention, apart.cu_seqlens))
+    found = price(moved, costs)
+    rest = np.outer([1, 2], moved.stream.tokens) * costs.rest
+    np.testing.assert_allclose(found.together, rest.max(axis=1) + found.finish.max(axis=1))
+
+
+def in_shards(stream: Layout, shards: list[int]) -> Layout:
+    """Two sequences whole on two ranks; the first one's last tokens are given to the second."""
+    first, second = stream.tokens.tolist()
+    sequence, rank = np.array([0, 0, 1]), np.array([0, 1, 1])
+    start, end = np.array([0, shards[0], 0]), np.array([shards[0], first, second])
+    return Layout.stack(sequence, start, end, rank, 2)
 
 
 @quick

@@ -22,7 +22,7 @@ from parallel.layout import Plan, Topology
 from parallel.models import MODELS, clusters, load_cluster
 from parallel.placing import even
 from parallel.plan import Strategy, build, plan
-from parallel.strategies import STRATEGIES, Case, lower_bound, our_plan, price_plan
+from parallel.strategies import STRATEGIES, Case, headrace, lower_bound, our_plan, price_plan
 
 lengths_of_a_batch = st.lists(st.integers(1, 20000), min_size=1, max_size=30)
 quick = settings(max_examples=15, deadline=None)
@@ -147,6 +147,21 @@ def with_and_without_rows(case: Case) -> tuple[Plan, Plan]:
     with mock.patch.object(planning, "_LIMITS", whole_nodes):
         coarse = our_plan(case)
     return our_plan(case), coarse
+
+
+@pytest.mark.parametrize("model", ["hybrid-3b", "llama-7b"])
+def test_uneven_shards_make_all_work_even(model: str) -> None:
+    """Within memory; each batch wins or is left as it is."""
+    given = simulate.Settings("a800", model, "github", 64, 4096, 65536, 2, 0)
+    even = tuple(limits for limits in planning._LIMITS if not limits.level)
+    won = []
+    for case in simulate.cases(given):
+        ours = headrace(case)
+        assert ours.memory < 1.151
+        with mock.patch.object(planning, "_LIMITS", even):
+            won.append(ours.seconds / headrace(case).seconds)
+    assert max(won) < 1.002
+    assert min(won) < 0.98
 
 
 def test_heads_are_split_evenly_where_they_are_no_power_of_two() -> None:

@@ -38,6 +38,20 @@ def states_of(pattern: list[str]) -> States | None:
         return planner.costs.states
 
 
+def test_the_rest_of_the_work_is_all_but_attention() -> None:
+    config = ModelConfig(
+        dim=DIM,
+        layers=4,
+        pattern=["gated_deltanet", "attention"],
+        mixers={"gated_deltanet": HEADS, "attention": {"heads": 4}},
+    )
+    model, world = Model(config, 32), World(0, 1, 0, torch.device("cpu"))
+    with closing(planner_of(model, ParallelConfig(), world, torch.bfloat16)) as planner:
+        costs = planner.costs
+    attention = sum(model.blocks[i].mixer.mixing_flops([1]) for i in (1, 3))
+    assert costs.rest * costs.flops * 2 == pytest.approx(model.flops([1]) - attention)
+
+
 def test_of_the_delta_rule() -> None:
     """Three layers for one of attention; M is a matrix; the gate is projected meanwhile."""
     states = states_of(["gated_deltanet", "gated_deltanet", "gated_deltanet", "attention"])
