@@ -1,8 +1,8 @@
 """Numerics across ranks. Knows process groups and plans; wraps the kernels.
 
 The whole idea. There is no grid of data- and sequence-parallel ranks. A batch is one stream of
-sequences, shared out over all ranks: each holds as many tokens (a *shard*), in a few *fragments*
-of sequences. What a fragment needs from elsewhere depends on the layer:
+sequences, shared out over all ranks: each holds about as many tokens (a *shard*), in a few
+*fragments* of sequences. What a fragment needs from elsewhere depends on the layer:
 
     embedding, norm, MLP, loss   nothing
     convolution, window          the last tokens before it (`stream.View.halo`, `reaching`)
@@ -15,7 +15,9 @@ A *plan* says where every token lies in both layouts. It follows from the length
 rank makes it for itself, beside the step before (`planner`). First come the ranks that attend to
 each sequence: few for a short one, a ring over nodes for a long one, and quadratic work is even
 (`placing`). Then the stream, near them: tokens stay on their node but for what evens shards out
-(`ordering`). The cheapest of several such plans is taken (`plan`), by what attention costs (`cost`)
+(`ordering`). Where that would move many, a node with more of attention's work keeps fewer tokens
+instead, as far as memory allows, and all work is even rather than each kind of it. The cheapest of
+several such plans is taken (`plan`), by what attention and the rest cost (`cost`)
 and what the states of linear layers do (`states`). Layers see a shard and call the functions below;
 gradients come back the way that their tensors went (`exchange`).
 

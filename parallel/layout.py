@@ -273,8 +273,9 @@ class Plan:
         strategy: what made it: "balanced", "ring", "even" or "allgather".
         cu_seqlens: int64 (N + 1,), the batch's lengths in cumulative form (empty sequences
             allowed).
-        stream: what all layers but full attention work on: equal shards, sizes differing by
-            one token at most. On each rank fragments that go on from elsewhere come first.
+        stream: what all layers but full attention work on: shards whose sizes differ by one
+            token at most, or as far as memory allows where that makes all work even. On each
+            rank fragments that go on from elsewhere come first.
         attention: what full attention works on; on each rank the blocks of `rings` in
             their order, then the sequences that it holds whole, in the batch's order.
         rings: those between nodes first, then by falling size; every rank works through

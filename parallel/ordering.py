@@ -1,11 +1,11 @@
 """The stream: where tokens lie in every layer but full attention.
 
-Those layers ask for even shards and for little else: what a fragment needs from elsewhere is a
+Those layers ask for even work and for little else: what a fragment needs from elsewhere is a
 state, or a few tokens. So tokens stay on the node on which full attention wants them; only what
-it holds beyond its share crosses to others. A sequence on a ring over nodes then lies on each of
-them in two runs, for zigzag gives each an early part of it and a late one. The runs of a node are
-laid end to end over its ranks, so that few sequences are cut there, but for those that are best
-left on their very rank: *pinned* ones.
+it holds beyond its shards crosses to others, and nothing does where shards are as large as that.
+A sequence on a ring over nodes then lies on each of them in two runs, for zigzag gives each an
+early part of it and a late one. The runs of a node are laid end to end over its ranks, so that few
+sequences are cut there, but for those that are best left on their very rank: *pinned* ones.
 """
 
 from __future__ import annotations

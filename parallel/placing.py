@@ -14,6 +14,10 @@ each node. At both, three rules decide:
 - Among equals it goes where time is missing most, counted after the share that the free
   room will bring by itself (R tokens of room will hold sequences of the kind still in
   hand). That is longest-processing-time scheduling (Graham, 1969) with two resources.
+
+With even shards a node has two even shares, of attention and of tokens, and what it holds too
+much of tokens crosses to others. Otherwise (`Limits.level`) time is that of all work, and room
+that of memory: a node with more of attention's work has fewer tokens, and all of them stay.
 """
 
 from __future__ import annotations

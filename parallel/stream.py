@@ -1,4 +1,4 @@
-"""One stream: the sequences of a batch, shared out evenly over the ranks.
+"""One stream: the sequences of a batch, shared out over the ranks.
 
 A cut may fall anywhere. What a layer then needs from other ranks follows from the batch's
 plan, which every rank has made for itself from the lengths alone (`parallel.plan`).

@@ -87,8 +87,8 @@ def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bou
 
 @pytest.mark.parametrize("seed", range(30))
 def test_no_alternative_is_quicker_in_a_random_setting(seed: int) -> None:
-    """On any batch, to half a percent: ours has even shards, which the best alternatives have not,
-    and on batches of short documents all are within that of the bound."""
+    """On any batch, to half a percent; on batches of short documents all are within that of the
+    bound."""
     rng = np.random.default_rng(seed)
 
     def choose(*values: Any) -> Any:
