@@ -158,7 +158,7 @@ def _placings(
     for limits in _LIMITS:
         if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
             continue
-        if limits.level and not costs.rest:
+        if limits.level and (topology.nodes == 1 or not costs.rest):
             continue
         key = limits.slices, limits.rows
         if key not in of:
