@@ -5,8 +5,8 @@ common to all (ZeRO's traffic, the optimiser) is left out. Where a paper leaves 
 alternative gets the better reading, except where the text says otherwise:
 
 - headrace: the planner that training uses. Dense models keep tokens on the rank where attention
-  wants them, hybrids on the node. Moves between layouts overlap attention and its projections in
-  waves of heads; the others' do not, as published.
+  wants them, hybrids on the node; nodes may have unequal shards, within memory. Moves between
+  layouts overlap attention and its projections in waves of heads; the others' do not, as published.
 - even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine).
 - allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
   values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2).
@@ -155,10 +155,12 @@ def price_plan(case: Case, made: Plan) -> Outcome:
     model, full = case.model, case.model.full_layers
     layer = price(made, case.costs())
     states, passed = price_states(made, case.costs())
+    # Without any full attention there is the rest alone.
+    seconds = full * layer.seconds or case.linear_seconds(float(made.stream.tokens.max()))
     sent = layer.traffic * full + passed * model.linear_layers
     mixing = (full * made.attention.load + model.linear_layers * made.stream.tokens).max()
     return Outcome(
-        float(full * layer.seconds + model.linear_layers * states),
+        float(seconds + model.linear_layers * states),
         full * layer.arithmetic.sum(axis=0) + case.linear_seconds(made.stream.tokens),
         float(sent.inside.sum()),
         float(sent.between.sum()),

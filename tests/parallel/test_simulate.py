@@ -149,6 +149,13 @@ def with_and_without_rows(case: Case) -> tuple[Plan, Plan]:
     return our_plan(case), coarse
 
 
+def test_a_model_without_full_attention_has_its_other_work() -> None:
+    case = a_case([9000, 4000, 3000], gpus=8, model="hybrid-7b")
+    pure = replace(case, model=replace(case.model, full_every=99))
+    assert pure.model.full_layers == 0
+    assert 1 <= headrace(pure).seconds / lower_bound(pure) < 1.01
+
+
 @pytest.mark.parametrize("model", ["hybrid-3b", "llama-7b"])
 def test_uneven_shards_make_all_work_even(model: str) -> None:
     """Within memory; each batch wins or is left as it is."""
