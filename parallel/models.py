@@ -128,10 +128,9 @@ class Model:
 
     @property
     def rest_flops(self) -> float:
-        """FLOPs a token, forward, of all but full attention, by one layer of that."""
+        """FLOPs a token, forward, of all but full attention."""
         linear = self.linear_layers * (self.mixer_flops + self.gate_flops)
-        every = self.layers * self.dense_flops + self.head_flops + linear
-        return every / max(1, self.full_layers)
+        return self.layers * self.dense_flops + self.head_flops + linear
 
     @property
     def states(self) -> States | None:
@@ -229,5 +228,5 @@ def _read(path: Path, schema: type, unknown: str) -> dict[str, Any]:
 def costs(cluster: Cluster, model: Model, routed: bool = False) -> Costs:
     """What the planner weighs for a model on a cluster."""
     found = cluster.costs(model.heads, model.kv_heads, model.head_dim, model.dim)
-    rest = model.rest_flops / cluster.matmul_flops
+    rest = model.rest_flops / max(1, model.full_layers) / cluster.matmul_flops
     return replace(found, routed=routed, states=model.states, rest=rest)

@@ -121,11 +121,8 @@ def even_shards(held: Array) -> Array:
 
 def node_shards(held: Array, topology: Topology) -> Array:
     """int64 (ranks,): the sizes of shards where no token leaves its node, even on each."""
-    ranks = np.arange(topology.ranks)
-    first = topology.node(ranks) * topology.ranks_per_node
-    size = np.minimum(topology.ranks_per_node, topology.ranks - first)
-    of_node = np.add.reduceat(held, np.unique(first))[topology.node(ranks)]
-    return (ranks - first + 1) * of_node // size - (ranks - first) * of_node // size
+    first = np.arange(topology.ranks_per_node, topology.ranks, topology.ranks_per_node)
+    return np.concatenate([even_shards(of_node) for of_node in np.split(held, first)])
 
 
 def near_home(

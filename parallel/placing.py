@@ -16,7 +16,7 @@ each node. At both, three rules decide:
   hand). That is longest-processing-time scheduling (Graham, 1969) with two resources.
 
 With even shards a node has two even shares, of attention and of tokens, and what it holds too
-much of tokens crosses to others. Otherwise (`Limits.level`) time is that of all work, and room
+much of tokens crosses to others. Otherwise (`Limits.uneven`) time is that of all work, and room
 that of memory: a node with more of attention's work has fewer tokens, and all of them stay.
 """
 
@@ -46,12 +46,12 @@ class Owners:
         owner: int64 (N,), by place in the batch: a rank that holds the sequence whole, or
             −1 − i for ring i.
         grids: the ranks of each ring, int64 (nodes, seats a node, slices): see `Ring`.
-        level: nodes have shards as large as what attention has there, else all are even.
+        uneven: nodes have shards as large as what attention has there, else all are even.
     """
 
     owner: Array
     grids: list[Array] = field(default_factory=list)
-    level: bool = False
+    uneven: bool = False
 
     def flat(self) -> Owners:
         """The same with rings that know no nodes: keys step from rank to rank."""
@@ -60,7 +60,7 @@ class Owners:
     @property
     def key(self) -> bytes:
         """Alike for placings that are alike."""
-        shapes = repr([self.level, *(x.shape for x in self.grids)]).encode()
+        shapes = repr([self.uneven, *(x.shape for x in self.grids)]).encode()
         return b"".join([shapes, *(x.tobytes() for x in (self.owner, *self.grids))])
 
 
@@ -106,7 +106,7 @@ class Limits(NamedTuple):
         slack: how far a rank's tokens may exceed the even share, as a fraction.
         rows: of ranks that a node is taken apart into. A ring over nodes is one of whole rows:
             of two on each node it may have three.
-        level: all work is made even over the nodes, that of tokens too, and not either for
+        uneven: all work is made even over the nodes, that of tokens too, and not either for
             itself: who has more of attention's has fewer tokens.
     """
 
@@ -115,7 +115,7 @@ class Limits(NamedTuple):
     slices: float = 1.0
     slack: float = 0.15
     rows: int = 1
-    level: bool = False
+    uneven: bool = False
 
 
 def room(lengths: Array, topology: Topology, slack: float) -> float:
@@ -127,7 +127,7 @@ def balanced(prices: Prices, limits: Limits) -> Owners:
     """Place every sequence; see the head of this file. That limits are kept is no promise."""
     lengths, topology = prices.lengths, prices.topology
     rank_room = room(lengths, topology, limits.slack)
-    placing = _Placing(prices, rank_room, limits.level)
+    placing = _Placing(prices, rank_room, limits.uneven)
     share = float(lengths.sum()) / topology.ranks
     node_room = min(rank_room, limits.tokens * share)
     by_length = np.argsort(-lengths, kind="stable")
@@ -140,7 +140,7 @@ def balanced(prices: Prices, limits: Limits) -> Owners:
         placing.inside_nodes(inside, full, topology.ranks_per_node)
     if small:
         placing.inside_nodes(inside, np.array([last]), small)
-    return Owners(placing.owner, placing.grids, limits.level)
+    return Owners(placing.owner, placing.grids, limits.uneven)
 
 
 class _Placing:

@@ -35,31 +35,31 @@ Strategy = Literal["balanced", "ring", "even", "allgather"]
 # to make attention even. The cheapest is taken, or the first that is good enough.
 _LIMITS = (
     Limits(nodes=1.25, tokens=1.0, slices=0.5),
-    Limits(nodes=1.25, tokens=1.15, level=True),
-    Limits(nodes=1.1, tokens=1.15, slices=0.5, level=True),
+    Limits(nodes=1.25, tokens=1.15, uneven=True),
+    Limits(nodes=1.1, tokens=1.15, slices=0.5, uneven=True),
     Limits(nodes=1.6, tokens=1.6, slack=0.6),
     Limits(nodes=0.7, tokens=1.0, slices=0.5),
     Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=4),
-    Limits(nodes=1.1, tokens=1.15, slices=0.5, rows=2, level=True),
-    Limits(nodes=0.9, tokens=1.15, level=True),
+    Limits(nodes=1.1, tokens=1.15, slices=0.5, rows=2, uneven=True),
+    Limits(nodes=0.9, tokens=1.15, uneven=True),
     Limits(nodes=1.1, tokens=1.4, slack=0.3),
     Limits(nodes=0.3, tokens=1.2, slices=0.5),
-    Limits(nodes=1.25, tokens=1.15, rows=2, level=True),
-    Limits(nodes=0.9, tokens=1.05, slices=0.5, level=True),
+    Limits(nodes=1.25, tokens=1.15, rows=2, uneven=True),
+    Limits(nodes=0.9, tokens=1.05, slices=0.5, uneven=True),
     Limits(nodes=0.9, tokens=1.2),
     Limits(nodes=0.3, tokens=1.0, slices=0.25, rows=2),
     Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=2),
     Limits(nodes=1.25, tokens=1.04),
-    Limits(nodes=0.9, tokens=1.1, slices=0.5, level=True),
-    Limits(nodes=0.7, tokens=1.15, level=True),
+    Limits(nodes=0.9, tokens=1.1, slices=0.5, uneven=True),
+    Limits(nodes=0.7, tokens=1.15, uneven=True),
     Limits(nodes=1.6, tokens=1.4, slices=0.5, slack=0.3, rows=2),
-    Limits(nodes=0.3, tokens=1.15, level=True),
-    Limits(nodes=0.5, tokens=1.15, level=True),
+    Limits(nodes=0.3, tokens=1.15, uneven=True),
+    Limits(nodes=0.5, tokens=1.15, uneven=True),
     Limits(nodes=0.9, tokens=1.04),
     Limits(nodes=0.5, tokens=1.0, slices=0.5),
-    Limits(nodes=1.1, tokens=1.05, slices=0.5, level=True),
-    Limits(nodes=0.9, tokens=1.15, rows=2, level=True),
-    Limits(nodes=0.5, tokens=1.15, rows=2, level=True),
+    Limits(nodes=1.1, tokens=1.05, slices=0.5, uneven=True),
+    Limits(nodes=0.9, tokens=1.15, rows=2, uneven=True),
+    Limits(nodes=0.5, tokens=1.15, rows=2, uneven=True),
     Limits(nodes=1.0, tokens=1.0, slack=0.3),
     Limits(nodes=1.1, tokens=1.2, slices=0.5, slack=0.6),
 )
@@ -158,7 +158,7 @@ def _placings(
     for limits in _LIMITS:
         if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
             continue
-        if limits.level and (topology.nodes == 1 or not costs.rest):
+        if limits.uneven and (topology.nodes == 1 or not costs.rest):
             continue
         key = limits.slices, limits.rows
         if key not in of:
@@ -234,9 +234,9 @@ def build(
             if routing and np.ptp(topology.node(ring.ranks), axis=2).any():
                 pinned[ring.sequences] = True
         shards = even_shards(home.tokens)
-        if owners.level:
-            uneven = node_shards(home.tokens, topology)
-            shards = uneven if uneven.min() else shards  # no rank is without any
+        if owners.uneven:
+            of_node = node_shards(home.tokens, topology)
+            shards = of_node if of_node.min() else shards  # no rank is without any
         stream = near_home(home, topology, shards, pinned, routing)
     cu_seqlens = np.append(0, np.cumsum(lengths))
     return Plan(

@@ -110,9 +110,7 @@ class Case:
 
     def linear_seconds(self, tokens: Array | float) -> Array | float:
         """Of everything but full attention, forward and backward, for tokens of one rank."""
-        model = self.model
-        flops = max(1, model.full_layers) * model.rest_flops
-        return STEP * tokens * flops / self.cluster.matmul_flops
+        return STEP * tokens * self.model.rest_flops / self.cluster.matmul_flops
 
     def attention_seconds(self) -> Array:
         """Of each sequence's full attention uncut, all layers, forward and backward."""

@@ -127,7 +127,7 @@ def test_a_step_is_as_long_as_the_slowest_pair_that_meets() -> None:
     holds tokens that the other attends to."""
     costs = Costs(rest=1e-6, heads=2, kv_heads=2)
     lengths, where = np.array([3000, 3500]), Topology(2, 1)
-    apart = build("balanced", lengths, Owners(np.array([0, 1]), [], level=True), where, True)
+    apart = build("balanced", lengths, Owners(np.array([0, 1]), [], uneven=True), where, True)
     found = price(apart, costs)
     rest = np.outer([1, 2], apart.stream.tokens) * costs.rest
     assert apart.stream.tokens.tolist() == [3000, 3500]

@@ -26,6 +26,7 @@ from parallel.strategies import STRATEGIES, Case, headrace, lower_bound, our_pla
 
 lengths_of_a_batch = st.lists(st.integers(1, 20000), min_size=1, max_size=30)
 quick = settings(max_examples=15, deadline=None)
+EVEN_SHARDS = tuple(limits for limits in planning._LIMITS if not limits.uneven)
 
 
 def a_case(lengths: list[int], gpus: int = 16, model: str = "hybrid-7b") -> Case:
@@ -160,12 +161,11 @@ def test_a_model_without_full_attention_has_its_other_work() -> None:
 def test_uneven_shards_make_all_work_even(model: str) -> None:
     """Within memory; each batch wins or is left as it is."""
     given = simulate.Settings("a800", model, "github", 64, 4096, 65536, 2, 0)
-    even = tuple(limits for limits in planning._LIMITS if not limits.level)
     won = []
     for case in simulate.cases(given):
         ours = headrace(case)
         assert ours.memory < 1.151
-        with mock.patch.object(planning, "_LIMITS", even):
+        with mock.patch.object(planning, "_LIMITS", EVEN_SHARDS):
             won.append(ours.seconds / headrace(case).seconds)
     assert max(won) < 1.002
     assert min(won) < 0.98
@@ -214,8 +214,7 @@ def test_routing_is_priced(lengths: str) -> None:
     The less crosses the less it brings: more where shards have to be even.
     """
     given = simulate.Settings("a800", "hybrid-7b", lengths, 64, 4096, 65536, 3, 0)
-    even = tuple(limits for limits in planning._LIMITS if not limits.level)
-    for most, tried in ((1.0, planning._LIMITS), (0.98, even)):
+    for most, tried in ((1.0, planning._LIMITS), (0.98, EVEN_SHARDS)):
         with mock.patch.object(planning, "_LIMITS", tried):
             steps = [
                 simulate.summarise(simulate.cases(replace(given, routing=routing)))["strategies"]
