@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.intra import half_factor, halves
+from kernels.triton.intra import first_level, pair_factors, pairs_at
 from kernels.triton.tiles import (
     CHUNK,
     NONE,
@@ -203,24 +203,25 @@ def pair_gradients(
 
 @triton.jit
 def through_pairs(
-    dP, x, k, gate, dx, dk, d_gate,
+    dP, x, k, gate, last, dx, dk, d_gate,
     BLOCK_K: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what P_ij = ⟨x_i, k_j e^{g_i − g_j}⟩ owes to x, k and, if it is a vector's, the gate."""
     if KIND == VECTOR:
-        for level in range(6):
-            factor = half_factor(gate, level, BLOCK_K)
+        first = first_level(gate, last, BLOCK_K, PRECISION)
+        for level in range(first, 6):
+            reader, read = pair_factors(gate, level, BLOCK_K)
             # What the reading and the read row add to the gate's gradient cancels for earlier
             # rows only if both come from the very same rounded operands.
-            x_half = operand(x * factor, PRECISION)
-            k_half = operand(k * factor, PRECISION)
-            d_pairs = tl.where(halves(level), dP, 0.0)
-            reads = dot(d_pairs, k_half, PRECISION)
-            dx += factor * reads
-            d_gate += fine(x_half, PRECISION) * fine(reads, PRECISION)
-            read_by = dot(tl.trans(d_pairs), x_half, PRECISION)
-            dk += factor * read_by
-            d_gate -= fine(k_half, PRECISION) * fine(read_by, PRECISION)
+            x_part = operand(x * reader, PRECISION)
+            k_part = operand(k * read, PRECISION)
+            d_pairs = tl.where(pairs_at(level, first), dP, 0.0)
+            reads = dot(d_pairs, k_part, PRECISION)
+            dx += reader * reads
+            d_gate += fine(x_part, PRECISION) * fine(reads, PRECISION)
+            read_by = dot(tl.trans(d_pairs), x_part, PRECISION)
+            dk += read * read_by
+            d_gate -= fine(k_part, PRECISION) * fine(read_by, PRECISION)
     else:
         dx += dot(dP, k, PRECISION)
         dk += dot(tl.trans(dP), x, PRECISION)
@@ -307,14 +308,14 @@ def gradients(
             dk += own * q_tile
         dA_tile = load_rows(dA, start, length, value_heads, head, CHUNK, 0, CHUNK)
         dq, dk, d_gate = through_pairs(
-            dA_tile, q_tile, k_tile, gate, dq, dk, d_gate, BLOCK_K, KIND, PRECISION
+            dA_tile, q_tile, k_tile, gate, last, dq, dk, d_gate, BLOCK_K, KIND, PRECISION
         )
         store_rows(d_q, dq, start, length, value_heads, head, DK, column, BLOCK_K)
     if dK is not None:
         dK_tile = load_rows(dK, start, length, value_heads, head, CHUNK, 0, CHUNK)
         d_reader = tl.zeros((CHUNK, BLOCK_K), tl.float32)
         d_reader, dk, d_gate = through_pairs(
-            dK_tile, k_tile, k_tile, gate, d_reader, dk, d_gate, BLOCK_K, KIND, PRECISION
+            dK_tile, k_tile, k_tile, gate, last, d_reader, dk, d_gate, BLOCK_K, KIND, PRECISION
         )
         dk += d_reader
     store_rows(d_k, dk, start, length, value_heads, head, DK, column, BLOCK_K)

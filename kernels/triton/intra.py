@@ -34,26 +34,50 @@ from kernels.triton.tiles import (
 )
 
 
-@triton.jit
-def halves(level):
-    """Pairs (i, j) with i in the upper and j in the lower half of one block of 2·2^level rows.
+# By how much a log decay may fall over rows whose pairs share one product: e^±40 and what it is
+# multiplied with stay in the range of fp32 and bf16. Beside fp32 products less, since a factor has
+# the round-off of its exponent.
+FLAT = tl.constexpr(40.0)
+FLAT_IN_FP32 = tl.constexpr(1.0)
 
-    Over levels 0 … 5 these are all pairs j < i, each once. One comparison of a number a row with
-    a number a column: a mask of more terms is kept in registers, one for each pair.
+
+@triton.jit
+def first_level(gate, last, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """The level that products over pairs begin at: 5 if the gate falls by no more than FLAT over
+    the chunk, 3 if it does so over each block of 16 rows, else 0."""
+    flat: tl.constexpr = FLAT_IN_FP32 if PRECISION == "ieee" else FLAT
+    first = 5
+    if tl.min(last) < -flat:
+        blocks = tl.reshape(gate, (CHUNK // 16, 16, COLUMNS))
+        fall = tl.max(tl.max(blocks, axis=1) - tl.min(blocks, axis=1))
+        first = tl.where(fall <= flat, 3, 0)
+    return first
+
+
+@triton.jit
+def pairs_at(level, first):
+    """Pairs (i, j), j < i, that one product serves: at the first level all of one block of
+    2·2^level rows, above it those with i in the upper and j in the lower half of one.
+
+    Over levels first … 5 these are all pairs j < i, each once.
     """
-    half = tl.arange(0, CHUNK) >> level
-    upper = tl.where((half & 1) == 1, half, -1)
-    return upper[:, None] == half[None, :] + 1
+    rows = tl.arange(0, CHUNK)
+    begin = (rows >> (level + 1)) << (level + 1)
+    middle = begin + (1 << level)
+    end = tl.where(level == first, rows, tl.where(rows < middle, begin, middle))
+    return (rows[None, :] >= begin[:, None]) & (rows[None, :] < end[:, None])
 
 
 @triton.jit
-def half_factor(gate, level, COLUMNS: tl.constexpr):
-    """e^{g_i − g_m} for rows of an upper half, e^{g_m − g_j} for rows of a lower one, with m the
-    first row of the upper half: e^{g_i − g_j} in two factors, neither exponent positive."""
+def pair_factors(gate, level, COLUMNS: tl.constexpr):
+    """e^{g_i − g_j} of those pairs in two factors, e^{g_i − g_m} and e^{g_m − g_j}, with m the
+    middle row of the block. Neither is larger than 1 where i and j are in different halves, and
+    than e^FLAT inside a flat block; what no pair has a use for is kept finite."""
     rows = tl.arange(0, CHUNK)
     middle = ((rows >> level) | 1) << level
     reference = tl.gather(gate, tl.broadcast_to(middle[:, None], (CHUNK, COLUMNS)), axis=0)
-    return exp(-tl.abs(gate - reference))
+    log = gate - reference
+    return exp(tl.minimum(log, FLAT)), exp(tl.minimum(-log, FLAT))
 
 
 @triton.jit
@@ -139,9 +163,10 @@ def intra_chunk(
     Of these and of what a vector decay is multiplied into, what is None is not made.
 
     Registers: one or two 64 × 64 sums, and a CHUNK × BLOCK_K strip of q, k and the gate.
-    A vector decay cannot leave the product over Dk. It is split as in `half_factor`: six
-    products of tensor cores over halves of halves, instead of exponentials a pair. It is also
-    multiplied into q and k here, once for all column blocks of the passes over a sequence.
+    A vector decay cannot leave the product over Dk. It is split as in `pair_factors`: one product
+    of tensor cores for a flat chunk, up to six over halves of halves for a steep one, instead of
+    exponentials a pair. It is also multiplied into q and k here, once for all column blocks of the
+    passes over a sequence.
     """
     slot = tl.program_id(0)
     start = tl.load(chunks + slot * 2)
@@ -173,14 +198,15 @@ def intra_chunk(
                 weighted = q_strip * exp(gate)
                 store_rows(q_read, weighted, start, length, value_heads, head, DK, column, BLOCK_K)
             if A is not None or Z is not None:
-                for level in range(6):
-                    pairs = halves(level)
-                    factor = half_factor(gate, level, BLOCK_K)
-                    lower = tl.trans(k_strip * factor)
+                first = first_level(gate, last, BLOCK_K, PRECISION)
+                for level in range(first, 6):
+                    pairs = pairs_at(level, first)
+                    reader, read = pair_factors(gate, level, BLOCK_K)
+                    lower = tl.trans(k_strip * read)
                     if A is not None:
-                        reads += tl.where(pairs, dot(q_strip * factor, lower, PRECISION), 0.0)
+                        reads += tl.where(pairs, dot(q_strip * reader, lower, PRECISION), 0.0)
                     if Z is not None:
-                        sees += tl.where(pairs, dot(k_strip * factor, lower, PRECISION), 0.0)
+                        sees += tl.where(pairs, dot(k_strip * reader, lower, PRECISION), 0.0)
             if A is not None:
                 own = tl.sum(q_strip.to(tl.float32) * k_strip.to(tl.float32), axis=1)
                 reads += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)

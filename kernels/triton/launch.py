@@ -157,7 +157,7 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     hopper = arch == "sm_90" and not wide
     if kernel == "intra":
         if vector:
-            return Blocks(min(K, 32), V, 4 if hopper or (ampere and not wide) else 8, 1)
+            return Blocks(min(K, 16 if ampere and wide else 32), V, 4 if ampere and not wide else 8, 1)
         return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 8 if wide else 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.
     if ampere:
@@ -167,6 +167,6 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
         side, warps = (64, 8) if wide else (128, 4)
         return Blocks(min(K, side), min(V, side), warps, 1)
     if vector and hopper:
-        return Blocks(min(K, 32), min(V, 128), 4, 1)
+        return Blocks(min(K, 32), min(V, 128), 8, 1)
     warps = 4 if hopper and K <= 128 else 8
     return Blocks(min(K, 32 if vector else 64), min(V, 64 if V > 64 else 32), warps, 1)
