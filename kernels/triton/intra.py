@@ -33,7 +33,6 @@ from kernels.triton.tiles import (
     within,
 )
 
-
 # By how much a log decay may fall over rows whose pairs share one product: e^±40 and what it is
 # multiplied with stay in the range of fp32 and bf16. Beside fp32 products less, since a factor has
 # the round-off of its exponent.

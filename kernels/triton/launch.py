@@ -157,7 +157,8 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     hopper = arch == "sm_90" and not wide
     if kernel == "intra":
         if vector:
-            return Blocks(min(K, 16 if ampere and wide else 32), V, 4 if ampere and not wide else 8, 1)
+            warps = 4 if ampere and not wide else 8
+            return Blocks(min(K, 16 if ampere and wide else 32), V, warps, 1)
         return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 8 if wide else 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.
     if ampere:

@@ -10,8 +10,8 @@ Five kernels serve every decay (none, head, scalar, vector), with or without the
 
 Kept for the backward pass, beside the op's inputs, is what it could not make again cheaply, in
 numbers of e bytes (2 for bf16, else 4) a token and value head: Z with the delta rule, whose rows
-are solved one after the other, 64 e; A with a vector decay, which takes six products for one,
-64 e. Nothing else: the states (2 Dk Dv e / 64 with their gradients) and errors (Dv e) are made
+are solved one after the other, 64 e; A with a vector decay, which takes up to six products for
+one, 64 e. Nothing else: the states (2 Dk Dv e / 64 with their gradients) and errors (Dv e) are made
 again, at less than the traffic of keeping them, and live while the backward pass runs.
 """
 

@@ -35,7 +35,6 @@ LENGTHS = [1, 15, 16, 63, 64, 65, 100, 130]
 DIMS = [(16, 16), (60, 64), (128, 16), (16, 60), (64, 64), (16, 128), (60, 60)]
 HEADS = [(1, 1), (1, 2), (2, 2)]
 DTYPES = [torch.float32, torch.float16]
-HALF_ON_GPU = [*DTYPES, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 # Cycles whose lengths share no factor with each other or with the 8 lengths of a row.
 WALK = list(
     zip(
@@ -114,16 +113,20 @@ def test_strong_and_saturated_decay_is_exact_and_finite(decay, delta, kind):
     assert_agrees(in_triton, reference, inputs, dtype=torch.float32, **on_device)
 
 
-@pytest.mark.parametrize("delta", [False, True])
-@pytest.mark.parametrize("dtype", HALF_ON_GPU)
+@pytest.mark.parametrize(
+    ("dtype", "delta"),
+    # Not bf16 with the delta rule: reflections that hardly fade carry each rounding on.
+    [*product(DTYPES, [False, True]), (torch.bfloat16, False)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "steps",
     [[0.01], [0.05], [0.3], [1.0], [8.0], [0.01, 1.0, 0.05, 8.0, 0.3]],
     ids=lambda steps: ",".join(map(str, steps)),
 )
 def test_a_vector_decay_may_be_flat_or_steep_in_each_chunk(steps, dtype, delta):
-    """Products over pairs begin at another level: the first two where they are fp32, the first
-    and the next two on tensor cores, and steeper."""
+    """Each of the levels that products over pairs begin at, beside fp32 products (0.01, 0.05 and
+    steeper) and beside those of bf16 (to 0.3, 1 and 8)."""
     inputs = tokens("vector", delta, 64 * len(steps) + 6, Hv=1)
     pace = torch.tensor(steps, dtype=torch.float64).repeat_interleave(64)
     pace = torch.cat([pace, pace[:6]])[None, :, None, None]
