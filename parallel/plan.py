@@ -47,6 +47,7 @@ _LIMITS = (
     Limits(nodes=1.25, tokens=1.15, rows=2, uneven=True),
     Limits(nodes=0.9, tokens=1.05, slices=0.5, uneven=True),
     Limits(nodes=0.9, tokens=1.2),
+    Limits(nodes=0.7, tokens=1.0, rows=4),
     Limits(nodes=0.3, tokens=1.0, slices=0.25, rows=2),
     Limits(nodes=1.25, tokens=1.0, slices=0.5, rows=2),
     Limits(nodes=1.25, tokens=1.04),

@@ -88,8 +88,6 @@ def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bou
 
 @pytest.mark.parametrize("seed", range(30))
 def test_no_alternative_is_quicker_in_a_random_setting(seed: int) -> None:
-    """On any batch, to half a percent; on batches of short documents all are within that of the
-    bound."""
     rng = np.random.default_rng(seed)
 
     def choose(*values: Any) -> Any:
@@ -105,6 +103,20 @@ def test_no_alternative_is_quicker_in_a_random_setting(seed: int) -> None:
         batches=1,
         seed=seed,
     )
+    assert_nobody_is_ahead(given)
+
+
+def test_no_alternative_is_quicker_where_one_nearly_is() -> None:
+    """The setting where ours stood worst of two thousand random ones: the best alternative gives
+    its ranks unequal tokens, and has no weights to gather in step."""
+    assert_nobody_is_ahead(
+        simulate.Settings("h800", "llama-30b", "github", 32, 8192, 131072, 1, 7118)
+    )
+
+
+def assert_nobody_is_ahead(given: simulate.Settings) -> None:
+    """On any batch, to half a percent; on batches of short documents all are within that of the
+    bound."""
     rows = simulate.summarise(simulate.cases(given))["strategies"]
     ours = rows.pop("headrace")
     assert ours["step_ms"] <= 1.005 * min(row["step_ms"] for row in rows.values())
