@@ -356,7 +356,9 @@ class _Placing:
         fits = full <= self.room
         good = fits & (late <= limit)
         fewest = np.where(good, size, size.max() + 1).min(axis=1, keepdims=True)
-        score = np.where(good & (size == fewest), (need @ groups.T) / size, -np.inf)
+        # Not a product of matrices: BLAS sums in an order of the CPU's, and plans are all alike.
+        missing = np.where(groups, need[:, None, :], 0).sum(axis=2) / size
+        score = np.where(good & (size == fewest), missing, -np.inf)
         # Where nothing is within the limit, the least late; where nothing fits, the least full.
         poor = np.where(fits, -late, -1e9 * (1 + full))
         return np.where(good.any(axis=1, keepdims=True), score, poor).argmax(axis=1)
