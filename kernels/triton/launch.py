@@ -142,11 +142,12 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     """
     K, V = padded(DK), padded(DV)
     wide = dtype != torch.bfloat16 and arch.startswith("sm_")
+    exact = dtype == torch.float32 and arch.startswith("sm_")  # no tensor cores: all in registers
     ampere = arch == "sm_80"
     if kernel in ("forward", "backward"):
         narrow = wide or K > 128 or (vector and arch != "sm_90")
         narrow = narrow or (ampere and kernel == "backward" and K > 64)
-        warps = 8 if wide or K > 128 or ampere else 4
+        warps = 16 if exact and K > 128 else 8 if wide or K > 128 or ampere else 4
         crowded = (vector and K > 128) or arch.startswith("gfx")  # which has 64 KB to share
         stages = 1 if crowded else 3 if arch == "sm_90" and K <= 128 else 2
         if wide:  # A second stage takes loads of fp16 past the registers that are scarce then.
@@ -158,9 +159,11 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     if kernel == "intra":
         if vector:
             warps = 4 if ampere and not wide else 8
-            return Blocks(min(K, 16 if ampere and wide else 32), V, warps, 1)
+            return Blocks(min(K, 16 if exact or (ampere and wide) else 32), V, warps, 1)
         return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 8 if wide else 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.
+    if exact:
+        return Blocks(min(K, 16), min(V, 32), 8, 1)
     if ampere:
         warps = 8 if wide or (vector and kernel == "gradients") else 4
         return Blocks(min(K, 32), min(V, 32), warps, 1)
