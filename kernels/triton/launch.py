@@ -132,7 +132,8 @@ def padded(width: int) -> int:
 
 
 def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector: bool) -> Blocks:
-    """The launch of one kernel; on sm_90 the fastest of those tried on an H100.
+    """The launch of one kernel; on sm_90 the fastest of those tried on an H100, but for the
+    products over pairs of a vector decay, which have become fewer since.
 
     The passes over a sequence keep a state of BLOCK_K × BLOCK_V in registers, beside tiles of
     64 × BLOCK_K: columns are halved where heads or operands are wide. They wait for memory more
