@@ -22,13 +22,13 @@ that of memory: a node with more of attention's work has fewer tokens, and all o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from parallel.cost import PRODUCTS
-from parallel.layout import Array, Topology
+from parallel.layout import Array
+from parallel.owners import Owners, room
 from parallel.prices import Prices
 
 _SINGLY = 24  # sequences a node that are placed one by one; the shorter rest is dealt in sweeps
@@ -36,63 +36,6 @@ _SINGLY = 24  # sequences a node that are placed one by one; the shorter rest is
 _NEARLY = 1.05  # of the quickest: where no spread is quick enough, one with fewer nodes will do
 
 _LEVEL = 1.05  # time weighs a little more than room: of equal sequences, the idlest gets the next
-
-
-@dataclass
-class Owners:
-    """Who holds what in full attention.
-
-    Attributes:
-        owner: int64 (N,), by place in the batch: a rank that holds the sequence whole, or
-            −1 − i for ring i.
-        grids: the ranks of each ring, int64 (nodes, seats a node, slices): see `Ring`.
-        uneven: nodes have shards as large as what attention has there, else all are even.
-    """
-
-    owner: Array
-    grids: list[Array] = field(default_factory=list)
-    uneven: bool = False
-
-    def flat(self) -> Owners:
-        """The same with rings that know no nodes: keys step from rank to rank."""
-        return replace(self, grids=[x.reshape(1, -1, x.shape[2]) for x in self.grids])
-
-    @property
-    def key(self) -> bytes:
-        """Alike for placings that are alike."""
-        shapes = repr([self.uneven, *(x.shape for x in self.grids)]).encode()
-        return b"".join([shapes, *(x.tobytes() for x in (self.owner, *self.grids))])
-
-
-def even(count: int, topology: Topology, prices: Prices | None = None) -> Owners:
-    """Every sequence on all ranks; heads are split as makes it quickest, if prices are given."""
-    ranks = np.arange(topology.ranks)
-    rows, each, _ = grid(ranks, topology).shape
-    slices = prices.together(rows, each) if prices is not None else 1
-    return Owners(np.full(count, -1), [grid(ranks, topology, slices)])
-
-
-def where_they_lie(lengths: Array, bounds: Array, topology: Topology) -> Owners:
-    """Each sequence on the ranks whose shards, ending at `bounds`, hold it in the batch's order."""
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    first = np.searchsorted(bounds, cu_seqlens[:-1], side="right") - 1
-    first = first.clip(0, topology.ranks - 1)
-    last = np.maximum(first, np.searchsorted(bounds, cu_seqlens[1:], side="left") - 1)
-    rings: dict[tuple[int, int], int] = {}
-    owner = first.copy()
-    for i in np.flatnonzero(last > first):
-        owner[i] = -1 - rings.setdefault((int(first[i]), int(last[i])), len(rings))
-    return Owners(owner, [grid(np.arange(a, b + 1), topology) for a, b in rings])
-
-
-def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:
-    """Adjacent ranks of a ring as `Ring` has them; rows are parts of nodes if these give
-    unequal numbers."""
-    _, counts = np.unique(topology.node(ranks), return_counts=True)
-    width = int(np.gcd.reduce(counts))
-    if width == 1:  # rows of one rank would be a flat ring, stood on end
-        width = len(ranks)
-    return ranks.reshape(-1, max(1, width // slices), slices)
 
 
 class Limits(NamedTuple):
@@ -118,11 +61,6 @@ class Limits(NamedTuple):
     uneven: bool = False
 
 
-def room(lengths: Array, topology: Topology, slack: float) -> float:
-    """Tokens that a rank may hold."""
-    return float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))
-
-
 def balanced(prices: Prices, limits: Limits) -> Owners:
     """Place every sequence; see the head of this file. That limits are kept is no promise."""
     lengths, topology = prices.lengths, prices.topology
@@ -140,7 +78,7 @@ def balanced(prices: Prices, limits: Limits) -> Owners:
         placing.inside_nodes(inside, full, topology.ranks_per_node)
     if small:
         placing.inside_nodes(inside, np.array([last]), small)
-    return Owners(placing.owner, placing.grids, limits.uneven)
+    return Owners(placing.owner, placing.grids, "node" if limits.uneven else "even")
 
 
 class _Placing:

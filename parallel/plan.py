@@ -14,12 +14,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from parallel import placing
 from parallel.cost import BACKWARD, PRODUCTS, Costs, price
 from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
 from parallel.models import MEMORY_SLACK
 from parallel.ordering import even_shards, in_order, near_home, node_shards, shard_bounds
-from parallel.placing import Limits, Owners
+from parallel.owners import Owners, everywhere, room, undivided, where_they_lie
+from parallel.placing import Limits, balanced
 from parallel.prices import Prices
 from parallel.states import price_states
 
@@ -110,10 +110,10 @@ def plan(
         case "balanced":
             return _cheapest(each, topology, costs or Costs(), slack, by_node, routing)
         case "even":
-            owners = placing.even(len(each), topology)
+            owners = everywhere(len(each), topology)
         case "ring":
             bounds = shard_bounds(int(each.sum()), topology.ranks)
-            owners = placing.where_they_lie(each, bounds, topology)
+            owners = where_they_lie(each, bounds, topology)
         case "allgather":
             pass
         case _:
@@ -153,7 +153,7 @@ def _cheapest(
 def _placings(
     lengths: Array, topology: Topology, costs: Costs, slack: float, by_node: bool
 ) -> Iterator[Owners]:
-    """The likeliest first; the last is an even split, which always fits."""
+    """The likeliest first; the last ones are an even split, which always fits."""
     of: dict[tuple[float, int], Prices] = {}
     seen: set[bytes] = set()
     for limits in _LIMITS:
@@ -164,11 +164,15 @@ def _placings(
         key = limits.slices, limits.rows
         if key not in of:
             of[key] = Prices(lengths, *_in_rows(topology, costs, limits.rows), not by_node, key[0])
-        owners = placing.balanced(of[key], limits._replace(slack=min(slack, limits.slack)))
+        owners = balanced(of[key], limits._replace(slack=min(slack, limits.slack)))
         if owners.key not in seen:
             seen.add(owners.key)
             yield owners
-    yield placing.even(len(lengths), topology, Prices(lengths, topology, costs, not by_node))
+    prices = Prices(lengths, topology, costs, not by_node)
+    if costs.rest:
+        yield undivided(prices, min(slack, MEMORY_SLACK))
+    yield everywhere(len(lengths), topology, prices)
+    yield everywhere(len(lengths), topology)
 
 
 def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Costs]:
@@ -206,11 +210,11 @@ def _fits(found: Plan, slack: float) -> bool:
     shards = found.stream.tokens
     if np.ptp(shards) > 1:
         slack = min(slack, MEMORY_SLACK)
-    room = placing.room(shards, found.topology, slack)
+    most = room(shards, found.topology, slack)
     rounding = np.zeros(found.topology.ranks)
     for ring in found.rings:
         rounding[ring.members] += 2 * len(ring.sequences)
-    return bool((np.maximum(found.attention.load, shards) <= room + rounding).all())
+    return bool((np.maximum(found.attention.load, shards) <= most + rounding).all())
 
 
 def build(
@@ -234,10 +238,16 @@ def build(
             # Where slices of heads lie on several nodes, all tokens cross: best over all NICs.
             if routing and np.ptp(topology.node(ring.ranks), axis=2).any():
                 pinned[ring.sequences] = True
-        shards = even_shards(home.tokens)
-        if owners.uneven:
-            of_node = node_shards(home.tokens, topology)
-            shards = of_node if of_node.min() else shards  # no rank is without any
+        match owners.shards:
+            case "even":
+                shards = even_shards(home.tokens)
+            case "node":
+                shards = node_shards(home.tokens, topology)
+            case "rank":
+                shards = home.tokens
+                pinned[:] = True
+        if not shards.min():  # no rank is without any
+            shards = even_shards(home.tokens)
         stream = near_home(home, topology, shards, pinned, routing)
     cu_seqlens = np.append(0, np.cumsum(lengths))
     return Plan(

@@ -7,9 +7,11 @@ alternative gets the better reading, except where the text says otherwise:
 - headrace: the planner that training uses. Dense models keep tokens on the rank where attention
   wants them, hybrids on the node; nodes may have unequal shards, within memory. Moves between
   layouts overlap attention and its projections in waves of heads; the others' do not, as published.
-- even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine).
+- even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine); a
+  hybrid's linear layers pass states on over the same chunks.
 - allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
-  values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2).
+  values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2). Linear
+  layers pass states on over P chunks, as if it cost nothing to come there.
 - hybrid-dp: each sequence on the fewest ranks whose memory holds it, longest first to the
   least busy ones; no layout changes, ranks meet only at the end of a step, and tokens a rank
   differ (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism). Linear layers
@@ -30,12 +32,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parallel import placing
 from parallel.cost import (
     BACKWARD,
     TRAVEL,
     Costs,
     LayerPrice,
+    Traffic,
     price,
     ring_travel,
 )
@@ -43,6 +45,8 @@ from parallel.heads import fractions
 from parallel.layout import Array, Plan, Topology
 from parallel.models import MEMORY_SLACK, Cluster, Model, costs, slack
 from parallel.ordering import shard_bounds
+from parallel.owners import Owners, everywhere, room
+from parallel.placing import Limits, balanced
 from parallel.plan import build, plan
 from parallel.prices import Prices
 from parallel.states import price_states
@@ -92,7 +96,7 @@ class Case:
     @property
     def room(self) -> float:
         """Tokens of a rank at which its memory is at the limit, if all layers hold as many."""
-        return placing.room(self.lengths, self.topology, MEMORY_SLACK)
+        return room(self.lengths, self.topology, MEMORY_SLACK)
 
     @property
     def slack(self) -> float:
@@ -181,14 +185,14 @@ def even(case: Case) -> Outcome:
     travel = (ranks - 1) * hop
     seconds = np.maximum(BACKWARD * work, TRAVEL * travel).sum()
     sent = full * (ranks - 1) * block * TRAVEL.sum()
-    # The linear layers of a hybrid run on the same chunks and pass states on: free of charge.
+    states, passed = _states(case, everywhere(len(case.lengths), case.topology))
     busy = np.full(ranks, full * BOTH * work + case.linear_seconds(case.share))
     over = case.topology.nodes if crosses else 0
     return Outcome(
-        float(case.linear_seconds(case.share) + full * seconds),
+        float(case.linear_seconds(case.share) + full * seconds + states),
         busy,
-        sent * (ranks - over),
-        sent * over,
+        sent * (ranks - over) + float(passed.inside.sum()),
+        sent * over + float(passed.between.sum()),
         case.memory(case.share, case.share),
     )
 
@@ -213,13 +217,19 @@ def allgather(case: Case) -> Outcome:
     away = 1 - sizes / ranks
     rate = weigh.between * sizes / topology.ranks_per_node
     travel = keys * max((ranks - 1) / ranks / weigh.inside, float((away / rate).max()))
+    travel += _latency(weigh, topology, ranks)
+    states, passed = _states(case, None)
     sent = full * keys * TRAVEL.sum() * (ranks - 1) / ranks
     between = full * keys * TRAVEL.sum() * float(away.sum())
     return Outcome(
-        float(case.linear_seconds(case.share) + full * (BOTH * work.max() + TRAVEL.sum() * travel)),
+        float(
+            case.linear_seconds(case.share)
+            + full * (BOTH * work.max() + TRAVEL.sum() * travel)
+            + states
+        ),
         full * BOTH * work + case.linear_seconds(case.share),
-        max(0.0, sent * ranks - between),
-        between,
+        max(0.0, sent * ranks - between) + float(passed.inside.sum()),
+        between + float(passed.between.sum()),
         case.memory(case.share, case.share, keys),
     )
 
@@ -241,7 +251,7 @@ def hybrid_dp(case: Case) -> Outcome:
             seconds = work = BOTH * float(weigh.attention(np.array(0), np.array(n)))
         else:
             group = Topology(size, topology.ranks_per_node)
-            owners = placing.even(1, group)
+            owners = everywhere(1, group)
             made = build("hybrid-dp", np.array([n]), owners, group, by_node=False)
             layer = price(made, weigh)
             seconds, work = float(layer.finish.max(axis=1).sum()), layer.arithmetic.sum(axis=0)
@@ -259,6 +269,20 @@ def hybrid_dp(case: Case) -> Outcome:
     return Outcome(float(ready.max()), busy, inside, between, case.memory(held, held))
 
 
+def _states(case: Case, owners: Owners | None) -> tuple[float, Traffic]:
+    """What linear layers cost whose states pass over the shards of `owners`, or of the stream."""
+    made = build("of others", case.lengths, owners, case.topology, by_node=False)
+    seconds, passed = price_states(made, case.costs())
+    return case.model.linear_layers * seconds, passed * case.model.linear_layers
+
+
+def _latency(weigh: Costs, topology: Topology, ranks: int) -> float:
+    """Seconds before the first byte arrives where so many ranks exchange something."""
+    if ranks == 1:
+        return 0.0
+    return weigh.latency_between if ranks > topology.ranks_per_node else weigh.latency_inside
+
+
 def zeppelin(case: Case) -> Outcome:
     return _zeppelin(case, keys_everywhere=1.0)
 
@@ -269,9 +293,9 @@ def zeppelin_states(case: Case) -> Outcome:
 
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     model, weigh = case.model, case.published(routed=True)
-    limits = placing.Limits(nodes=1.0, tokens=1.15, slack=case.slack)
+    limits = Limits(nodes=1.0, tokens=1.15, slack=case.slack)
     prices = Prices(case.lengths, case.topology, weigh, settled=True)
-    owners = placing.balanced(prices, limits)
+    owners = balanced(prices, limits)
     made = build("zeppelin", case.lengths, owners, case.topology, by_node=False)
     flat = tuple(
         replace(ring, ranks=ring.ranks.reshape(1, -1, 1)) if len(ring.ranks) > 1 else ring
@@ -293,9 +317,11 @@ def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     backward = np.maximum(2 * mixer * tokens, 2 * travel).max()
     linear = forward + backward + 2 * layer.moved.sum() - STEP * mixer * made.stream.tokens.max()
     unsent = 1 - keys_everywhere
+    states, passed = price_states(made, case.costs())
+    linear += unsent * states
     in_linear = (
-        float((inside - unsent * ring_inside).sum()),
-        float((between - unsent * ring_between).sum()),
+        float((inside + unsent * (passed.inside - ring_inside)).sum()),
+        float((between + unsent * (passed.between - ring_between)).sum()),
     )
     full, rest = model.full_layers, model.linear_layers
     return Outcome(
@@ -333,7 +359,7 @@ def ulysses(case: Case) -> Outcome:
     near = (min(size, topology.ranks_per_node) - 1) / size
     far = max(0, size - topology.ranks_per_node) / size
     rate = max(near / weigh.inside, far * topology.ranks_per_node / weigh.between)
-    travel = model.layers * tokens * a_token * rate
+    travel = model.layers * (tokens * a_token * rate + 4 * _latency(weigh, topology, size))
     sent = model.layers * float(tokens.sum()) * size * a_token
     held = max(float(case.lengths.max()) / size, min(case.room, float(tokens.max())))
     return Outcome(

@@ -21,7 +21,7 @@ from parallel.config import Attention
 from parallel.exchange import Journey, sent_bytes
 from parallel.heads import fractions
 from parallel.layout import Plan, Topology
-from parallel.placing import Owners, grid
+from parallel.owners import Owners, grid
 from parallel.plan import Strategy, build, plan
 from parallel.rings import ring_attention, share
 from tests.parallel.across import STREAMS, difference, noting, plans_in_waves

@@ -13,8 +13,9 @@ from parallel.cost import Costs, price
 from parallel.heads import split
 from parallel.layout import Layout, Plan, Topology, moves
 from parallel.models import MEMORY_SLACK
-from parallel.placing import Owners
+from parallel.owners import Owners, room, undivided
 from parallel.plan import Strategy, build, plan
+from parallel.prices import Prices
 
 STRATEGIES = ("balanced", "ring", "even", "allgather")
 batches = st.lists(
@@ -96,7 +97,8 @@ def test_shards_are_even_or_within_memory(
     lengths: list[int], where: Topology, how: Strategy, costs: Costs, slack: float
 ) -> None:
     """They differ by one token at most, unless the rest of the work is known. Then tokens of
-    either layout keep to the memory of all activations, and no rank is without any."""
+    either layout keep to the memory of all activations, and no rank is without any; on each node
+    they are even, unless no sequence leaves the ranks that attend to it."""
     made = plan(lengths, where, how, costs, slack)
     shards, held = made.stream.tokens, made.attention.load
     if how != "balanced" or not costs.rest or np.ptp(shards) <= 1:
@@ -107,8 +109,30 @@ def test_shards_are_even_or_within_memory(
     assert shards.min() >= 1
     assert max(shards.max(), held.max()) <= room + 2 * pieces
     node = where.node(np.arange(where.ranks))
-    for one in range(where.nodes):
-        assert np.ptp(shards[node == one]) <= 1
+    even = [np.ptp(shards[node == one]) <= 1 for one in range(where.nodes)]
+    lie, meet = (
+        set(zip(layout.sequence.tolist(), layout.rank.tolist(), strict=True))
+        for layout in (made.stream, made.attention)
+    )
+    assert all(even) or lie <= meet
+
+
+@quick
+@given(batches, topologies, st.floats(0, 1))
+def test_an_undivided_sequence_has_the_fewest_ranks_with_room_for_it(
+    lengths: list[int], where: Topology, slack: float
+) -> None:
+    each = np.array(lengths, np.int64)
+    owners = undivided(Prices(each, where, Costs(rest=1e-6), True), slack)
+    limit = room(each, where, slack)
+    sizes = [1 if rank >= 0 else owners.grids[-1 - rank].size for rank in owners.owner.tolist()]
+    for n, size in zip(lengths, sizes, strict=True):
+        assert n <= size * limit or size == where.ranks
+        fewer = max(1 << i for i in range(5) if 1 << i < max(size, 2))
+        assert size == 1 or n > fewer * limit
+    made = build("balanced", each, owners, where, by_node=True)
+    for layout in (made.stream, made.attention):
+        owners_of_tokens(layout, made.cu_seqlens)
 
 
 def test_who_has_more_of_attention_has_fewer_tokens() -> None:
@@ -127,7 +151,7 @@ def test_a_step_is_as_long_as_the_slowest_pair_that_meets() -> None:
     holds tokens that the other attends to."""
     costs = Costs(rest=1e-6, heads=2, kv_heads=2)
     lengths, where = np.array([3000, 3500]), Topology(2, 1)
-    apart = build("balanced", lengths, Owners(np.array([0, 1]), [], uneven=True), where, True)
+    apart = build("balanced", lengths, Owners(np.array([0, 1]), [], "node"), where, True)
     found = price(apart, costs)
     rest = np.outer([1, 2], apart.stream.tokens) * costs.rest
     assert apart.stream.tokens.tolist() == [3000, 3500]

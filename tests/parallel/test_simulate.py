@@ -20,7 +20,7 @@ from parallel.cost import Costs, price
 from parallel.heads import split
 from parallel.layout import Plan, Topology
 from parallel.models import MODELS, clusters, load_cluster
-from parallel.placing import even
+from parallel.owners import everywhere
 from parallel.plan import Strategy, build, plan
 from parallel.strategies import STRATEGIES, Case, headrace, lower_bound, our_plan, price_plan
 
@@ -114,12 +114,48 @@ def test_no_alternative_is_quicker_where_one_nearly_is() -> None:
     )
 
 
-def assert_nobody_is_ahead(given: simulate.Settings) -> None:
+def assert_nobody_is_ahead(given: simulate.Settings | Case) -> None:
     """On any batch, to half a percent; on batches of short documents all are within that of the
     bound."""
-    rows = simulate.summarise(simulate.cases(given))["strategies"]
+    cases = [given] if isinstance(given, Case) else simulate.cases(given)
+    rows = simulate.summarise(cases)["strategies"]
     ours = rows.pop("headrace")
     assert ours["step_ms"] <= 1.005 * min(row["step_ms"] for row in rows.values())
+
+
+@pytest.mark.parametrize("kind", ["one", "few", "equal", "one among short ones", "powers of two"])
+@pytest.mark.parametrize("gpus", [2, 3, 8, 12, 24])
+def test_no_alternative_is_quicker_on_an_odd_batch(kind: str, gpus: int) -> None:
+    """Of 512 tokens a GPU and more; of fewer, a step is latencies alone."""
+    rng = np.random.default_rng(gpus)
+    tokens = gpus * int(rng.choice([512, 2048, 8192]))
+    match kind:
+        case "one":
+            lengths = [tokens]
+        case "few":
+            lengths = rng.multinomial(tokens, rng.dirichlet(np.ones(5))).tolist()
+        case "equal":
+            lengths = [tokens // (7 * gpus)] * (7 * gpus)
+        case "one among short ones":
+            lengths = [tokens // 3, *rng.multinomial(2 * tokens // 3, np.full(99, 1 / 99))]
+        case _:
+            lengths = [2**i for i in range(tokens.bit_length()) if tokens >> i & 1]
+    model = str(rng.choice(list(MODELS)))
+    assert_nobody_is_ahead(a_case(lengths, gpus, model))
+
+
+@pytest.mark.parametrize("model", ["llama-3b", "hybrid-3b"])
+def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(model: str) -> None:
+    case = replace(a_case([19] * 77, 3, model), cluster=load_cluster("h800"))
+    made = our_plan(case)
+    assert not made.crossing
+    assert (made.to_attention.source == made.to_attention.target).all()
+    assert sorted(made.stream.tokens.tolist()) == [25 * 19, 26 * 19, 26 * 19]
+    step = price_plan(case, made).seconds
+    assert step <= 1.014 * lower_bound(case)
+    even = everywhere(77, case.topology)
+    with mock.patch.object(planning, "undivided", return_value=even):
+        assert price_plan(case, our_plan(case)).seconds > 1.04 * step
 
 
 def test_where_only_an_even_split_fits_heads_are_split_too() -> None:
@@ -132,7 +168,7 @@ def test_where_only_an_even_split_fits_heads_are_split_too() -> None:
     (ring,) = made.rings
     assert len(ring.sequences) == 4
     assert ring.slices > 1
-    undivided = build("even", case.lengths, even(4, case.topology), case.topology, True)
+    undivided = build("even", case.lengths, everywhere(4, case.topology), case.topology, True)
     assert price_plan(case, made).seconds < 0.7 * price_plan(case, undivided).seconds
     assert case.slack > 0.15
     assert price_plan(case, our_plan(case)).seconds < 0.96 * price_plan(case, made).seconds
