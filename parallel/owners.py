@@ -35,6 +35,12 @@ class Owners:
         return replace(self, grids=[x.reshape(1, -1, x.shape[2]) for x in self.grids])
 
     @property
+    def pieces(self) -> int:
+        """How many there are, of all sequences."""
+        sizes = np.append([x.size for x in self.grids], 1)  # the last one is of whole sequences
+        return int(sizes[np.maximum(-1 - self.owner, -1)].sum())
+
+    @property
     def key(self) -> bytes:
         """Alike for placings that are alike."""
         shapes = repr([self.shards, *(x.shape for x in self.grids)]).encode()
@@ -76,27 +82,30 @@ def undivided(prices: Prices, slack: float) -> Owners:
     owner = np.zeros(len(lengths), np.int64)
     grids: list[Array] = []
     rings: dict[tuple[int, int], int] = {}
-    for i in np.argsort(-lengths, kind="stable").tolist():
+    by_length = np.argsort(-lengths, kind="stable").tolist()
+    shared = int((lengths > limit).sum())
+    for i in by_length[:shared]:
         n, size = float(lengths[i]), 1
         while size < topology.ranks and n / size > limit:
             size = min(2 * size, topology.ranks)
         groups = topology.ranks // size
         most, filled = (x[: groups * size].reshape(groups, size).max(axis=1) for x in (busy, held))
         first = int(np.lexsort((most, filled + n / size > limit))[0]) * size
-        mine = slice(first, first + size)
-        held[mine] += n / size
-        if size == 1:
-            owner[i] = first
-            busy[first] += prices.alone[i] + rest * n
-            continue
         members = np.arange(first, first + size)
         rows, width, _ = grid(members, topology).shape
         seconds, slices = (x[i] for x in prices.of(rows, width))
-        busy[mine] = most[first // size] + seconds + rest * n / size
+        busy[members] = most[first // size] + seconds + rest * n / size
+        held[members] += n / size
         if (first, size) not in rings:
             rings[first, size] = len(grids)
             grids.append(grid(members, topology, int(slices)))
         owner[i] = -1 - rings[first, size]
+    work = prices.alone + rest * lengths
+    for i in by_length[shared:]:
+        rank = int(np.where(held + lengths[i] <= limit, busy, np.inf).argmin())
+        owner[i] = rank
+        busy[rank] += work[i]
+        held[rank] += lengths[i]
     return Owners(owner, grids, "rank")
 
 

@@ -27,12 +27,13 @@ __all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Top
 
 Strategy = Literal["balanced", "ring", "even", "allgather"]
 
-# Placings that are tried, the likeliest first. The longer one sequence may keep its ranks busy
-# beside the even share, the fewer ranks share it and the less moves; where a node may hold more
-# than its share of tokens, fewer sequences are shared; where heads are split less, more of the
-# moves are hidden; where a rank may hold more, long sequences have fewer ranks; of rows of a node
-# a ring may have more nearly as many as it needs; where all work is levelled at once, less moves
-# to make attention even. The cheapest is taken, or the first that is good enough.
+# Placings that are tried after the one where nothing moves, the likeliest first. The longer one
+# sequence may keep its ranks busy beside the even share, the fewer ranks share it and the less
+# moves; where a node may hold more than its share of tokens, fewer sequences are shared; where
+# heads are split less, more of the moves are hidden; where a rank may hold more, long sequences
+# have fewer ranks; of rows of a node a ring may have more nearly as many as it needs; where all
+# work is levelled at once, less moves to make attention even. The cheapest is taken, or the first
+# that is good enough.
 _LIMITS = (
     Limits(nodes=1.25, tokens=1.0, slices=0.5),
     Limits(nodes=1.25, tokens=1.15, uneven=True),
@@ -66,7 +67,8 @@ _LIMITS = (
 )
 _ENOUGH = 1.002  # of perfectly even
 _FEW = 2  # of them are tried of any batch that they fit; of most as many as half a second allows,
-_MANY, _FIXED = 5500, 70  # which is `_MANY` / (ranks + sequences + `_FIXED`)
+_MANY, _FIXED = 5900, 70  # which is `_MANY` / (ranks + sequences + `_FIXED`)
+_PIECES = 20_000  # of sequences: more take too long, unless nothing else fits
 
 
 def plan(
@@ -137,6 +139,8 @@ def _cheapest(
     best, least = None, np.inf
     placings = _placings(lengths, topology, costs, slack, by_node)
     for tried, owners in enumerate(placings, start=1):
+        if best is not None and (tried > enough or owners.pieces > _PIECES):
+            break
         made = build("balanced", lengths, owners, topology, by_node, routing)
         if _fits(made, slack):
             made, seconds = _in_waves(made, costs, least)
@@ -144,7 +148,7 @@ def _cheapest(
                 seconds += costs.states.layers * price_states(made, costs)[0]
             if seconds < least:
                 best, least = made, seconds
-        if best is not None and (tried >= enough or least <= rest + _ENOUGH * perfect):
+        if best is not None and least <= rest + _ENOUGH * perfect:
             break
     assert best is not None
     return best
@@ -154,7 +158,10 @@ def _placings(
     lengths: Array, topology: Topology, costs: Costs, slack: float, by_node: bool
 ) -> Iterator[Owners]:
     """The likeliest first; the last ones are an even split, which always fits."""
-    of: dict[tuple[float, int], Prices] = {}
+    prices = Prices(lengths, topology, costs, not by_node)
+    if costs.rest:
+        yield undivided(prices, min(slack, MEMORY_SLACK))
+    of = {(1.0, 1): prices}
     seen: set[bytes] = set()
     for limits in _LIMITS:
         if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
@@ -168,9 +175,6 @@ def _placings(
         if owners.key not in seen:
             seen.add(owners.key)
             yield owners
-    prices = Prices(lengths, topology, costs, not by_node)
-    if costs.rest:
-        yield undivided(prices, min(slack, MEMORY_SLACK))
     yield everywhere(len(lengths), topology, prices)
     yield everywhere(len(lengths), topology)
 
