@@ -16,10 +16,11 @@ rank makes it for itself, beside the step before (`planner`). First come the ran
 each sequence: few for a short one, a ring over nodes for a long one, and quadratic work is even
 (`placing`). Then the stream, near them: tokens stay on their node but for what evens shards out
 (`ordering`). Where that would move many, a node with more of attention's work keeps fewer tokens
-instead, as far as memory allows, and all work is even rather than each kind of it. The cheapest of
-several such plans is taken (`plan`), by what attention and the rest cost (`cost`)
-and what the states of linear layers do (`states`). Layers see a shard and call the functions below;
-gradients come back the way that their tensors went (`exchange`).
+instead, as far as memory allows, and all work is even rather than each kind of it; or nothing
+moves, and every rank keeps what it attends to (`owners`). The cheapest of several such plans is
+taken (`plan`), by what attention and the rest cost (`cost`) and what the states of linear layers do
+(`states`). Layers see a shard and call the functions below; gradients come back the way that their
+tensors went (`exchange`).
 
 What travels does so beside what needs none of it: one wave of heads beside the attention of others
 and their projections, states beside pieces of the output's gate (`layers`).
