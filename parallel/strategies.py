@@ -7,11 +7,11 @@ alternative gets the better reading, except where the text says otherwise:
 - headrace: the planner that training uses. Dense models keep tokens on the rank where attention
   wants them, hybrids on the node; nodes may have unequal shards, within memory. Moves between
   layouts overlap attention and its projections in waves of heads; the others' do not, as published.
-- even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine); a
-  hybrid's linear layers pass states on over the same chunks.
+- even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine).
 - allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
-  values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2). Linear
-  layers pass states on over P chunks, as if it cost nothing to come there.
+  values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2). Here and
+  with even, a hybrid's linear layers pass states on over P chunks of the stream, as if it cost
+  nothing to come there.
 - hybrid-dp: each sequence on the fewest ranks whose memory holds it, longest first to the
   least busy ones; no layout changes, ranks meet only at the end of a step, and tokens a rank
   differ (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism). Linear layers
@@ -45,7 +45,7 @@ from parallel.heads import fractions
 from parallel.layout import Array, Plan, Topology
 from parallel.models import MEMORY_SLACK, Cluster, Model, costs, slack
 from parallel.ordering import shard_bounds
-from parallel.owners import Owners, everywhere, room
+from parallel.owners import everywhere, room
 from parallel.placing import Limits, balanced
 from parallel.plan import build, plan
 from parallel.prices import Prices
@@ -185,7 +185,7 @@ def even(case: Case) -> Outcome:
     travel = (ranks - 1) * hop
     seconds = np.maximum(BACKWARD * work, TRAVEL * travel).sum()
     sent = full * (ranks - 1) * block * TRAVEL.sum()
-    states, passed = _states(case, everywhere(len(case.lengths), case.topology))
+    states, passed = _states(case)
     busy = np.full(ranks, full * BOTH * work + case.linear_seconds(case.share))
     over = case.topology.nodes if crosses else 0
     return Outcome(
@@ -218,7 +218,7 @@ def allgather(case: Case) -> Outcome:
     rate = weigh.between * sizes / topology.ranks_per_node
     travel = keys * max((ranks - 1) / ranks / weigh.inside, float((away / rate).max()))
     travel += _latency(weigh, topology, ranks)
-    states, passed = _states(case, None)
+    states, passed = _states(case)
     sent = full * keys * TRAVEL.sum() * (ranks - 1) / ranks
     between = full * keys * TRAVEL.sum() * float(away.sum())
     return Outcome(
@@ -269,9 +269,9 @@ def hybrid_dp(case: Case) -> Outcome:
     return Outcome(float(ready.max()), busy, inside, between, case.memory(held, held))
 
 
-def _states(case: Case, owners: Owners | None) -> tuple[float, Traffic]:
-    """What linear layers cost whose states pass over the shards of `owners`, or of the stream."""
-    made = build("of others", case.lengths, owners, case.topology, by_node=False)
+def _states(case: Case) -> tuple[float, Traffic]:
+    """What linear layers cost whose states pass over even shards of the batch in its order."""
+    made = build("allgather", case.lengths, None, case.topology, by_node=False)
     seconds, passed = price_states(made, case.costs())
     return case.model.linear_layers * seconds, passed * case.model.linear_layers
 

@@ -144,6 +144,15 @@ def test_no_alternative_is_quicker_on_an_odd_batch(kind: str, gpus: int) -> None
     assert_nobody_is_ahead(a_case(lengths, gpus, model))
 
 
+@pytest.mark.parametrize("model", ["llama-3b", "hybrid-7b"])
+def test_one_document_among_thousands_is_placed_well_at_the_first_try(model: str) -> None:
+    """There is time to try but two or three placings of so many."""
+    short = np.random.default_rng(0).integers(16, 600, 2700).tolist()
+    case = replace(a_case([1_280_000, *short], 128, model), cluster=load_cluster("h200"))
+    assert price_plan(case, our_plan(case)).seconds <= 1.01 * lower_bound(case)
+    assert_nobody_is_ahead(case)
+
+
 @pytest.mark.parametrize("model", ["llama-3b", "hybrid-3b"])
 def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(model: str) -> None:
     case = replace(a_case([19] * 77, 3, model), cluster=load_cluster("h800"))
