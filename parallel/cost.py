@@ -93,6 +93,11 @@ class Costs:
     states: States | None = None
     rest: float = 0.0
 
+    @property
+    def rest_both_ways(self) -> float:
+        """Seconds a token of `rest`, forward and backward."""
+        return float(PRODUCTS.sum()) * self.rest
+
     def attention(self, start: Array, end: Array) -> Array:
         """Seconds, forward, of queries [start, end) of a sequence against all keys up to them."""
         length = end - start

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from parallel.cost import PRODUCTS
 from parallel.layout import Array, Topology
 from parallel.prices import Prices
 
@@ -77,7 +76,7 @@ def undivided(prices: Prices, slack: float) -> Owners:
     """
     lengths, topology = prices.lengths, prices.topology
     limit = room(lengths, topology, slack)
-    rest = float(PRODUCTS.sum()) * prices.costs.rest
+    rest = prices.costs.rest_both_ways
     busy, held = np.zeros(topology.ranks), np.zeros(topology.ranks)
     owner = np.zeros(len(lengths), np.int64)
     grids: list[Array] = []

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.cost import PRODUCTS
 from parallel.layout import Array
 from parallel.owners import Owners, room
 from parallel.prices import Prices
@@ -93,7 +92,7 @@ class _Placing:
         self.lengths, self.topology, self.alone = prices.lengths, prices.topology, prices.alone
         self.level = prices.level
         topology = prices.topology
-        self.rest = float(PRODUCTS.sum()) * prices.costs.rest if uneven else 0.0
+        self.rest = prices.costs.rest_both_ways if uneven else 0.0
         self.work = self.alone + self.rest * self.lengths
         self.mean = float(self.work.sum()) / topology.ranks
         self.seconds = np.zeros(topology.ranks)

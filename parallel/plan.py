@@ -8,13 +8,13 @@ CPU. numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
 
-from parallel.cost import BACKWARD, PRODUCTS, Costs, price
+from parallel.cost import BACKWARD, Costs, price
 from parallel.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
 from parallel.models import MEMORY_SLACK
 from parallel.ordering import even_shards, in_order, near_home, node_shards, shard_bounds
@@ -133,13 +133,13 @@ def _cheapest(
     routing: bool,
 ) -> Plan:
     """The cheapest of a few placings, by the cost model."""
-    rest = float(PRODUCTS.sum()) * costs.rest * lengths.sum() / topology.ranks
+    rest = costs.rest_both_ways * float(lengths.sum()) / topology.ranks
     perfect = float(BACKWARD.sum() * costs.attention(0 * lengths, lengths).sum()) / topology.ranks
     enough = max(_FEW, _MANY // (topology.ranks + len(lengths) + _FIXED))
     best, least = None, np.inf
-    placings = _placings(lengths, topology, costs, slack, by_node)
+    placings = _distinct(_placings(lengths, topology, costs, slack, by_node))
     for tried, owners in enumerate(placings, start=1):
-        if best is not None and (tried > enough or owners.pieces > _PIECES):
+        if best is not None and owners.pieces > _PIECES:
             break
         made = build("balanced", lengths, owners, topology, by_node, routing)
         if _fits(made, slack):
@@ -148,7 +148,7 @@ def _cheapest(
                 seconds += costs.states.layers * price_states(made, costs)[0]
             if seconds < least:
                 best, least = made, seconds
-        if best is not None and least <= rest + _ENOUGH * perfect:
+        if best is not None and (tried >= enough or least <= rest + _ENOUGH * perfect):
             break
     assert best is not None
     return best
@@ -162,7 +162,6 @@ def _placings(
     if costs.rest:
         yield undivided(prices, min(slack, MEMORY_SLACK))
     of = {(1.0, 1): prices}
-    seen: set[bytes] = set()
     for limits in _LIMITS:
         if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
             continue
@@ -171,12 +170,18 @@ def _placings(
         key = limits.slices, limits.rows
         if key not in of:
             of[key] = Prices(lengths, *_in_rows(topology, costs, limits.rows), not by_node, key[0])
-        owners = balanced(of[key], limits._replace(slack=min(slack, limits.slack)))
+        yield balanced(of[key], limits._replace(slack=min(slack, limits.slack)))
+    yield everywhere(len(lengths), topology, prices)
+    yield everywhere(len(lengths), topology)
+
+
+def _distinct(placings: Iterable[Owners]) -> Iterator[Owners]:
+    """The first of those that are alike."""
+    seen: set[bytes] = set()
+    for owners in placings:
         if owners.key not in seen:
             seen.add(owners.key)
             yield owners
-    yield everywhere(len(lengths), topology, prices)
-    yield everywhere(len(lengths), topology)
 
 
 def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Costs]:

@@ -1,0 +1,127 @@
+"""No published alternative has a shorter step than our plan, by the simulator's prices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from parallel import plan as planning
+from parallel import simulate
+from parallel.models import MODELS, clusters, load_cluster
+from parallel.owners import everywhere
+from parallel.strategies import Case, lower_bound, our_plan, price_plan
+from tests.parallel.test_simulate import a_case
+
+
+@pytest.mark.parametrize("lengths", simulate.distributions())
+@pytest.mark.parametrize(
+    ("model", "gpus", "over_bound"),
+    [
+        ("llama-7b", 16, 1.03),
+        ("llama-7b", 64, 1.10),
+        ("llama-7b", 256, 1.15),
+        ("llama-13b", 64, 1.10),
+        ("hybrid-3b", 16, 1.02),
+        ("hybrid-7b", 16, 1.02),
+        ("hybrid-7b", 64, 1.05),
+        ("hybrid-7b", 256, 1.06),
+        ("hybrid-7b-gqa", 64, 1.04),
+        ("llama-8b-gqa", 64, 1.07),
+    ],
+)
+def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bound: float) -> None:
+    """On the cluster with the slowest network; and how near to the bound we come there.
+
+    Over batches: on single ones an alternative may be ahead that gives its ranks unequal tokens.
+    """
+    batches = 4 if gpus < 256 else 2
+    given = simulate.Settings("a800", model, lengths, gpus, 4096, 65536, batches, 0)
+    rows = simulate.summarise(simulate.cases(given))["strategies"]
+    ours = rows.pop("headrace")
+    assert ours["step_ms"] < min(row["step_ms"] for row in rows.values())
+    assert ours["over_bound"] <= over_bound
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_alternative_is_quicker_in_a_random_setting(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+
+    def choose(*values: Any) -> Any:
+        return values[int(rng.integers(len(values)))]
+
+    given = simulate.Settings(
+        cluster=choose(*clusters()),
+        model=choose(*MODELS),
+        lengths=choose(*simulate.distributions()),
+        gpus=choose(8, 12, 16, 24, 32, 48, 64, 128),
+        tokens_per_gpu=choose(1024, 2048, 4096, 8192, 16384),
+        longest=choose(8192, 32768, 65536, 131072),
+        batches=1,
+        seed=seed,
+    )
+    assert_nobody_is_ahead(given)
+
+
+def test_no_alternative_is_quicker_where_one_nearly_is() -> None:
+    """The setting where ours stood worst of two thousand random ones: the best alternative gives
+    its ranks unequal tokens, and has no weights to gather in step."""
+    assert_nobody_is_ahead(
+        simulate.Settings("h800", "llama-30b", "github", 32, 8192, 131072, 1, 7118)
+    )
+
+
+def assert_nobody_is_ahead(given: simulate.Settings | Case) -> None:
+    """On any batch, to half a percent; on batches of short documents all are within that of the
+    bound."""
+    cases = [given] if isinstance(given, Case) else simulate.cases(given)
+    rows = simulate.summarise(cases)["strategies"]
+    ours = rows.pop("headrace")
+    assert ours["step_ms"] <= 1.005 * min(row["step_ms"] for row in rows.values())
+
+
+@pytest.mark.parametrize("kind", ["one", "few", "equal", "one among short ones", "powers of two"])
+@pytest.mark.parametrize("gpus", [2, 3, 8, 12, 24])
+def test_no_alternative_is_quicker_on_an_odd_batch(kind: str, gpus: int) -> None:
+    """Of 512 tokens a GPU and more; of fewer, a step is latencies alone."""
+    rng = np.random.default_rng(gpus)
+    tokens = gpus * int(rng.choice([512, 2048, 8192]))
+    match kind:
+        case "one":
+            lengths = [tokens]
+        case "few":
+            lengths = rng.multinomial(tokens, rng.dirichlet(np.ones(5))).tolist()
+        case "equal":
+            lengths = [tokens // (7 * gpus)] * (7 * gpus)
+        case "one among short ones":
+            lengths = [tokens // 3, *rng.multinomial(2 * tokens // 3, np.full(99, 1 / 99))]
+        case _:
+            lengths = [2**i for i in range(tokens.bit_length()) if tokens >> i & 1]
+    model = str(rng.choice(list(MODELS)))
+    assert_nobody_is_ahead(a_case(lengths, gpus, model))
+
+
+@pytest.mark.parametrize("model", ["llama-3b", "hybrid-7b"])
+def test_one_document_among_thousands_is_placed_well_at_the_first_try(model: str) -> None:
+    """There is time to try but two or three placings of so many."""
+    short = np.random.default_rng(0).integers(16, 600, 2700).tolist()
+    case = replace(a_case([1_280_000, *short], 128, model), cluster=load_cluster("h200"))
+    assert price_plan(case, our_plan(case)).seconds <= 1.01 * lower_bound(case)
+    assert_nobody_is_ahead(case)
+
+
+@pytest.mark.parametrize("model", ["llama-3b", "hybrid-3b"])
+def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(model: str) -> None:
+    case = replace(a_case([19] * 77, 3, model), cluster=load_cluster("h800"))
+    made = our_plan(case)
+    assert not made.crossing
+    assert (made.to_attention.source == made.to_attention.target).all()
+    assert sorted(made.stream.tokens.tolist()) == [25 * 19, 26 * 19, 26 * 19]
+    step = price_plan(case, made).seconds
+    assert step <= 1.014 * lower_bound(case)
+    even = everywhere(77, case.topology)
+    with mock.patch.object(planning, "undivided", return_value=even):
+        assert price_plan(case, our_plan(case)).seconds > 1.04 * step
