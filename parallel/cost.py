@@ -98,6 +98,10 @@ class Costs:
         """Seconds a token of `rest`, forward and backward."""
         return float(PRODUCTS.sum()) * self.rest
 
+    def latency(self, sent: Traffic) -> float:
+        """Seconds before the first byte of such a transfer arrives where it goes furthest."""
+        return self.latency_between if sent.between.any() else self.latency_inside
+
     def attention(self, start: Array, end: Array) -> Array:
         """Seconds, forward, of queries [start, end) of a sequence against all keys up to them."""
         length = end - start
@@ -350,7 +354,7 @@ def _remap(plan: Plan, costs: Costs) -> tuple[Array, Traffic]:
     seconds, traffic = [], Traffic(np.zeros(plan.topology.ranks), np.zeros(plan.topology.ranks))
     for a, b, amount in ((source, target, q_bytes + kv_bytes), (target, source, q_bytes)):
         taken, sent, got = move_time(a, b, amount, plan.topology, costs)
-        seconds.append(taken + plan.waves * costs.latency_between * (taken > 0))
+        seconds.append(taken + plan.waves * costs.latency(sent) * (taken > 0))
         traffic += sent + got  # the other pass sends back what this one got
     return np.array(seconds), traffic
 

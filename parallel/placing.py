@@ -3,10 +3,10 @@
 Sequences are placed longest first, in two stages: over the nodes, then over the ranks of
 each node. At both, three rules decide:
 
-- A sequence takes as few ranks as keep it within the even share of time (`Limits`) and of
-  tokens (`room`); time is that of attention or of the keys' way round the ring, whichever
-  is longer. So short ones stay whole, middle ones go on a ring inside a node, long ones on
-  a ring over adjacent nodes.
+- A sequence takes as few ranks as have time left for it, up to the even share or a little
+  more (`Limits`), and room for its tokens; time is that of attention or of the keys' way round
+  the ring, whichever is longer. So short ones stay whole, middle ones go on a ring inside a
+  node, long ones on a ring over adjacent nodes.
 - Rings inside a node are the node's ranks, their halves, the halves' halves: nested, so
   that rings seldom wait for each other and sequences of one group share one exchange.
 - A ring splits heads into as many slices as make it quickest (`Costs.shared`): keys of many
@@ -32,8 +32,6 @@ from parallel.prices import Prices
 
 _SINGLY = 24  # sequences a node that are placed one by one; the shorter rest is dealt in sweeps
 
-_NEARLY = 1.05  # of the quickest: where no spread is quick enough, one with fewer nodes will do
-
 _LEVEL = 1.05  # time weighs a little more than room: of equal sequences, the idlest gets the next
 
 
@@ -41,7 +39,8 @@ class Limits(NamedTuple):
     """How far a placing may go.
 
     Attributes:
-        nodes: seconds at which a sequence is spread over more nodes, as a multiple of the mean.
+        level: seconds that a node may come to before sequences are spread over several, as a
+            multiple of the mean.
         tokens: of a node, likewise. What it holds too much crosses between nodes in every layer.
         slices: into how many parts heads may be split, as a share of their number. One head a
             rank leaves nothing to come in waves.
@@ -52,7 +51,7 @@ class Limits(NamedTuple):
             itself: who has more of attention's has fewer tokens.
     """
 
-    nodes: float
+    level: float
     tokens: float
     slices: float = 1.0
     slack: float = 0.15
@@ -69,7 +68,7 @@ def balanced(prices: Prices, limits: Limits) -> Owners:
     node_room = min(rank_room, limits.tokens * share)
     by_length = np.argsort(-lengths, kind="stable")
     by_length = by_length[lengths[by_length] > 0]
-    inside = placing.over_nodes(by_length, limits.nodes, node_room)
+    inside = placing.over_nodes(by_length, limits.level, node_room)
     last = topology.nodes - 1
     small = topology.ranks % topology.ranks_per_node
     if topology.nodes - bool(small):
@@ -112,64 +111,80 @@ class _Placing:
             self.grids.append(ranks.reshape(-1, max(1, ranks.shape[1] // slices), slices))
         return -1 - self.rings[key]
 
-    def over_nodes(self, by_length: Array, reach: float, node_room: float) -> Array:
-        """Put the longest on rings over nodes; the node of each other one, −1 for those."""
-        each = self.topology.ranks_per_node
+    def over_nodes(self, by_length: Array, level: float, node_room: float) -> Array:
+        """Put those for which no node has time and room on rings over nodes; the node of each
+        other one, −1 for those."""
         node = np.full(len(self.lengths), -1)
+        # Seconds and tokens of each rank of a node.
+        load, held = np.zeros(self.topology.nodes), np.zeros(self.topology.nodes)
+        limit = level * self.mean
         # Room is all taken if shards are even. If not, there is enough of it.
         worth = self._worth(by_length) * (not self.rest)
-        load, held = np.zeros(self.topology.nodes), np.zeros(self.topology.nodes)
-        wanted = self.mean * self.sizes
-        room = node_room * self.sizes
         share = self.lengths.sum() / self.topology.ranks
         singly = min(len(by_length), max(256, _SINGLY * self.topology.nodes))
-        wide = True
         for at in range(singly):
             i = int(by_length[at])
             n, work = float(self.lengths[i]), float(self.work[i])
-            spread = self._nodes_for(i, reach) if wide else 1
-            wide = spread > 1
-            need = _LEVEL * (wanted - load) - (room - held) * worth[at]
-            fits = held + n <= room
-            if n <= share and not fits.any():  # too short to share: the emptiest takes it
-                need, fits = room - held, held + n <= self.room * self.sizes
-            chosen = int(np.where(fits, need, -np.inf).argmax())
-            if spread == 1 and fits[chosen]:
-                node[i] = chosen
-                load[chosen] += work
-                held[chosen] += n
+            seconds, tokens = work / self.sizes, n / self.sizes
+            need = _LEVEL * (self.mean - load) - (node_room - held) * worth[at]
+            fits = held + tokens <= node_room
+            good = fits & (load + seconds <= limit)
+            spread = 1
+            if good.any():
+                first = int(np.where(good, need, -np.inf).argmax())
+            elif n > share:
+                first, spread = self._window(i, load, held, limit, node_room)
+            else:  # too short to share
+                first = int(np.where(fits, need, -np.inf).argmax() if fits.any() else held.argmin())
+            if spread == 1:
+                node[i] = first
+                load[first] += seconds[first]
+                held[first] += tokens[first]
                 continue
-            spread = min(max(spread, 2), self.topology.nodes)
-            a = self._window(load / wanted, (held + n / spread) / room, spread, i)
-            if spread == 1:  # one node is all there is
-                node[i] = a
-                load[a] += work
-                held[a] += n
-                continue
-            ranks = self._rows(a, spread)
-            seconds, slices = (x[i] for x in self.prices.of(*ranks.shape))
+            ranks = self._rows(first, spread)
+            each, slices = (x[i] for x in self.prices.of(*ranks.shape))
             self.owner[i] = self.ring(ranks, int(slices))
-            self.seconds[ranks] += seconds
+            self.seconds[ranks] += each
             self.tokens[ranks] += n / ranks.size
-            on_node = np.bincount(ranks.reshape(-1) // each, minlength=len(load))
-            load += (seconds + self.rest * n / ranks.size) * on_node
-            held += n * on_node / ranks.size
+            load[first : first + spread] += each + self.rest * n / ranks.size
+            held[first : first + spread] += n / ranks.size
         rest = by_length[singly:]
-        free = wanted - load if self.rest else room - held
+        free = (self.mean - load if self.rest else node_room - held) * self.sizes
         node[rest] = _sweep(np.maximum(free, 0.0), len(rest))
         return node
 
-    def _nodes_for(self, i: int, reach: float) -> int:
-        """The fewest nodes on which sequence i keeps within the even share, or nearly so."""
+    def _window(
+        self, i: int, load: Array, held: Array, limit: float, node_room: float
+    ) -> tuple[int, int]:
+        """The fewest adjacent nodes that have time and room for sequence i: the first, and their
+        number.
+
+        The fullest of these windows. Where there is none, the one that is done first. Only the
+        last node may be a smaller one, which makes its neighbours wait.
+        """
         each, nodes = self.topology.ranks_per_node, self.topology.nodes
-        least = min(nodes, max(1, int(np.ceil(self.lengths[i] / (each * self.room)))))
-        if least == 1 and self.work[i] <= reach * self.mean * each:
-            return 1
-        seconds, _ = self.prices.over(i)
-        seconds = seconds + self.rest * self.lengths[i] / (each * np.arange(1, nodes + 1))
-        seconds = seconds[least - 1 :]
-        within = seconds <= max(reach * self.mean, _NEARLY * seconds.min())
-        return least + int(within.argmax())
+        n = float(self.lengths[i])
+        least = min(nodes, max(1, int(np.ceil(n / (each * self.room)))))
+        seconds = self.prices.over(i)[0] + self.rest * n / (each * np.arange(1, nodes + 1))
+        alone = 1 + int((seconds <= limit).argmax())
+        best, earliest = (0, nodes), np.inf
+        # More than twice as many as it would need alone are not worth a ring.
+        for spread in range(least, min(nodes, 2 * max(least, alone) + 2) + 1):
+            late = _highest(load, spread) + seconds[spread - 1]
+            full = _highest(held, spread) + n / (spread * each)
+            if self.sizes[-1] < each:
+                rows, width = self._rows(nodes - spread, spread).shape
+                mine = self.prices.of(rows, width)[0][i] + self.rest * n / (rows * width)
+                late[-1] += mine - seconds[spread - 1]
+                full[-1] += n / (rows * width) - n / (spread * each)
+            good = (late <= limit) & (full <= node_room)
+            if good.any():
+                return int(np.where(good, late, -np.inf).argmax()), spread
+            # Where nothing fits, the least full.
+            late = np.where(full <= self.room, late, 1e9 * self.mean * full)
+            if late.min() < earliest:
+                best, earliest = (int(late.argmin()), spread), late.min()
+        return best
 
     def _rows(self, first: int, spread: int) -> Array:
         """The ranks of a ring over `spread` nodes, in rows as `Ring` has nodes: (rows, each).
@@ -184,22 +199,6 @@ class _Placing:
             for row in range(self.sizes[node] // width)
         ]
         return np.array(starts)[:, None] + np.arange(width)
-
-    def _window(self, load: Array, filled: Array, spread: int, i: int) -> int:
-        """The first of `spread` adjacent nodes that have done sequence i first, if they have room.
-
-        Only the last node may be a smaller one, which makes its neighbours wait.
-        """
-        firsts = len(load) - spread + 1
-        load, filled = (
-            np.maximum.reduce([x[j : j + firsts] for j in range(spread)]) for x in (load, filled)
-        )
-        seconds, last = (
-            self.prices.of(*self._rows(first, spread).shape)[0][i] for first in (0, firsts - 1)
-        )
-        load += np.append(np.full(firsts - 1, seconds), last) / self.mean
-        fits = filled <= 1
-        return int(np.where(fits, load, np.inf).argmin() if fits.any() else filled.argmin())
 
     def _worth(self, by_length: Array) -> Array:
         """Seconds a token of the sequences from each one on, longest first."""
@@ -326,6 +325,11 @@ def _halves(each: int, least: int) -> Array:
             parts += [(a, middle), (middle, b)]
     every = np.concatenate([np.eye(each, dtype=bool), np.array(found, bool).reshape(-1, each)])
     return every[every.sum(axis=1) >= least]
+
+
+def _highest(values: Array, run: int) -> Array:
+    """Of each run of so many values that are adjacent."""
+    return np.lib.stride_tricks.sliding_window_view(values, run).max(axis=1)
 
 
 def _sweep(room: Array, pieces: int) -> Array:

@@ -60,8 +60,7 @@ def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
             if not len(source):
                 continue
             spent, sent, _ = move_time(source, target, size, plan.topology, costs)
-            far = sent.between.any()
-            spent += costs.latency_between if far else costs.latency_inside
+            spent += costs.latency(sent)
             seconds += max(0.0, spent - products * piece)
             traffic += sent
     return seconds, traffic

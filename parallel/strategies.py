@@ -16,10 +16,10 @@ alternative gets the better reading, except where the text says otherwise:
   least busy ones; no layout changes, ranks meet only at the end of a step, and tokens a rank
   differ (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism). Linear layers
   pass states on as ours do, over the two chunks that a rank has of a shared sequence.
-- zeppelin: arXiv 2509.21841. Our placing with fixed thresholds stands for its partitioner;
-  flat rings with routing; tokens are evened out around each mixing layer. It takes every
-  mixing layer for a quadratic one, so in a hybrid's linear layers too tokens are moved, and
-  keys and values go round the rings.
+- zeppelin: arXiv 2509.21841. Our placing, with the thresholds that suit it best, stands for
+  its partitioner; flat rings with routing; tokens are evened out around each mixing layer. It
+  takes every mixing layer for a quadratic one, so in a hybrid's linear layers too tokens are
+  moved, and keys and values go round the rings.
 - zeppelin-states: nobody's system: the same, but linear layers exchange states instead.
 - ulysses: heads over the fewest ranks whose memory holds the longest sequence, groups
   balanced by time; every mixing layer pays two all-to-alls (arXiv 2309.14509).
@@ -293,7 +293,7 @@ def zeppelin_states(case: Case) -> Outcome:
 
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     model, weigh = case.model, case.published(routed=True)
-    limits = Limits(nodes=1.0, tokens=1.15, slack=case.slack)
+    limits = Limits(level=1.3, tokens=1.0, slack=case.slack)
     prices = Prices(case.lengths, case.topology, weigh, settled=True)
     owners = balanced(prices, limits)
     made = build("zeppelin", case.lengths, owners, case.topology, by_node=False)

