@@ -148,7 +148,8 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     if kernel in ("forward", "backward"):
         narrow = wide or K > 128 or (vector and arch != "sm_90")
         narrow = narrow or (ampere and kernel == "backward" and K > 64)
-        warps = 16 if exact and K > 128 else 8 if wide or K > 128 or ampere else 4
+        many = wide or K > 128 or ampere or (narrow and K > 64)
+        warps = 16 if exact and K > 128 else 8 if many else 4
         crowded = (vector and K > 128) or arch.startswith("gfx")  # which has 64 KB to share
         stages = 1 if crowded else 3 if arch == "sm_90" and K <= 128 else 2
         if wide:  # A second stage takes loads of fp16 past the registers that are scarce then.
@@ -159,8 +160,9 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     hopper = arch == "sm_90" and not wide
     if kernel == "intra":
         if vector:
-            warps = 4 if ampere and not wide else 8
-            return Blocks(min(K, 16 if exact or (ampere and wide) else 32), V, warps, 1)
+            return Blocks(min(K, 16 if exact or (ampere and wide) else 32), V, 8, 1)
+        if ampere and K > 128 and not wide:
+            return Blocks(128, V, 8, 1)
         return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 8 if wide else 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.
     if exact:
