@@ -173,7 +173,10 @@ def _placings(
             of[key] = Prices(lengths, *_in_rows(topology, costs, limits.rows), not by_node, key[0])
         yield balanced(of[key], limits._replace(slack=min(slack, limits.slack)))
     yield everywhere(len(lengths), topology, prices)
-    yield everywhere(len(lengths), topology)
+    even = everywhere(len(lengths), topology)
+    if costs.rest:  # nothing moves, though shards differ by a few tokens
+        yield replace(even, shards="rank")
+    yield even
 
 
 def _distinct(placings: Iterable[Owners]) -> Iterator[Owners]:
@@ -256,8 +259,9 @@ def build(
             case "rank":
                 shards = home.tokens
                 pinned[:] = True
-        if not shards.min():  # no rank is without any
-            shards = even_shards(home.tokens)
+        for rank in np.flatnonzero(shards == 0):  # none is without any token
+            shards[shards.argmax()] -= 1
+            shards[rank] = 1
         stream = near_home(home, topology, shards, pinned, routing)
     cu_seqlens = np.append(0, np.cumsum(lengths))
     return Plan(

@@ -7,11 +7,11 @@ alternative gets the better reading, except where the text says otherwise:
 - headrace: the planner that training uses. Dense models keep tokens on the rank where attention
   wants them, hybrids on the node; nodes may have unequal shards, within memory. Moves between
   layouts overlap attention and its projections in waves of heads; the others' do not, as published.
-- even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine).
+- even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine). A
+  hybrid's linear layers pass states on over these chunks, no more of them than of one sequence.
 - allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
-  values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2). Here and
-  with even, a hybrid's linear layers pass states on over P chunks of the stream, as if it cost
-  nothing to come there.
+  values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2). A hybrid's
+  linear layers pass states on over P chunks of the stream, as if it cost nothing to come there.
 - hybrid-dp: each sequence on the fewest ranks whose memory holds it, longest first to the
   least busy ones; no layout changes, ranks meet only at the end of a step, and tokens a rank
   differ (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism). Linear layers
@@ -185,7 +185,9 @@ def even(case: Case) -> Outcome:
     travel = (ranks - 1) * hop
     seconds = np.maximum(BACKWARD * work, TRAVEL * travel).sum()
     sent = full * (ranks - 1) * block * TRAVEL.sum()
-    states, passed = _states(case)
+    one = case.lengths.sum(keepdims=True)
+    made = build("even", one, everywhere(1, case.topology), case.topology, by_node=False)
+    states, passed = _states(case, made)
     busy = np.full(ranks, full * BOTH * work + case.linear_seconds(case.share))
     over = case.topology.nodes if crosses else 0
     return Outcome(
@@ -218,7 +220,8 @@ def allgather(case: Case) -> Outcome:
     rate = weigh.between * sizes / topology.ranks_per_node
     travel = keys * max((ranks - 1) / ranks / weigh.inside, float((away / rate).max()))
     travel += _latency(weigh, topology, ranks)
-    states, passed = _states(case)
+    made = build("allgather", case.lengths, None, topology, by_node=False)
+    states, passed = _states(case, made)
     sent = full * keys * TRAVEL.sum() * (ranks - 1) / ranks
     between = full * keys * TRAVEL.sum() * float(away.sum())
     return Outcome(
@@ -269,9 +272,8 @@ def hybrid_dp(case: Case) -> Outcome:
     return Outcome(float(ready.max()), busy, inside, between, case.memory(held, held))
 
 
-def _states(case: Case) -> tuple[float, Traffic]:
-    """What linear layers cost whose states pass over even shards of the batch in its order."""
-    made = build("allgather", case.lengths, None, case.topology, by_node=False)
+def _states(case: Case, made: Plan) -> tuple[float, Traffic]:
+    """What linear layers cost whose states pass over the stream of a plan."""
     seconds, passed = price_states(made, case.costs())
     return case.model.linear_layers * seconds, passed * case.model.linear_layers
 
