@@ -257,11 +257,11 @@ def build(
             case "node":
                 shards = node_shards(home.tokens, topology)
             case "rank":
-                shards = home.tokens
+                shards = home.tokens.copy()
                 pinned[:] = True
-        for rank in np.flatnonzero(shards == 0):  # none is without any token
+        while not shards.min() and shards.max() > 1:  # no rank is without any token
+            shards[shards.argmin()] += 1
             shards[shards.argmax()] -= 1
-            shards[rank] = 1
         stream = near_home(home, topology, shards, pinned, routing)
     cu_seqlens = np.append(0, np.cumsum(lengths))
     return Plan(

@@ -161,7 +161,7 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
     if kernel == "intra":
         if vector:
             return Blocks(min(K, 16 if exact or (ampere and wide) else 32), V, 8, 1)
-        if ampere and K > 128 and not wide:
+        if ampere and K > 128 and not wide:  # fewer columns spill under Triton 3.7.1 or 3.9
             return Blocks(128, V, 8, 1)
         return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 8 if wide else 4, 1)
     # More than one block of columns: the loop over them is what keeps its loads apart.

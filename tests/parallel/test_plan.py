@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +134,18 @@ def test_an_undivided_sequence_has_the_fewest_ranks_with_room_for_it(
     made = build("balanced", each, owners, where, by_node=True)
     for layout in (made.stream, made.attention):
         owners_of_tokens(layout, made.cu_seqlens)
+
+
+@pytest.mark.parametrize("shards", ["node", "rank"])
+def test_a_rank_that_attention_needs_not_holds_one_token(shards: Any) -> None:
+    """Eight ranks of nine have a sequence to themselves, the ninth is a node of its own."""
+    ring = np.arange(8).reshape(1, 8, 1)
+    owners = Owners(np.array([-1]), [ring], shards)
+    made = build("balanced", np.array([8000]), owners, Topology(9, 8), by_node=True)
+    assert made.attention.tokens.tolist() == [1000] * 8 + [0]
+    assert made.stream.tokens.tolist()[-1] == 1
+    assert made.stream.tokens.sum() == 8000
+    assert np.bincount(made.stream.rank, made.stream.end - made.stream.start).min() == 1
 
 
 def test_who_has_more_of_attention_has_fewer_tokens() -> None:
