@@ -24,8 +24,8 @@ Kept simple enough to be checked by hand, and the same for every strategy:
   The first wave in overlaps what projects the other w − 1 to q, k and v, the last one out what
   projects the others' o back; backward likewise, beside twice as many products.
 - All other work is that of a rank's tokens. Ranks that meet in attention, or hold parts of one
-  sequence, wait for each other's: a step is as long as the slowest pair takes, one for the
-  tokens and the other for attention.
+  sequence, wait for each other's, forward and again backward: either is as long as the slowest
+  pair takes, one for the tokens and the other for attention. Who never meets does not wait.
 - ZeRO's traffic of weights and gradients is the same for every plan and is left out.
 """
 
@@ -252,18 +252,21 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
 
 
 def _together(plan: Plan, costs: Costs, finish: Array) -> Array:
-    """Seconds, (forward, backward), of the slowest pair of ranks: see the head of this file."""
+    """Seconds, (forward, backward), of those ranks that take longest: see the head of this file."""
     tokens = plan.stream.tokens.astype(np.float64)
     if not costs.rest or np.ptp(tokens) <= 1:
         return PRODUCTS * costs.rest * tokens.max() + finish.max(axis=1)
     met = [plan.stream.rank[rows] for rows in plan.crossing]
     met += [ring.members for ring in plan.rings]
-    waits = _slowest_of(met, tokens)
+    rest = np.outer(PRODUCTS, _slowest_of(met, tokens)) * costs.rest
     source, target = plan.to_attention.source, plan.to_attention.target
-    every = np.arange(len(tokens))
-    source, target = np.append(source, every), np.append(target, every)
-    rest = np.outer(PRODUCTS, waits[source]) * costs.rest
-    return (rest + finish[:, target]).max(axis=1)
+    away = source != target
+    pairs = np.stack([source[away], target[away]], axis=1)
+    late = rest + finish
+    for i in range(2):  # forward, backward: who never meets does not wait between them either
+        np.maximum.at(late[i], pairs[:, 0], (rest[i, pairs[:, 0]] + finish[i, pairs[:, 1]]))
+        late[i] = _slowest_of([*met, *pairs], late[i])
+    return late[:, late.sum(axis=0).argmax()]
 
 
 def _slowest_of(groups: list[Array], values: Array) -> Array:

@@ -176,6 +176,19 @@ def test_a_step_is_as_long_as_the_slowest_pair_that_meets() -> None:
     np.testing.assert_allclose(found.together, rest.max(axis=1) + found.finish.max(axis=1))
 
 
+def test_ranks_that_never_meet_do_not_wait_between_the_passes() -> None:
+    """Rank 1 is slower forward, where its many tokens count most, and rank 0 backward."""
+    lengths, costs = np.array([3000] + [100] * 40), Costs(heads=2, kv_heads=2)
+    seconds = costs.attention(0 * lengths, lengths)
+    costs = replace(costs, rest=1.1 * (seconds[0] - seconds[1:].sum()) / 1000)
+    owners = Owners(np.minimum(np.arange(41), 1), [], "rank")
+    found = price(build("balanced", lengths, owners, Topology(2, 1), True), costs)
+    passes = np.outer([1, 2], [3000, 4000]) * costs.rest + found.finish
+    assert passes.argmax(axis=1).tolist() == [1, 0]
+    assert found.seconds == pytest.approx(passes.sum(axis=0).max())
+    assert found.seconds < 0.999 * passes.max(axis=1).sum()
+
+
 def in_shards(stream: Layout, shards: list[int]) -> Layout:
     """Two sequences whole on two ranks; the first one's last tokens are given to the second."""
     first, second = stream.tokens.tolist()
