@@ -258,18 +258,20 @@ def _together(plan: Plan, costs: Costs, finish: Array) -> Array:
         return PRODUCTS * costs.rest * tokens.max() + finish.max(axis=1)
     met = [plan.stream.rank[rows] for rows in plan.crossing]
     met += [ring.members for ring in plan.rings]
-    rest = np.outer(PRODUCTS, _slowest_of(met, tokens)) * costs.rest
+    rest = np.outer(PRODUCTS, _highest_of(met, tokens)) * costs.rest
     source, target = plan.to_attention.source, plan.to_attention.target
-    away = source != target
-    pairs = np.stack([source[away], target[away]], axis=1)
-    late = rest + finish
-    for i in range(2):  # forward, backward: who never meets does not wait between them either
-        np.maximum.at(late[i], pairs[:, 0], (rest[i, pairs[:, 0]] + finish[i, pairs[:, 1]]))
-        late[i] = _slowest_of([*met, *pairs], late[i])
-    return late[:, late.sum(axis=0).argmax()]
+    away, every = source != target, np.arange(len(tokens))
+    met += list(np.stack([source[away], target[away]], axis=1))
+    # One of the ranks that wait for each other stands for all of them; those that never meet do
+    # not wait between forward and backward either.
+    head = _highest_of(met, every)
+    source, target = np.append(source[away], every), np.append(target[away], every)
+    late = np.zeros((len(tokens), 2))
+    np.maximum.at(late, head[source], (rest[:, source] + finish[:, target]).T)
+    return late[late.sum(axis=1).argmax()]
 
 
-def _slowest_of(groups: list[Array], values: Array) -> Array:
+def _highest_of(groups: list[Array], values: Array) -> Array:
     """The values, raised until they are alike wherever ranks are in one group."""
     if not groups:
         return values

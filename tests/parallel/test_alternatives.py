@@ -13,10 +13,11 @@ import yaml
 
 from parallel import plan as planning
 from parallel import simulate
+from parallel.layout import Topology
 from parallel.models import MODELS, clusters, load_cluster
 from parallel.owners import everywhere
 from parallel.strategies import Case, lower_bound, our_plan, price_plan
-from tests.parallel.test_simulate import a_case
+from tests.parallel.test_simulate import EVEN_SHARDS, a_case
 
 
 @pytest.mark.parametrize("lengths", simulate.distributions())
@@ -150,9 +151,21 @@ def test_one_document_among_thousands_is_placed_well_at_the_first_try(model: str
     assert_nobody_is_ahead(case)
 
 
-@pytest.mark.parametrize("model", ["hybrid-7b", "hybrid-3b"])
-def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "ranks_per_node", "quicker"),
+    [
+        ("llama-3b", 1, 1.04),
+        ("hybrid-3b", 1, 1.04),
+        ("hybrid-3b", 3, 1.02),
+        ("hybrid-7b", 3, 1.005),
+    ],
+)
+def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(
+    model: str, ranks_per_node: int, quicker: float
+) -> None:
+    """Inside a node a dense model's step is as long either way."""
     case = replace(a_case([19] * 77, 3, model), cluster=load_cluster("h800"))
+    case = replace(case, topology=Topology(3, ranks_per_node))
     made = our_plan(case)
     assert not made.crossing
     assert (made.to_attention.source == made.to_attention.target).all()
@@ -160,5 +173,8 @@ def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(model: s
     step = price_plan(case, made).seconds
     assert step <= 1.014 * lower_bound(case)
     even = everywhere(77, case.topology)
-    with mock.patch.object(planning, "undivided", return_value=even):
-        assert price_plan(case, our_plan(case)).seconds > 1.005 * step
+    with (
+        mock.patch.object(planning, "undivided", return_value=even),
+        mock.patch.object(planning, "_LIMITS", EVEN_SHARDS),
+    ):
+        assert price_plan(case, our_plan(case)).seconds > quicker * step

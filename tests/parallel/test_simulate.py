@@ -114,7 +114,7 @@ def test_uneven_shards_make_all_work_even(model: str) -> None:
         with mock.patch.object(planning, "_LIMITS", EVEN_SHARDS):
             won.append(ours.seconds / headrace(case).seconds)
     assert max(won) < 1.002
-    assert min(won) < 0.99
+    assert min(won) < 0.98
 
 
 def test_heads_are_split_evenly_where_they_are_no_power_of_two() -> None:
