@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -12,11 +9,9 @@ from hypothesis import strategies as st
 
 from parallel.cost import Costs, price
 from parallel.heads import split
-from parallel.layout import Layout, Plan, Topology, moves
-from parallel.models import MEMORY_SLACK
-from parallel.owners import Owners, room, undivided
-from parallel.plan import Strategy, build, plan
-from parallel.prices import Prices
+from parallel.layout import Layout, Plan, Topology
+from parallel.owners import Owners
+from parallel.plan import Strategy, plan
 
 STRATEGIES = ("balanced", "ring", "even", "allgather")
 batches = st.lists(
@@ -90,111 +85,6 @@ def test_slices_of_heads_are_all_heads_once(kv_heads: int, ratio: int, data: st.
     sizes = [b - a for (a, b), _ in every]
     if heads % slices == 0 and (kv_heads % slices == 0 or slices % kv_heads == 0):
         assert max(sizes) == min(sizes)
-
-
-@quick
-@given(batches, topologies, st.sampled_from(STRATEGIES), any_costs, st.floats(0, 1))
-def test_shards_are_even_or_within_memory(
-    lengths: list[int], where: Topology, how: Strategy, costs: Costs, slack: float
-) -> None:
-    """They differ by one token at most, unless the rest of the work is known. Then tokens of
-    either layout keep to the memory of all activations, and no rank is without any; on each node
-    they are even, unless no sequence leaves the ranks that attend to it."""
-    made = plan(lengths, where, how, costs, slack)
-    shards, held = made.stream.tokens, made.attention.load
-    if how != "balanced" or not costs.rest or np.ptp(shards) <= 1:
-        assert np.ptp(shards) <= 1
-        return
-    room = np.ceil((1 + min(slack, MEMORY_SLACK)) * sum(lengths) / where.ranks)
-    pieces = sum(len(ring.sequences) for ring in made.rings)
-    assert shards.min() >= 1
-    assert max(shards.max(), held.max()) <= room + 2 * pieces
-    node = where.node(np.arange(where.ranks))
-    even = [np.ptp(shards[node == one]) <= 1 for one in range(where.nodes)]
-    lie, meet = (
-        set(zip(layout.sequence.tolist(), layout.rank.tolist(), strict=True))
-        for layout in (made.stream, made.attention)
-    )
-    assert all(even) or lie <= meet
-
-
-@quick
-@given(batches, topologies, st.floats(0, 1))
-def test_an_undivided_sequence_has_the_fewest_ranks_with_room_for_it(
-    lengths: list[int], where: Topology, slack: float
-) -> None:
-    each = np.array(lengths, np.int64)
-    owners = undivided(Prices(each, where, Costs(rest=1e-6), True), slack)
-    limit = room(each, where, slack)
-    sizes = [1 if rank >= 0 else owners.grids[-1 - rank].size for rank in owners.owner.tolist()]
-    for n, size in zip(lengths, sizes, strict=True):
-        assert n <= size * limit or size == where.ranks
-        fewer = max(1 << i for i in range(5) if 1 << i < max(size, 2))
-        assert size == 1 or n > fewer * limit
-    made = build("balanced", each, owners, where, by_node=True)
-    for layout in (made.stream, made.attention):
-        owners_of_tokens(layout, made.cu_seqlens)
-
-
-@pytest.mark.parametrize("shards", ["node", "rank"])
-def test_a_rank_that_attention_needs_not_holds_one_token(shards: Any) -> None:
-    """Eight ranks of nine have a sequence to themselves, the ninth is a node of its own."""
-    ring = np.arange(8).reshape(1, 8, 1)
-    owners = Owners(np.array([-1]), [ring], shards)
-    made = build("balanced", np.array([8000]), owners, Topology(9, 8), by_node=True)
-    assert made.attention.tokens.tolist() == [1000] * 8 + [0]
-    assert made.stream.tokens.tolist()[-1] == 1
-    assert made.stream.tokens.sum() == 8000
-    assert np.bincount(made.stream.rank, made.stream.end - made.stream.start).min() == 1
-
-
-def test_who_has_more_of_attention_has_fewer_tokens() -> None:
-    """A long sequence makes one node's work; the others' short ones are most of the tokens."""
-    lengths = [3000] + [100] * 90
-    costs = Costs(rest=1e-7, heads=8, kv_heads=8)
-    made = plan(lengths, Topology(6, 2), costs=costs)
-    even = plan(lengths, Topology(6, 2), costs=replace(costs, rest=0.0))
-    (ring,) = (ring for ring in made.rings if 0 in ring.sequences)
-    assert made.stream.tokens[ring.members].max() < 0.99 * even.stream.tokens.min()
-    assert price(made, costs).seconds < price(even, costs).seconds
-
-
-def test_a_step_is_as_long_as_the_slowest_pair_that_meets() -> None:
-    """Rank 1 has most tokens, rank 0 attention's work; they wait for each other if one of them
-    holds tokens that the other attends to."""
-    costs = Costs(rest=1e-6, heads=2, kv_heads=2)
-    lengths, where = np.array([3000, 3500]), Topology(2, 1)
-    apart = build("balanced", lengths, Owners(np.array([0, 1]), [], "node"), where, True)
-    found = price(apart, costs)
-    rest = np.outer([1, 2], apart.stream.tokens) * costs.rest
-    assert apart.stream.tokens.tolist() == [3000, 3500]
-    np.testing.assert_allclose(found.together, (rest + found.finish).max(axis=1))
-    moved = replace(apart, stream=in_shards(apart.stream, [2900, 3600]))
-    moved = replace(moved, to_attention=moves(moved.stream, apart.attention, apart.cu_seqlens))
-    found = price(moved, costs)
-    rest = np.outer([1, 2], moved.stream.tokens) * costs.rest
-    np.testing.assert_allclose(found.together, rest.max(axis=1) + found.finish.max(axis=1))
-
-
-def test_ranks_that_never_meet_do_not_wait_between_the_passes() -> None:
-    """Rank 1 is slower forward, where its many tokens count most, and rank 0 backward."""
-    lengths, costs = np.array([3000] + [100] * 40), Costs(heads=2, kv_heads=2)
-    seconds = costs.attention(0 * lengths, lengths)
-    costs = replace(costs, rest=1.1 * (seconds[0] - seconds[1:].sum()) / 1000)
-    owners = Owners(np.minimum(np.arange(41), 1), [], "rank")
-    found = price(build("balanced", lengths, owners, Topology(2, 1), True), costs)
-    passes = np.outer([1, 2], [3000, 4000]) * costs.rest + found.finish
-    assert passes.argmax(axis=1).tolist() == [1, 0]
-    assert found.seconds == pytest.approx(passes.sum(axis=0).max())
-    assert found.seconds < 0.999 * passes.max(axis=1).sum()
-
-
-def in_shards(stream: Layout, shards: list[int]) -> Layout:
-    """Two sequences whole on two ranks; the first one's last tokens are given to the second."""
-    first, second = stream.tokens.tolist()
-    sequence, rank = np.array([0, 0, 1]), np.array([0, 1, 1])
-    start, end = np.array([0, shards[0], 0]), np.array([shards[0], first, second])
-    return Layout.stack(sequence, start, end, rank, 2)
 
 
 @quick
