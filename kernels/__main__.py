@@ -35,15 +35,15 @@ def main() -> int:
 
     # What a command needs is imported by that command alone: --help is quick.
     if arguments.command == "check":
-        from kernels import check as check_command
+        from kernels.tools import check as check_command
 
         return check_command.main(arguments.json)
     if arguments.command == "compile":
-        from kernels import compile as compile_command
+        from kernels.tools import compile as compile_command
 
         archs = arguments.arch or ["sm_80", "sm_90", "sm_100"]
         return compile_command.main(archs, arguments.only, arguments.json, arguments.jobs)
-    from kernels import bench as bench_command
+    from kernels.tools import bench as bench_command
 
     return bench_command.main(
         arguments.length or [], arguments.only, arguments.plot, arguments.json

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import chunked, reference
+from kernels import reference
+from kernels.chunked.linear_attention import linear_attention as chunked
 from kernels.packing import check_cu_seqlens
 
 Backend = Literal["auto", "triton", "torch", "reference"]

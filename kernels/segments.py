@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import chunked, reference
+from kernels import reference
+from kernels.chunked.linear_attention import linear_attention as chunked
 from kernels.linear_attention import Backend, check_arguments, linear_attention, resolve
 from kernels.packing import accumulation_dtype
 

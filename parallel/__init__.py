@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallel.config import ParallelConfig
-    from parallel.heads import Waves
+    from parallel.planning.heads import Waves
     from parallel.layers import (
         SoftmaxAttention,
         diagonal_scan,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         softmax_attention,
     )
     from parallel.peers import LostRankError, at_step
-    from parallel.planner import FullAttention, Planner
+    from parallel.planning.planner import FullAttention, Planner
     from parallel.stream import Shard, distribute, shard
     from parallel.world import World, join
 
@@ -68,7 +68,7 @@ __all__ = [
 
 _HOMES = {
     "parallel.config": ["ParallelConfig"],
-    "parallel.heads": ["Waves"],
+    "parallel.planning.heads": ["Waves"],
     "parallel.layers": [
         "SoftmaxAttention",
         "diagonal_scan",
@@ -77,7 +77,7 @@ _HOMES = {
         "softmax_attention",
     ],
     "parallel.peers": ["LostRankError", "at_step"],
-    "parallel.planner": ["FullAttention", "Planner"],
+    "parallel.planning.planner": ["FullAttention", "Planner"],
     "parallel.stream": ["Shard", "distribute", "shard"],
     "parallel.world": ["World", "join"],
 }

@@ -76,7 +76,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
-    from parallel import simulate
+    from parallel.simulation import simulate
 
     simulate.main(
         simulate.Settings(
@@ -98,8 +98,9 @@ def _simulate(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from parallel import show, simulate
-    from parallel.plan import Topology, plan
+    from parallel.simulation import show
+    from parallel.simulation import simulate
+    from parallel.planning.plan import Topology, plan
 
     parts = arguments.lengths.split(",")
     if all(part.strip().isdecimal() for part in parts):

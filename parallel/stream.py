@@ -1,7 +1,7 @@
 """One stream: the sequences of a batch, shared out over the ranks.
 
 A cut may fall anywhere. What a layer then needs from other ranks follows from the batch's
-plan, which every rank has made for itself from the lengths alone (`parallel.plan`).
+plan, which every rank has made for itself from the lengths alone (`parallel.planning.plan`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.chain import Chain, Chains
+from parallel.travel.chain import Chain, Chains
 from parallel.config import Attention, ParallelConfig
-from parallel.exchange import Table, parcels, to_device
-from parallel.layout import Layout, Plan, moves
-from parallel.passing import Passing
-from parallel.planner import Planner, filled
+from parallel.travel.exchange import Table, parcels, to_device
+from parallel.planning.layout import Layout, Plan, moves
+from parallel.planning.passing import Passing
+from parallel.planning.planner import Planner, filled
 from parallel.world import World
 
 Made = TypeVar("Made")

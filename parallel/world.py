@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from parallel.layout import Topology
+from parallel.planning.layout import Topology
 from parallel.peers import meet, waiting_for
 
 Result = TypeVar("Result")

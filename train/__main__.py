@@ -16,7 +16,7 @@ from data.settings import ConfigError, describe
 
 if TYPE_CHECKING:
     from train.config import Config
-    from train.stop import Watch
+    from train.survival.stop import Watch
 
 
 COMMANDS = {
@@ -91,7 +91,7 @@ def train(options: argparse.Namespace) -> int:
 
     config = read(options.config, options.overrides)
 
-    from train.stop import START_AGAIN, Interrupted, Watch
+    from train.survival.stop import START_AGAIN, Interrupted, Watch
 
     watch = Watch.of_job()
     try:
@@ -107,7 +107,7 @@ def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:
     from parallel import join
     from train.loop import Trainer
     from train.model import mixers
-    from train.run import claim
+    from train.survival.run import claim
 
     mixers.check(config.model)
     command = ["python", "-m", "train", options.config, *options.overrides]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from data.settings import ConfigError
-from train import manifest
+from train.survival import manifest
 from train.config import Config, read
 
 
@@ -162,8 +162,8 @@ def generate(arguments: list[str]) -> int:
         f"--temperature is {options.temperature}; it must not be negative",
     )
 
-    from train.generate import show
-    from train.trained import trained
+    from train.evaluation.generate import show
+    from train.evaluation.trained import trained
 
     show(
         trained(*_find(options)), options.prompt, options.tokens, options.temperature, options.seed
@@ -193,8 +193,8 @@ def evaluate(arguments: list[str]) -> int:
     _require(tokens >= 1, f"--tokens is {tokens}; it must be at least 1")
     _require(options.samples >= 1, f"--samples is {options.samples}; it must be at least 1")
 
-    from train import longcontext
-    from train.trained import trained
+    from train.evaluation import longcontext
+    from train.evaluation.trained import trained
 
     report = longcontext.measure(trained(run, config), tokens, options.samples, _progress)
     print(longcontext.text(report), end="\n\n")
@@ -216,7 +216,7 @@ def table(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    from train import table as tables
+    from train.monitor import table as tables
 
     print(tables.text(tables.collect(options.runs, options.metric), options.metric))
     return 0

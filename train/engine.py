@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from parallel import World
 from train.config import ZeroConfig
 from train.model.transformer import Model
-from train.muon import Muon, Piece
-from train.optim import OptimConfig, parameter_groups
+from train.optimiser.muon import Muon, Piece
+from train.optimiser.optim import OptimConfig, parameter_groups
 
 # The fp32 tensors of one parameter: the weight itself and the optimiser's means.
 WEIGHT = "weight"

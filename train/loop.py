@@ -15,18 +15,20 @@ import torch
 import data
 from data.settings import ConfigError
 from parallel import World, at_step, distribute
-from train import checkpoint, faults, manifest
+from train.survival import checkpoint
+from train.survival import faults
+from train.survival import manifest
 from train.config import Config, differences
 from train.engine import Engine
-from train.evaluate import evaluate
-from train.metrics import Recorder, peak_flops, peak_memory
+from train.evaluation.evaluate import evaluate
+from train.monitor.metrics import Recorder, peak_flops, peak_memory
 from train.model.transformer import Model
-from train.optim import learning_rate
+from train.optimiser.optim import learning_rate
 from train.planning import planner_of
 from train.start import begin_from
-from train.stop import START_AGAIN, Cause, Watch
-from train.summary import summarise
-from train.watchdog import Watchdog
+from train.survival.stop import START_AGAIN, Cause, Watch
+from train.monitor.summary import summarise
+from train.survival.watchdog import Watchdog
 
 
 class Trainer:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from data.settings import ConfigError
 from parallel import World, join
-from train import faults, manifest
+from train.survival import faults
+from train.survival import manifest
 from train.config import Config
 from train.loop import Trainer
-from train.stop import Watch
+from train.survival.stop import Watch
 
 
 def replay(run: Path, config: Config, step: int) -> int:

@@ -64,7 +64,7 @@ def test_spills_are_seen_where_they_are():
 
 
 def test_a_spill_is_an_error():
-    from kernels.compile import Report, failed
+    from kernels.tools.compile import Report, failed
 
     good = Report("x", "sm_90", 4, 255, 0, 0, 1024, "", 0.5, 1.0)
     assert not failed(good)

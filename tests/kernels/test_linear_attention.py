@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize, sigmoid
 
-from kernels import chunked, linear_attention
+from kernels import linear_attention
+from kernels.chunked.linear_attention import linear_attention as chunked
 from tests.kernels.agreement import assert_agrees, assert_close, bounds
 
 DECAYS = ["none", "head", "scalar", "vector"]

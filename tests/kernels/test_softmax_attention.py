@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import softmax_attention, softmax_attention_backward
-from kernels.attention_tiles import WINDOW_ROWS
+from kernels.chunked.softmax_attention import WINDOW_ROWS
 from tests.kernels.agreement import assert_agrees, bounds
 
 # Lengths of the queries and of the keys, sequence by sequence.
@@ -101,7 +101,7 @@ def path(request, monkeypatch):
     """Each way of computing it. Where there is no GPU, its kernels are stood in for by their
     definition: what is tested is all that is done around them."""
     if request.param == "products":
-        monkeypatch.setattr("kernels.attention_tiles._has_flash", lambda x: False)
+        monkeypatch.setattr("kernels.chunked.softmax_attention._has_flash", lambda x: False)
     elif request.param == "a GPU's flash":
         monkeypatch.setattr("kernels.flash.usable", lambda q, v: True)
         monkeypatch.setattr("kernels.flash._forward", flash_forward)

@@ -12,7 +12,8 @@ from itertools import cycle, product
 import pytest
 import torch
 
-from kernels import check, linear_attention
+from kernels import linear_attention
+from kernels.tools import check
 from kernels.segments import apply_segment, segment_state
 from tests.kernels.agreement import assert_agrees, assert_close, bounds, device_of
 from tests.kernels.test_linear_attention import (

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from parallel import FullAttention, ParallelConfig, Planner, Shard, World, distribute
-from parallel.layout import Plan
-from parallel.plan import plan
+from parallel.planning.layout import Plan
+from parallel.planning.plan import plan
 
 # Streams of every shape: a sequence over all ranks, many short ones, a mixture, lengths
 # divisible by nothing, shards of one to three tokens, fewer tokens than ranks.
@@ -38,7 +38,7 @@ def plans_in_waves(waves: int) -> AbstractContextManager[object]:
     def planned(*arguments: Any, **more: Any) -> Plan:
         return dataclasses.replace(plan(*arguments, **more), waves=waves)
 
-    return mock.patch("parallel.planner.plan", planned)
+    return mock.patch("parallel.planning.planner.plan", planned)
 
 
 @contextmanager
@@ -51,8 +51,8 @@ def lopsided_shards() -> Iterator[None]:
         return 1 + np.diff(ends, prepend=0)
 
     with (
-        mock.patch("parallel.plan.even_shards", shards),
-        mock.patch("parallel.plan._fits", return_value=True),
+        mock.patch("parallel.planning.plan.even_shards", shards),
+        mock.patch("parallel.planning.plan._fits", return_value=True),
     ):
         yield
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from parallel import plan as planning
-from parallel import simulate
-from parallel.layout import Topology
-from parallel.models import MODELS, clusters, load_cluster
-from parallel.owners import everywhere
-from parallel.strategies import Case, lower_bound, our_plan, price_plan
+from parallel.planning import plan as planning
+from parallel.simulation import simulate
+from parallel.planning.layout import Topology
+from parallel.simulation.models import MODELS, clusters, load_cluster
+from parallel.planning.owners import everywhere
+from parallel.simulation.strategies import Case, lower_bound, our_plan, price_plan
 from tests.parallel.test_simulate import EVEN_SHARDS, a_case
 
 

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 import parallel
 from parallel import FullAttention, ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
-from parallel.exchange import Journey, sent_bytes
-from parallel.heads import fractions
-from parallel.layout import Plan, Topology
-from parallel.owners import Owners, grid
-from parallel.plan import Strategy, build, plan
-from parallel.rings import ring_attention, share
+from parallel.travel.exchange import Journey, sent_bytes
+from parallel.planning.heads import fractions
+from parallel.planning.layout import Plan, Topology
+from parallel.planning.owners import Owners, grid
+from parallel.planning.plan import Strategy, build, plan
+from parallel.travel.rings import ring_attention, share
 from tests.parallel.across import STREAMS, difference, noting, plans_in_waves
 from train.model.config import ModelConfig
 from train.model.linear import _Columns, _Rows
@@ -138,7 +138,7 @@ def in_waves(
         made = build("rings", lengths, owners, topology, True)
         return dataclasses.replace(made, waves=waves)
 
-    with mock.patch("parallel.planner.plan", planned):
+    with mock.patch("parallel.planning.planner.plan", planned):
         return attention(world, lengths, "balanced", None, *heads, by_wave=by_wave)
 
 
@@ -172,7 +172,7 @@ def on_nodes(
     world = dataclasses.replace(world, ranks_per_node=ranks_per_node)
     planned = functools.partial(plan, strategy=strategy, routing=routing)
     with mock.patch(
-        "parallel.planner.plan", lambda lengths, topology, *_, **__: planned(lengths, topology)
+        "parallel.planning.planner.plan", lambda lengths, topology, *_, **__: planned(lengths, topology)
     ):
         return attention(world, lengths, "balanced")
 
@@ -188,7 +188,7 @@ def on_slices(
         owners = Owners(-1 - number, [np.array(grid) for grid in grids])
         return build("rings", lengths, owners, topology, True)
 
-    with mock.patch("parallel.planner.plan", planned):
+    with mock.patch("parallel.planning.planner.plan", planned):
         return attention(world, lengths, "balanced", None, *heads)
 
 

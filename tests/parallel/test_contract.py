@@ -24,7 +24,7 @@ from train.config import ZeroConfig
 from train.engine import Engine
 from train.model.config import ModelConfig
 from train.model.transformer import Model
-from train.optim import OptimConfig
+from train.optimiser.optim import OptimConfig
 
 VOCABULARY, RATE, STEPS = 61, 1e-2, 2
 # An epsilon above round-off: a gradient that is nothing else must move no weight a whole step.

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import kernels
 import parallel
 from parallel import ParallelConfig, Shard, World, distribute
-from parallel.chain import _Way
+from parallel.travel.chain import _Way
 from parallel.config import Attention
-from parallel.exchange import sent_bytes
+from parallel.travel.exchange import sent_bytes
 from tests.parallel.across import STREAMS, difference, noting
 from train.model.config import ModelConfig
 from train.model.linear import _Rows

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from parallel import ParallelConfig, Shard, World, distribute
-from parallel.chain import Passage
+from parallel.travel.chain import Passage
 from parallel.config import Attention
-from parallel.exchange import Journey
+from parallel.travel.exchange import Journey
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.planning import planner_of

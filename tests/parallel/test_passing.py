@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.layout import Topology
-from parallel.passing import Message, Passing
+from parallel.planning.layout import Topology
+from parallel.planning.passing import Message, Passing
 
 
 @st.composite

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from parallel.cost import Costs, price
-from parallel.heads import split
-from parallel.layout import Layout, Plan, Topology
-from parallel.owners import Owners
-from parallel.plan import Strategy, plan
+from parallel.planning.cost import Costs, price
+from parallel.planning.heads import split
+from parallel.planning.layout import Layout, Plan, Topology
+from parallel.planning.owners import Owners
+from parallel.planning.plan import Strategy, plan
 
 STRATEGIES = ("balanced", "ring", "even", "allgather")
 batches = st.lists(

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from parallel import FullAttention, ParallelConfig, Planner
-from parallel.layout import Plan, Topology
-from parallel.plan import plan
+from parallel.planning.layout import Plan, Topology
+from parallel.planning.plan import plan
 
 LENGTHS = np.array([9000, 500, 4000, 3000, 20])
 WHERE = Topology(8, 4)
@@ -40,7 +40,7 @@ def test_a_batch_begun_before_is_planned_beside_the_caller_and_once(planner: Pla
         threads.append(threading.current_thread())
         return plan(*arguments, **more)  # type: ignore[arg-type]
 
-    with mock.patch("parallel.planner.plan", watched):
+    with mock.patch("parallel.planning.planner.plan", watched):
         planner.begin(LENGTHS)
         first = planner.plan(LENGTHS)
         assert planner.plan(LENGTHS.astype(np.int32)) is first

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.cost import Costs, price
-from parallel.layout import Layout, Topology, moves
-from parallel.models import MEMORY_SLACK
-from parallel.owners import Owners, room, undivided
-from parallel.plan import Strategy, build, plan
-from parallel.prices import Prices
+from parallel.planning.cost import Costs, price
+from parallel.planning.layout import Layout, Topology, moves
+from parallel.simulation.models import MEMORY_SLACK
+from parallel.planning.owners import Owners, room, undivided
+from parallel.planning.plan import Strategy, build, plan
+from parallel.planning.prices import Prices
 from tests.parallel.test_plan import (
     STRATEGIES,
     any_costs,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from parallel import show
+from parallel.simulation import show
 from parallel.__main__ import main
-from parallel.layout import Topology
-from parallel.plan import plan
+from parallel.planning.layout import Topology
+from parallel.planning.plan import plan
 
 
 def test_every_sequence_is_listed_with_its_owners() -> None:

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel import plan as planning
-from parallel import simulate
+from parallel.planning import plan as planning
+from parallel.simulation import simulate
 from parallel.__main__ import main
-from parallel.cost import Costs, price
-from parallel.heads import split
-from parallel.layout import Plan, Topology
-from parallel.models import MODELS, clusters, load_cluster
-from parallel.owners import everywhere
-from parallel.plan import Strategy, build, plan
-from parallel.strategies import STRATEGIES, Case, headrace, lower_bound, our_plan, price_plan
+from parallel.planning.cost import Costs, price
+from parallel.planning.heads import split
+from parallel.planning.layout import Plan, Topology
+from parallel.simulation.models import MODELS, clusters, load_cluster
+from parallel.planning.owners import everywhere
+from parallel.planning.plan import Strategy, build, plan
+from parallel.simulation.strategies import STRATEGIES, Case, headrace, lower_bound, our_plan, price_plan
 
 lengths_of_a_batch = st.lists(st.integers(1, 20000), min_size=1, max_size=30)
 quick = settings(max_examples=15, deadline=None)

@@ -11,7 +11,7 @@ import yaml
 
 from data.settings import ConfigError
 from train.config import differences, read
-from train.optim import OptimConfig, learning_rate
+from train.optimiser.optim import OptimConfig, learning_rate
 
 ROOT = Path(__file__).parents[2]
 

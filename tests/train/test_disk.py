@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.runs import losses, start
-from train import manifest
+from train.survival import manifest
 from train.__main__ import main
 
 

@@ -14,8 +14,8 @@ from train.config import ZeroConfig
 from train.engine import Engine
 from train.model.config import ModelConfig
 from train.model.transformer import Model
-from train.muon import orthogonal
-from train.optim import OptimConfig, learning_rate
+from train.optimiser.muon import orthogonal
+from train.optimiser.optim import OptimConfig, learning_rate
 
 VOCABULARY, STEPS = 97, 4
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, clip=0.5)

@@ -18,11 +18,11 @@ from tests import tiny
 from tests.train.runs import ROOT, rows
 from train.__main__ import main
 from train.config import read
-from train.evaluate import ByOctave
-from train.longcontext import validate
+from train.evaluation.evaluate import ByOctave
+from train.evaluation.longcontext import validate
 from train.model import mixers
-from train.table import kind
-from train.trained import trained
+from train.monitor.table import kind
+from train.evaluation.trained import trained
 
 RECALL = """
 train: {steps: 4, batch_tokens: 256, seq_len: 64, seed: 5}

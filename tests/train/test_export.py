@@ -15,7 +15,7 @@ from data import tokenizer as tokenizers
 from data.settings import ConfigError
 from parallel import shard
 from tests.train.runs import rows
-from train import manifest
+from train.survival import manifest
 from train.__main__ import main
 from train.config import Config, read
 from train.model import mixers

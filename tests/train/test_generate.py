@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel import shard
-from train.generate import Decoder
+from train.evaluation.generate import Decoder
 from train.model import mixers
 from train.model.config import ModelConfig
 from train.model.transformer import Model

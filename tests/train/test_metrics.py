@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from train import metrics
-from train.metrics import Recorder
+from train.monitor import metrics
+from train.monitor.metrics import Recorder
 
 
 def row(step: int) -> dict[str, float]:

@@ -261,7 +261,7 @@ def sharded(world: World) -> dict[str, Tensor]:
 
     from train.config import ZeroConfig
     from train.engine import Engine
-    from train.optim import OptimConfig
+    from train.optimiser.optim import OptimConfig
 
     engine = Engine(one_of_each(), OptimConfig(), ZeroConfig(stage=3), world, torch.float32, 1)
     (stream,) = streams([[67, 5, 30]], VOCABULARY)

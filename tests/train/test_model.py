@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from data.settings import ConfigError
 from parallel import shard
-from train.generate import generate
+from train.evaluation.generate import generate
 from train.model import mixers
 from train.model.config import ModelConfig
 from train.model.transformer import Model

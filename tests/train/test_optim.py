@@ -6,7 +6,7 @@ import pytest
 
 from train.model.config import ModelConfig
 from train.model.transformer import Model
-from train.optim import OptimConfig, parameter_groups
+from train.optimiser.optim import OptimConfig, parameter_groups
 
 CONFIG = ModelConfig(pattern=["gated_deltanet", "attention"], layers=2, dim=32)
 

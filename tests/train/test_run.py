@@ -139,7 +139,7 @@ def test_a_full_disk_loses_no_older_checkpoint(
 ) -> None:
     import errno
 
-    from train import checkpoint
+    from train.survival import checkpoint
 
     sync = checkpoint._sync
 

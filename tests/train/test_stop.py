@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel import World
-from train.stop import Cause, Interrupted, Watch
+from train.survival.stop import Cause, Interrupted, Watch
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 

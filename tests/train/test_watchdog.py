@@ -15,7 +15,7 @@ import torch
 from parallel import World
 from tests.train.runs import losses, start_ranks
 from train.__main__ import main
-from train.watchdog import HANGS, Watchdog
+from train.survival.watchdog import HANGS, Watchdog
 
 
 class Ending:

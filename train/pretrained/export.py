@@ -21,7 +21,7 @@ import data
 from data import tokenizer as tokenizers
 from data.settings import ConfigError
 from data.tokenizer import Tokenizer
-from train import manifest
+from train.survival import manifest
 from train.config import Config
 from train.model.config import ModelConfig
 from train.model.transformer import Model

@@ -1,0 +1,384 @@
+"""What one training step costs under our plan and under the published alternatives.
+
+All are priced by `parallel.planning.cost`, on the same machine and with the same overlap. What is
+common to all (ZeRO's traffic, the optimiser) is left out. Where a paper leaves room, the
+alternative gets the better reading, except where the text says otherwise:
+
+- headrace: the planner that training uses. Dense models keep tokens on the rank where attention
+  wants them, hybrids on the node; nodes may have unequal shards, within memory. Moves between
+  layouts overlap attention and its projections in waves of heads; the others' do not, as published.
+- even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine). A
+  hybrid's linear layers pass states on over these chunks, no more of them than of one sequence.
+- allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
+  values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2). A hybrid's
+  linear layers pass states on over P chunks of the stream, as if it cost nothing to come there.
+- hybrid-dp: each sequence on the fewest ranks whose memory holds it, longest first to the
+  least busy ones; no layout changes, ranks meet only at the end of a step, and tokens a rank
+  differ (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism). Linear layers
+  pass states on as ours do, over the two chunks that a rank has of a shared sequence.
+- zeppelin: arXiv 2509.21841. Our placing, with the thresholds that suit it best, stands for
+  its partitioner; flat rings with routing; tokens are evened out around each mixing layer. It
+  takes every mixing layer for a quadratic one, so in a hybrid's linear layers too tokens are
+  moved, and keys and values go round the rings.
+- zeppelin-states: nobody's system: the same, but linear layers exchange states instead.
+- ulysses: heads over the fewest ranks whose memory holds the longest sequence, groups
+  balanced by time; every mixing layer pays two all-to-alls (arXiv 2309.14509).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parallel.planning.cost import (
+    BACKWARD,
+    TRAVEL,
+    Costs,
+    LayerPrice,
+    Traffic,
+    price,
+    ring_travel,
+)
+from parallel.planning.heads import fractions
+from parallel.planning.layout import Array, Plan, Topology
+from parallel.simulation.models import MEMORY_SLACK, Cluster, Model, costs, slack
+from parallel.planning.ordering import shard_bounds
+from parallel.planning.owners import everywhere, room
+from parallel.planning.placing import Limits, balanced
+from parallel.planning.plan import build, plan
+from parallel.planning.prices import Prices
+from parallel.planning.states import price_states
+
+STEP = 3.0  # a dense layer's forward and backward, in units of its forward
+BOTH = float(BACKWARD.sum())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One step of one strategy.
+
+    Attributes:
+        seconds: of the step.
+        busy: float64 (ranks,), seconds of arithmetic of each rank.
+        inside, between: bytes sent in the step, all ranks together.
+        memory: activations of the fullest rank as a multiple of the even share.
+    """
+
+    seconds: float
+    busy: Array
+    inside: float
+    between: float
+    memory: float
+
+    @property
+    def balance(self) -> float:
+        """Mean arithmetic over that of the busiest rank."""
+        return float(self.busy.mean() / self.busy.max())
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch of a model on a cluster."""
+
+    lengths: Array
+    topology: Topology
+    cluster: Cluster
+    model: Model
+    routing: bool = True
+
+    @property
+    def share(self) -> float:
+        """Tokens of an even shard."""
+        return float(self.lengths.sum()) / self.topology.ranks
+
+    @property
+    def room(self) -> float:
+        """Tokens of a rank at which its memory is at the limit, if all layers hold as many."""
+        return room(self.lengths, self.topology, MEMORY_SLACK)
+
+    @property
+    def slack(self) -> float:
+        """How uneven full attention's tokens may be for the memory of all layers to keep within."""
+        model = self.model
+        others = model.layers * model.stream_bytes + model.linear_layers * model.mixer_bytes
+        return slack(model.full_layers * model.mixer_bytes, model.mixer_bytes, others)
+
+    def costs(self, routed: bool = False) -> Costs:
+        return costs(self.cluster, self.model, routed)
+
+    def published(self, routed: bool = False) -> Costs:
+        """For plans that split no heads, and know of full attention alone."""
+        return replace(self.costs(routed), heads=1, kv_heads=1, rest=0.0)
+
+    def linear_seconds(self, tokens: Array | float) -> Array | float:
+        """Of everything but full attention, forward and backward, for tokens of one rank."""
+        return STEP * tokens * self.model.rest_flops / self.cluster.matmul_flops
+
+    def attention_seconds(self) -> Array:
+        """Of each sequence's full attention uncut, all layers, forward and backward."""
+        zero = np.zeros(len(self.lengths))
+        return BOTH * self.model.full_layers * self.costs().attention(zero, self.lengths)
+
+    def memory(self, stream: float, mixing: float, transient: float = 0.0) -> float:
+        """Activations as a multiple of the even share, for the fullest rank's tokens."""
+        model = self.model
+        bytes_each = model.layers * model.stream_bytes, model.layers * model.mixer_bytes
+        held = stream * bytes_each[0] + mixing * bytes_each[1] + transient
+        return held / (self.share * sum(bytes_each))
+
+
+def lower_bound(case: Case) -> float:
+    """Seconds with all work perfectly even over the ranks, no sequence cut, no byte sent."""
+    return float(
+        case.linear_seconds(case.share) + case.attention_seconds().sum() / case.topology.ranks
+    )
+
+
+def our_plan(case: Case) -> Plan:
+    """The plan that training would make."""
+    return plan(
+        case.lengths,
+        case.topology,
+        costs=case.costs(),
+        slack=case.slack,
+        by_node=case.model.linear_layers > 0,
+        routing=case.routing,
+    )
+
+
+def headrace(case: Case) -> Outcome:
+    return price_plan(case, our_plan(case))
+
+
+def price_plan(case: Case, made: Plan) -> Outcome:
+    """A step in which full attention follows a plan and linear layers pass states on."""
+    model, full = case.model, case.model.full_layers
+    layer = price(made, case.costs())
+    states, passed = price_states(made, case.costs())
+    # Without any full attention there is the rest alone.
+    seconds = full * layer.seconds or case.linear_seconds(float(made.stream.tokens.max()))
+    sent = layer.traffic * full + passed * model.linear_layers
+    mixing = (full * made.attention.load + model.linear_layers * made.stream.tokens).max()
+    return Outcome(
+        float(seconds + model.linear_layers * states),
+        full * layer.arithmetic.sum(axis=0) + case.linear_seconds(made.stream.tokens),
+        float(sent.inside.sum()),
+        float(sent.between.sum()),
+        case.memory(float(made.stream.tokens.max()), float(mixing) / model.layers),
+    )
+
+
+def even(case: Case) -> Outcome:
+    ranks, full, weigh = case.topology.ranks, case.model.full_layers, case.costs()
+    n = np.maximum(case.lengths, 1)
+    work = weigh.pair * n * (n + 1.0) / 2 / ranks * (1 + weigh.half * 2 * ranks / n)
+    work = float(np.where(case.lengths > 0, work, 0).sum())
+    block = case.share * weigh.kv_bytes
+    crosses = case.topology.nodes > 1
+    hop = (
+        weigh.latency_between + block / weigh.nic
+        if crosses
+        else weigh.latency_inside + block / weigh.inside
+    )
+    travel = (ranks - 1) * hop
+    seconds = np.maximum(BACKWARD * work, TRAVEL * travel).sum()
+    sent = full * (ranks - 1) * block * TRAVEL.sum()
+    one = case.lengths.sum(keepdims=True)
+    made = build("even", one, everywhere(1, case.topology), case.topology, by_node=False)
+    states, passed = _states(case, made)
+    busy = np.full(ranks, full * BOTH * work + case.linear_seconds(case.share))
+    over = case.topology.nodes if crosses else 0
+    return Outcome(
+        float(case.linear_seconds(case.share) + full * seconds + states),
+        busy,
+        sent * (ranks - over) + float(passed.inside.sum()),
+        sent * over + float(passed.between.sum()),
+        case.memory(case.share, case.share),
+    )
+
+
+def allgather(case: Case) -> Outcome:
+    topology, full, weigh = case.topology, case.model.full_layers, case.costs()
+    ranks = topology.ranks
+    cu_seqlens = np.concatenate([[0], np.cumsum(case.lengths)])
+    total = int(cu_seqlens[-1])
+    edges = np.union1d(shard_bounds(total, 2 * ranks), cu_seqlens)
+    sequence = np.searchsorted(cu_seqlens, edges[:-1], side="right") - 1
+    chunk = np.searchsorted(shard_bounds(total, 2 * ranks), edges[:-1], side="right") - 1
+    rank = np.minimum(chunk, 2 * ranks - 1 - chunk)
+    work = np.bincount(
+        rank,
+        weigh.attention(edges[:-1] - cu_seqlens[sequence], edges[1:] - cu_seqlens[sequence]),
+        ranks,
+    )
+    keys = total * weigh.kv_bytes
+    # What a node takes from others comes over its ranks' share of the NICs.
+    sizes = np.bincount(topology.node(np.arange(ranks)))
+    away = 1 - sizes / ranks
+    rate = weigh.between * sizes / topology.ranks_per_node
+    travel = keys * max((ranks - 1) / ranks / weigh.inside, float((away / rate).max()))
+    travel += _latency(weigh, topology, ranks)
+    made = build("allgather", case.lengths, None, topology, by_node=False)
+    states, passed = _states(case, made)
+    sent = full * keys * TRAVEL.sum() * (ranks - 1) / ranks
+    between = full * keys * TRAVEL.sum() * float(away.sum())
+    return Outcome(
+        float(
+            case.linear_seconds(case.share)
+            + full * (BOTH * work.max() + TRAVEL.sum() * travel)
+            + states
+        ),
+        full * BOTH * work + case.linear_seconds(case.share),
+        max(0.0, sent * ranks - between) + float(passed.inside.sum()),
+        between + float(passed.between.sum()),
+        case.memory(case.share, case.share, keys),
+    )
+
+
+def hybrid_dp(case: Case) -> Outcome:
+    topology, model, weigh = case.topology, case.model, case.published()
+    ranks, full = topology.ranks, model.full_layers
+    busy, ready, tokens = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
+    inside = between = fullest = 0.0
+    for n in np.sort(case.lengths[case.lengths > 0])[::-1].tolist():
+        size = 1
+        while size < ranks and n / size > case.room:
+            size *= 2
+        size = min(size, ranks)
+        first = int(ready[: ranks // size * size].reshape(-1, size).max(axis=1).argmin())
+        mine = slice(first * size, (first + 1) * size)
+        linear = float(case.linear_seconds(n / size))
+        if size == 1:
+            seconds = work = BOTH * float(weigh.attention(np.array(0), np.array(n)))
+        else:
+            group = Topology(size, topology.ranks_per_node)
+            owners = everywhere(1, group)
+            made = build("hybrid-dp", np.array([n]), owners, group, by_node=False)
+            layer = price(made, weigh)
+            seconds, work = float(layer.finish.max(axis=1).sum()), layer.arithmetic.sum(axis=0)
+            states, passed = price_states(made, weigh)
+            linear += model.linear_layers * states
+            sent = layer.traffic * full + passed * model.linear_layers
+            inside += float(sent.inside.sum())
+            between += float(sent.between.sum())
+        ready[mine] = ready[mine].max() + full * seconds + linear
+        busy[mine] += full * work + linear
+        tokens[mine] += n / size
+        fullest = max(fullest, n / size)
+    # A rank takes its sequences in micro-batches of what its memory holds.
+    held = max(fullest, min(case.room, float(tokens.max())))
+    return Outcome(float(ready.max()), busy, inside, between, case.memory(held, held))
+
+
+def _states(case: Case, made: Plan) -> tuple[float, Traffic]:
+    """What linear layers cost whose states pass over the stream of a plan."""
+    seconds, passed = price_states(made, case.costs())
+    return case.model.linear_layers * seconds, passed * case.model.linear_layers
+
+
+def _latency(weigh: Costs, topology: Topology, ranks: int) -> float:
+    """Seconds before the first byte arrives where so many ranks exchange something."""
+    if ranks == 1:
+        return 0.0
+    return weigh.latency_between if ranks > topology.ranks_per_node else weigh.latency_inside
+
+
+def zeppelin(case: Case) -> Outcome:
+    return _zeppelin(case, keys_everywhere=1.0)
+
+
+def zeppelin_states(case: Case) -> Outcome:
+    return _zeppelin(case, keys_everywhere=0.0)
+
+
+def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
+    model, weigh = case.model, case.published(routed=True)
+    limits = Limits(level=1.3, tokens=1.0, slack=case.slack)
+    prices = Prices(case.lengths, case.topology, weigh, settled=True)
+    owners = balanced(prices, limits)
+    made = build("zeppelin", case.lengths, owners, case.topology, by_node=False)
+    flat = tuple(
+        replace(ring, ranks=ring.ranks.reshape(1, -1, 1)) if len(ring.ranks) > 1 else ring
+        for ring in made.rings
+    )
+    made = replace(made, rings=flat)
+    layer: LayerPrice = price(made, weigh)
+    tokens, ranks = made.attention.tokens, case.topology.ranks
+    mixer = model.mixer_flops / case.cluster.matmul_flops
+    travel, inside, between = np.zeros(ranks), layer.traffic.inside, layer.traffic.between
+    ring_inside, ring_between = np.zeros(ranks), np.zeros(ranks)
+    for ring in made.rings:
+        seconds, sent = ring_travel(ring, case.topology, weigh)
+        travel[ring.members] += seconds
+        ring_inside[ring.members] += sent.inside * TRAVEL.sum()
+        ring_between[ring.members] += sent.between * TRAVEL.sum()
+    travel *= keys_everywhere
+    forward = np.maximum(mixer * tokens, travel).max()
+    backward = np.maximum(2 * mixer * tokens, 2 * travel).max()
+    linear = forward + backward + 2 * layer.moved.sum() - STEP * mixer * made.stream.tokens.max()
+    unsent = 1 - keys_everywhere
+    states, passed = price_states(made, case.costs())
+    linear += unsent * states
+    in_linear = (
+        float((inside + unsent * (passed.inside - ring_inside)).sum()),
+        float((between + unsent * (passed.between - ring_between)).sum()),
+    )
+    full, rest = model.full_layers, model.linear_layers
+    return Outcome(
+        float(
+            case.linear_seconds(float(made.stream.tokens.max()))
+            + full * layer.seconds
+            + rest * linear
+        ),
+        full * layer.arithmetic.sum(axis=0)
+        + case.linear_seconds(made.stream.tokens)
+        + rest * STEP * mixer * (tokens - made.stream.tokens),
+        full * float(inside.sum()) + rest * in_linear[0],
+        full * float(between.sum()) + rest * in_linear[1],
+        case.memory(float(made.stream.tokens.max()), float(tokens.max())),
+    )
+
+
+def ulysses(case: Case) -> Outcome:
+    topology, model, weigh = case.topology, case.model, case.costs()
+    size = 1
+    most = min(topology.ranks, model.heads)
+    while 2 * size <= most and case.lengths.max() / size > case.room:
+        size *= 2
+    groups = topology.ranks // size
+    # The rank with most heads; 40 of them over 16 ranks are 3 there.
+    most_heads = float(fractions(model.heads, model.kv_heads, size)[0].max())
+    seconds = case.attention_seconds() * most_heads + case.linear_seconds(case.lengths) / size
+    load, tokens = np.zeros(groups), np.zeros(groups)
+    for i in np.argsort(-case.lengths, kind="stable"):
+        group = int(load.argmin())
+        load[group] += seconds[i]
+        tokens[group] += case.lengths[i] / size
+    copies = max(1.0, size / model.kv_heads)
+    a_token = 2 * (2 * weigh.q_bytes + weigh.kv_bytes * copies)  # both all-to-alls, both ways
+    near = (min(size, topology.ranks_per_node) - 1) / size
+    far = max(0, size - topology.ranks_per_node) / size
+    rate = max(near / weigh.inside, far * topology.ranks_per_node / weigh.between)
+    travel = model.layers * (tokens * a_token * rate + 4 * _latency(weigh, topology, size))
+    sent = model.layers * float(tokens.sum()) * size * a_token
+    held = max(float(case.lengths.max()) / size, min(case.room, float(tokens.max())))
+    return Outcome(
+        float((load + travel).max()),
+        np.repeat(load, size),
+        sent * near,
+        sent * far,
+        case.memory(held, held),
+    )
+
+
+STRATEGIES: dict[str, Callable[[Case], Outcome]] = {
+    "headrace": headrace,
+    "even": even,
+    "allgather": allgather,
+    "hybrid-dp": hybrid_dp,
+    "zeppelin": zeppelin,
+    "zeppelin-states": zeppelin_states,
+    "ulysses": ulysses,
+}
