@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.chunked.linear_attention import linear_attention as chunked
+from kernels.chunked import linear_attention as chunked
 from kernels.packing import check_cu_seqlens
 
 Backend = Literal["auto", "triton", "torch", "reference"]

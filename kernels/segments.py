@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.chunked.linear_attention import linear_attention as chunked
+from kernels.chunked import linear_attention as chunked
 from kernels.linear_attention import Backend, check_arguments, linear_attention, resolve
 from kernels.packing import accumulation_dtype
 

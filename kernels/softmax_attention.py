@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels import flash
-from kernels.chunked.linear_attention import softmax_attention as attention_tiles
+from kernels.chunked import softmax_attention as attention_tiles
 from kernels.packing import check_cu_seqlens, device_bounds, host_bounds
 
 

@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallel.config import ParallelConfig
-    from parallel.planning.heads import Waves
     from parallel.layers import (
         SoftmaxAttention,
         diagonal_scan,
@@ -43,8 +42,10 @@ if TYPE_CHECKING:
         softmax_attention,
     )
     from parallel.peers import LostRankError, at_step
+    from parallel.planning.heads import Waves
     from parallel.planning.planner import FullAttention, Planner
-    from parallel.stream import Shard, distribute, shard
+    from parallel.stream import distribute, shard
+    from parallel.travel.view import Shard
     from parallel.world import World, join
 
 __all__ = [

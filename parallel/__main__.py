@@ -98,9 +98,8 @@ def _simulate(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from parallel.simulation import show
-    from parallel.simulation import simulate
     from parallel.planning.plan import Topology, plan
+    from parallel.simulation import show, simulate
 
     parts = arguments.lengths.split(",")
     if all(part.strip().isdecimal() for part in parts):

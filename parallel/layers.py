@@ -19,12 +19,12 @@ from torch.nn import functional as F
 import kernels
 from kernels.packing import accumulation_dtype
 from kernels.segments import final_state, segment_state
+from parallel.planning.heads import Waves
+from parallel.planning.passing import TURNS
 from parallel.travel import attention
 from parallel.travel.chain import Passage, Recurrence, Shapes, depart
 from parallel.travel.exchange import move
-from parallel.planning.heads import Waves
-from parallel.planning.passing import TURNS
-from parallel.stream import Shard, View
+from parallel.travel.view import Shard, View
 
 # Computes the i-th of n pieces of what is wanted later: of something that no state enters.
 Meanwhile = Callable[[int, int], None]

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from parallel.planning.layout import Topology
 from parallel.peers import meet, waiting_for
+from parallel.planning.layout import Topology
 
 Result = TypeVar("Result")
 

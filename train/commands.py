@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from data.settings import ConfigError
-from train.survival import manifest
 from train.config import Config, read
+from train.survival import manifest
 
 
 def checkpoints(arguments: list[str]) -> int:

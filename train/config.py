@@ -10,9 +10,9 @@ from typing import Any, Literal
 from data import DataConfig, StreamConfig
 from data.settings import ConfigError, load, setting
 from parallel.config import ParallelConfig
-from train.survival.faults import FaultsConfig
 from train.model.config import ModelConfig
 from train.optimiser.optim import OptimConfig
+from train.survival.faults import FaultsConfig
 
 
 @dataclass

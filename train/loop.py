@@ -15,19 +15,18 @@ import torch
 import data
 from data.settings import ConfigError
 from parallel import World, at_step, distribute
-from train.survival import checkpoint
-from train.survival import faults
-from train.survival import manifest
 from train.config import Config, differences
 from train.engine import Engine
 from train.evaluation.evaluate import evaluate
-from train.monitor.metrics import Recorder, peak_flops, peak_memory
+from train.evaluation.generate import generate
 from train.model.transformer import Model
+from train.monitor.metrics import Recorder, peak_flops, peak_memory
+from train.monitor.summary import summarise
 from train.optimiser.optim import learning_rate
 from train.planning import planner_of
 from train.start import begin_from
+from train.survival import checkpoint, faults, manifest
 from train.survival.stop import START_AGAIN, Cause, Watch
-from train.monitor.summary import summarise
 from train.survival.watchdog import Watchdog
 
 
@@ -96,13 +95,37 @@ class Trainer:
         with self.watchdog.watching():
             self._train()
         if not self.cause or self.step == self.config.train.steps:
-            summarise(self)
+            self._summarise()
             return 0 if self.step == self.saved_step else 1
         onward = shlex.join(self.command)
         self.say(f"stopped by {self.watch.reason} at step {self.step}; to go on: {onward}")
         if self.step not in (0, self.saved_step):
             return 1
         return START_AGAIN if self.cause == Cause.TIME else 0
+
+    def _summarise(self) -> None:
+        """Say what was learned; a sample is made by all ranks together."""
+        config, sample = self.config.eval, ""
+        if config.sample_tokens:
+            self.engine.eval()
+            sample = generate(
+                self.engine.model,
+                self.material.tokenizer,
+                config.prompt,
+                config.sample_tokens,
+                config.temperature,
+            )
+        if self.recorder:
+            summarise(
+                self.recorder,
+                self.step,
+                self.tokens,
+                "at first" if self.config.run.start_from else "untrained",
+                self.material.bar(config.tokens),
+                sample,
+                self.command,
+                self.config.run.root,
+            )
 
     def _train(self) -> None:
         config = self.config

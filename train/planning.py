@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from parallel import FullAttention, ParallelConfig, Planner, World
-from parallel.simulation.models import slack
-from parallel.planning.states import States
+from parallel.planning.clusters import slack
+from parallel.planning.costs import States
 from train.model.linear import Linear
 from train.model.mixers import attention
 from train.model.mixers._parts import LinearMixer

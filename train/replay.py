@@ -13,10 +13,9 @@ from torch import Tensor
 
 from data.settings import ConfigError
 from parallel import World, join
-from train.survival import faults
-from train.survival import manifest
 from train.config import Config
 from train.loop import Trainer
+from train.survival import faults, manifest
 from train.survival.stop import Watch
 
 

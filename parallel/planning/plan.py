@@ -14,9 +14,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from parallel.planning.cost import BACKWARD, Costs, price
+from parallel.planning.clusters import MEMORY_SLACK
+from parallel.planning.cost import price
+from parallel.planning.costs import BACKWARD, Costs
 from parallel.planning.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
-from parallel.simulation.models import MEMORY_SLACK
 from parallel.planning.ordering import even_shards, in_order, near_home, node_shards, shard_bounds
 from parallel.planning.owners import Owners, everywhere, room, undivided, where_they_lie
 from parallel.planning.placing import Limits, balanced

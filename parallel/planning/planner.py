@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parallel.config import ParallelConfig
-from parallel.planning.cost import Costs
+from parallel.planning.clusters import MEMORY_SLACK, cluster_of
+from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Array, Plan, Topology
-from parallel.simulation.models import MEMORY_SLACK, cluster_of
 from parallel.planning.plan import Strategy, plan
-from parallel.planning.states import States
 
 _KEPT = 8  # plans, of which a step uses each once
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from parallel.planning.cost import Costs
+from parallel.planning.costs import Costs
 from parallel.planning.layout import Array, Topology
 
 

@@ -1,39 +1,18 @@
-"""What it costs that the states of linear layers pass from rank to rank (`parallel.planning.passing`)."""
+"""What it costs to pass the states of linear layers from rank to rank (`passing`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parallel.planning.cost import PRODUCTS, Costs, Traffic, move_time
+from parallel.planning.costs import PRODUCTS, Costs, States, Traffic, move_time
 from parallel.planning.passing import TURNS, Block, Passing
 
 if TYPE_CHECKING:
     from parallel.planning.layout import Array, Plan
-
-
-@dataclass(frozen=True)
-class States:
-    """What a planner must know of a linear layer whose states pass.
-
-    Attributes:
-        layers: how many there are, for each one of full attention.
-        heads: of its states; ranks divide them.
-        M_bytes, E_bytes: of one head's affine map.
-        map_flops: a token, of making its fragment's map, forward and backward together.
-        beside_flops: a token, forward, of what is computed while states travel.
-    """
-
-    layers: float
-    heads: int
-    M_bytes: float
-    E_bytes: float
-    map_flops: float
-    beside_flops: float
 
 
 def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 import yaml
 
+from parallel.planning.clusters import load_cluster
 from parallel.planning.cost import price
 from parallel.planning.layout import Array, Topology
-from parallel.simulation.models import load_cluster, load_model
-from parallel.simulation.strategies import STRATEGIES, Case, Outcome, headrace, lower_bound, our_plan
+from parallel.simulation.models import load_model
+from parallel.simulation.strategies import (
+    STRATEGIES,
+    Case,
+    Outcome,
+    headrace,
+    lower_bound,
+    our_plan,
+)
 
 LENGTHS = Path(__file__).parent / "lengths"
 

@@ -32,24 +32,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parallel.planning.cost import (
-    BACKWARD,
-    TRAVEL,
-    Costs,
-    LayerPrice,
-    Traffic,
-    price,
-    ring_travel,
-)
+from parallel.planning.clusters import MEMORY_SLACK, Cluster, slack
+from parallel.planning.cost import LayerPrice, price, ring_travel
+from parallel.planning.costs import BACKWARD, TRAVEL, Costs, Traffic
 from parallel.planning.heads import fractions
 from parallel.planning.layout import Array, Plan, Topology
-from parallel.simulation.models import MEMORY_SLACK, Cluster, Model, costs, slack
 from parallel.planning.ordering import shard_bounds
 from parallel.planning.owners import everywhere, room
 from parallel.planning.placing import Limits, balanced
 from parallel.planning.plan import build, plan
 from parallel.planning.prices import Prices
 from parallel.planning.states import price_states
+from parallel.simulation.models import Model, costs
 
 STEP = 3.0  # a dense layer's forward and backward, in units of its forward
 BOTH = float(BACKWARD.sum())

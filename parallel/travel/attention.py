@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import kernels
-from parallel.travel.exchange import Journey, Parcels, Table, depart, move, parcels, to_device
 from parallel.planning.heads import Waves, split
 from parallel.planning.layout import Moves
+from parallel.travel.exchange import Journey, Parcels, Table, depart, move, parcels, to_device
 from parallel.travel.rings import Share, ring_attention, share
-from parallel.stream import Shard, View
 from parallel.travel.ulysses import ulysses_attention
+from parallel.travel.view import Shard, View
 
 
 def across_ranks(

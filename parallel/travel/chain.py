@@ -1,8 +1,8 @@
 """The states that enter a rank's fragments whose sequences began elsewhere.
 
-`parallel.planning.passing` says which maps and states travel; here they do. Maps are fp32 (fp64 for fp64
-tokens), on the wire too. The backward pass sends gradients the same way from the other end:
-dS_in = Mᵀ dS_out + what the fragment's own outputs ask of S_in.
+`parallel.planning.passing` says which maps and states travel; here they do. Maps are fp32 (fp64
+for fp64 tokens), on the wire too. The backward pass sends gradients the same way from the other
+end: dS_in = Mᵀ dS_out + what the fragment's own outputs ask of S_in.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kernels.packing import accumulation_dtype
 from kernels.segments import apply_segment, compose_segments
-from parallel.travel.exchange import post
 from parallel.planning.heads import Run
 from parallel.planning.passing import Item, Message, Passing
+from parallel.travel.exchange import post
 
 Map = list[Tensor]  # E and M, or E alone where no state enters
 Key = tuple[int, int]  # a chain by place, and a fragment's number in it

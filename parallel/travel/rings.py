@@ -1,8 +1,8 @@
 """Softmax attention of sequences that several ranks share: keys and values go round.
 
-The layout is the plan's (`parallel.planning.layout.Ring`): each seat of a ring holds an early and a late
-chunk of every sequence, and in every round meets one seat's block of keys and values, its own
-first, while the next round's is on its way. Where several ranks share a seat, each has a slice
+The layout is the plan's (`parallel.planning.layout.Ring`): each seat of a ring holds an early and
+a late chunk of every sequence, and in every round meets one seat's block of keys and values, its
+own first, while the next round's is on its way. Where several ranks share a seat, each has a slice
 of the heads, and the ring turns for each slice as if there were no other. The parts of a
 softmax are merged by their log-sum-exp:
 
@@ -29,8 +29,8 @@ from torch import Tensor
 
 import kernels
 from kernels.packing import accumulation_dtype
-from parallel.travel.exchange import post, to_device
 from parallel.planning.layout import Ring
+from parallel.travel.exchange import post, to_device
 
 
 class Call(NamedTuple):

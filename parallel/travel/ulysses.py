@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor
 
 import kernels
-from parallel.travel.exchange import Table, move, parcels, to_device
 from parallel.planning.heads import Run, shares
-from parallel.stream import View
+from parallel.travel.exchange import Table, move, parcels, to_device
+from parallel.travel.view import View
 
 
 class Part(NamedTuple):

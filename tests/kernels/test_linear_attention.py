@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import normalize, sigmoid
 
 from kernels import linear_attention
-from kernels.chunked.linear_attention import linear_attention as chunked
+from kernels.chunked import linear_attention as chunked
 from tests.kernels.agreement import assert_agrees, assert_close, bounds
 
 DECAYS = ["none", "head", "scalar", "vector"]

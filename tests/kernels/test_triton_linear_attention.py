@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from kernels import linear_attention
-from kernels.tools import check
 from kernels.segments import apply_segment, segment_state
+from kernels.tools import check
 from tests.kernels.agreement import assert_agrees, assert_close, bounds, device_of
 from tests.kernels.test_linear_attention import (
     DECAYS,

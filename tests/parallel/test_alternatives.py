@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from parallel.planning import plan as planning
-from parallel.simulation import simulate
+from parallel.planning.clusters import clusters, load_cluster
 from parallel.planning.layout import Topology
-from parallel.simulation.models import MODELS, clusters, load_cluster
 from parallel.planning.owners import everywhere
+from parallel.simulation import simulate
+from parallel.simulation.models import MODELS
 from parallel.simulation.strategies import Case, lower_bound, our_plan, price_plan
 from tests.parallel.test_simulate import EVEN_SHARDS, a_case
 

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 import parallel
 from parallel import FullAttention, ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
-from parallel.travel.exchange import Journey, sent_bytes
 from parallel.planning.heads import fractions
 from parallel.planning.layout import Plan, Topology
 from parallel.planning.owners import Owners, grid
 from parallel.planning.plan import Strategy, build, plan
+from parallel.travel.exchange import Journey, sent_bytes
 from parallel.travel.rings import ring_attention, share
 from tests.parallel.across import STREAMS, difference, noting, plans_in_waves
 from train.model.config import ModelConfig
@@ -172,7 +172,8 @@ def on_nodes(
     world = dataclasses.replace(world, ranks_per_node=ranks_per_node)
     planned = functools.partial(plan, strategy=strategy, routing=routing)
     with mock.patch(
-        "parallel.planning.planner.plan", lambda lengths, topology, *_, **__: planned(lengths, topology)
+        "parallel.planning.planner.plan",
+        lambda lengths, topology, *_, **__: planned(lengths, topology),
     ):
         return attention(world, lengths, "balanced")
 

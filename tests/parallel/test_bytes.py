@@ -15,12 +15,14 @@ from torch.nn import functional as F
 import parallel
 from parallel import FullAttention, ParallelConfig, Planner, Shard, World, distribute
 from parallel.config import Attention
-from parallel.planning.cost import Costs, price
-from parallel.travel.exchange import sent_bytes
+from parallel.planning.clusters import load_cluster
+from parallel.planning.cost import price
+from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Plan, Topology
-from parallel.simulation.models import Model, load_cluster
-from parallel.planning.states import States, price_states
+from parallel.planning.states import price_states
+from parallel.simulation.models import Model
 from parallel.simulation.strategies import Case, ulysses
+from parallel.travel.exchange import sent_bytes
 
 RANKS, EACH = 4, 2  # on two nodes
 HEADS, KV_HEADS, DIM, WORD = 4, 2, 8, 4  # fp32

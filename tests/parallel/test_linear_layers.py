@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import kernels
 import parallel
 from parallel import ParallelConfig, Shard, World, distribute
-from parallel.travel.chain import _Way
 from parallel.config import Attention
+from parallel.travel.chain import _Way
 from parallel.travel.exchange import sent_bytes
 from tests.parallel.across import STREAMS, difference, noting
 from train.model.config import ModelConfig

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from parallel import ParallelConfig, Shard, World, distribute
-from parallel.travel.chain import Passage
 from parallel.config import Attention
+from parallel.travel.chain import Passage
 from parallel.travel.exchange import Journey
 from train.model.config import ModelConfig
 from train.model.transformer import Model

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from parallel.planning.cost import Costs, price
+from parallel.planning.cost import price
+from parallel.planning.costs import Costs
 from parallel.planning.heads import split
 from parallel.planning.layout import Layout, Plan, Topology
 from parallel.planning.owners import Owners

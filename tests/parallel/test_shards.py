@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.planning.cost import Costs, price
+from parallel.planning.clusters import MEMORY_SLACK
+from parallel.planning.cost import price
+from parallel.planning.costs import Costs
 from parallel.planning.layout import Layout, Topology, moves
-from parallel.simulation.models import MEMORY_SLACK
 from parallel.planning.owners import Owners, room, undivided
 from parallel.planning.plan import Strategy, build, plan
 from parallel.planning.prices import Prices

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from parallel.simulation import show
 from parallel.__main__ import main
 from parallel.planning.layout import Topology
 from parallel.planning.plan import plan
+from parallel.simulation import show
 
 
 def test_every_sequence_is_listed_with_its_owners() -> None:

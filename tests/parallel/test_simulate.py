@@ -12,16 +12,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.planning import plan as planning
-from parallel.simulation import simulate
 from parallel.__main__ import main
-from parallel.planning.cost import Costs, price
+from parallel.planning import plan as planning
+from parallel.planning.clusters import clusters, load_cluster
+from parallel.planning.cost import price
+from parallel.planning.costs import Costs
 from parallel.planning.heads import split
 from parallel.planning.layout import Plan, Topology
-from parallel.simulation.models import MODELS, clusters, load_cluster
 from parallel.planning.owners import everywhere
 from parallel.planning.plan import Strategy, build, plan
-from parallel.simulation.strategies import STRATEGIES, Case, headrace, lower_bound, our_plan, price_plan
+from parallel.simulation import simulate
+from parallel.simulation.models import MODELS
+from parallel.simulation.strategies import (
+    STRATEGIES,
+    Case,
+    headrace,
+    lower_bound,
+    our_plan,
+    price_plan,
+)
 
 lengths_of_a_batch = st.lists(st.integers(1, 20000), min_size=1, max_size=30)
 quick = settings(max_examples=15, deadline=None)

@@ -9,12 +9,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.planning.cost import Costs, price
+from parallel.planning.clusters import load_cluster
+from parallel.planning.cost import price
+from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Topology
-from parallel.simulation.models import MODELS, load_cluster
 from parallel.planning.passing import Passing
 from parallel.planning.plan import plan
-from parallel.planning.states import States, price_states
+from parallel.planning.states import price_states
+from parallel.simulation.models import MODELS
 from parallel.simulation.strategies import Case, our_plan, price_plan
 
 STATES = States(3.0, heads=6, M_bytes=7.0, E_bytes=100.0, map_flops=1e6, beside_flops=1e6)

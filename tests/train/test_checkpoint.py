@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from parallel import World, distribute
 from tests.streams import streams
 from tests.train.test_engine import LENGTHS, MODEL, OPTIM, VOCABULARY
-from train.survival import manifest
-from train.survival.checkpoint import Saver, diverged, load
 from train.config import ZeroConfig
 from train.engine import Engine
-from train.survival.manifest import Progress
 from train.model.transformer import Model
 from train.optimiser.optim import learning_rate
+from train.survival import manifest
+from train.survival.checkpoint import Saver, diverged, load
+from train.survival.manifest import Progress
 
 
 def test_the_newest_and_every_nth_are_kept() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.train.runs import losses, start
-from train.survival import manifest
 from train.__main__ import main
+from train.survival import manifest
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from train.__main__ import main
 from train.config import read
 from train.evaluation.evaluate import ByOctave
 from train.evaluation.longcontext import validate
+from train.evaluation.trained import trained
 from train.model import mixers
 from train.monitor.table import kind
-from train.evaluation.trained import trained
 
 RECALL = """
 train: {steps: 4, batch_tokens: 256, seq_len: 64, seed: 5}

@@ -15,7 +15,6 @@ from data import tokenizer as tokenizers
 from data.settings import ConfigError
 from parallel import shard
 from tests.train.runs import rows
-from train.survival import manifest
 from train.__main__ import main
 from train.config import Config, read
 from train.model import mixers
@@ -24,6 +23,7 @@ from train.model.transformer import Model
 from train.pretrained import adopt, weights
 from train.pretrained import export as exported
 from train.pretrained import tokenizer as files
+from train.survival import manifest
 
 VOCABULARY = 53
 PLAIN = {"qk_norm": False, "output_gate": False}

@@ -21,8 +21,8 @@ from tests.train.test_engine import LENGTHS, MODEL, OPTIM, VOCABULARY
 from train.__main__ import main
 from train.config import ZeroConfig
 from train.engine import Engine
-from train.survival.faults import FaultsConfig, Judge
 from train.model.transformer import Model
+from train.survival.faults import FaultsConfig, Judge
 
 BAD = 5  # the step whose batches are poisoned
 

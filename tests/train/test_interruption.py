@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.train.runs import losses, start, start_ranks, wait_for_line, wait_for_step
-from train.survival import checkpoint
-from train.evaluation import evaluate
 from train.__main__ import main
 from train.engine import Engine
+from train.evaluation import evaluate
+from train.survival import checkpoint
 
 NOBODY = -1
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel import ParallelConfig, World
-from parallel.planning.states import States
+from parallel.planning.costs import States
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.planning import planner_of

@@ -11,8 +11,8 @@ from torch import Tensor
 from data.stream import IGNORED
 from data.tokenizer import Tokenizer
 from parallel import shard
-from train.model.transformer import Model
 from train.evaluation.trained import Trained
+from train.model.transformer import Model
 
 # Tokens of a prompt that pass through the model at a time: what is held beside the caches is
 # a chunk's activations, however long the prompt.

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from data import Batch
 from parallel import shard
-from train.monitor import figures
 from train.evaluation.evaluate import ByOctave
-from train.survival.manifest import step_of
-from train.monitor.metrics import METRICS
 from train.evaluation.trained import Trained
+from train.monitor import figures
+from train.monitor.metrics import METRICS
+from train.survival.manifest import step_of
 
 FACTORS = (1, 2, 4)  # lengths, as multiples of the training length
 PAIRS = (4, 8, 16, 64, 256)

@@ -9,12 +9,12 @@ import torch
 
 import data
 from data.settings import ConfigError
-from train.survival import manifest
 from train.config import Config
 from train.model import mixers
 from train.model.transformer import Model
 from train.pretrained import weights
 from train.pretrained.export import check
+from train.survival import manifest
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,10 @@ from parallel import Shard
 from train.model import mixers
 from train.model.config import ModelConfig
 from train.model.mixers._parts import LowRank
+from train.model.mlps.swiglu import MLP
 from train.model.norm import RMSNorm
 
 Cache = list[dict[str, Tensor]]
-
-
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -21,7 +21,6 @@ import data
 from data import tokenizer as tokenizers
 from data.settings import ConfigError
 from data.tokenizer import Tokenizer
-from train.survival import manifest
 from train.config import Config
 from train.model.config import ModelConfig
 from train.model.transformer import Model
@@ -29,6 +28,7 @@ from train.pretrained import families, weights
 from train.pretrained import tokenizer as files
 from train.pretrained.families import Family
 from train.pretrained.links import links
+from train.survival import manifest
 
 OWN = "headrace"  # model_type of what transformers does not have
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
