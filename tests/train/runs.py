@@ -49,7 +49,7 @@ def start_ranks(
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    words = [str(ROOT / "tests/train/sick.py"), str(sick), str(batch), illness]
+    words = [str(ROOT / "tests/train/survival/sick.py"), str(sick), str(batch), illness]
     return [
         subprocess.Popen(
             [sys.executable, *words, *map(str, arguments)],

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel import ParallelConfig, World, distribute
 from tests.parallel.test_contract import FAMILIES, VOCABULARY, model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 READ_BY_THE_HOST = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,

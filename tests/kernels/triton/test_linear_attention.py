@@ -1,7 +1,7 @@
 """The Triton kernels against the definition, one token after the other.
 
 On a CPU they run in Triton's interpreter (which truncates to bf16 where a GPU rounds), on a GPU
-for real. `WHOLE_GRID=1 pytest -m slow tests/kernels/test_triton_linear_attention.py` runs the
+for real. `WHOLE_GRID=1 pytest -m slow tests/kernels/triton/test_linear_attention.py` runs the
 whole grid instead of a walk through it.
 """
 

@@ -18,7 +18,7 @@ from parallel.planning.owners import everywhere
 from parallel.simulation import simulate
 from parallel.simulation.models import MODELS
 from parallel.simulation.strategies import Case, lower_bound, our_plan, price_plan
-from tests.parallel.test_simulate import EVEN_SHARDS, a_case
+from tests.parallel.simulation.test_simulate import EVEN_SHARDS, a_case
 
 
 @pytest.mark.parametrize("lengths", simulate.distributions())

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import sources
 from data.settings import ConfigError
 from data.sources import resolve
 
@@ -97,7 +96,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_very_long_text_is_several_documents_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_BLOCK", 100)
+    monkeypatch.setattr("data.sources.text._BLOCK", 100)
     for text in ("é漢🙂" * 300, "a line of text\n" * 50, "x" * 100, "x" * 201):
         (tmp_path / "long.txt").write_text(text)
         found = texts(str(tmp_path / "long.txt"))

@@ -17,7 +17,7 @@ from parallel.planning.layout import Layout, Topology, moves
 from parallel.planning.owners import Owners, room, undivided
 from parallel.planning.plan import Strategy, build, plan
 from parallel.planning.prices import Prices
-from tests.parallel.test_plan import (
+from tests.parallel.planning.test_plan import (
     STRATEGIES,
     any_costs,
     batches,
