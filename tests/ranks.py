@@ -1,17 +1,19 @@
 """Ranks for tests: processes that join one world once and then run case after case.
 
-Starting a rank costs ten seconds of imports, a case costs a fraction of one.
+Joining a world costs seconds, a case costs a fraction of one.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.processes import context
 
 LIMIT_S = 300
 
@@ -22,12 +24,11 @@ class Ranks:
     def __init__(self, size: int) -> None:
         self.size = size
         port = free_port()
-        context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
+            ours, theirs = Pipe()
+            process = context().Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

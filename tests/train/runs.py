@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+from tests.processes import ROOT, Program
 from tests.ranks import free_port
 
-ROOT = Path(__file__).parents[2]
 STEPS = 8
 
 
@@ -26,21 +24,14 @@ def losses(folder: Path) -> dict[int, float]:
     return dict(steps)
 
 
-def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
+def start(*arguments: object, **variables: str) -> Program:
     """`python -m train`, with its lines to be read; variables: of its environment."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-    )
+    return Program(["-m", "train", *arguments], {**os.environ, "OMP_NUM_THREADS": "1", **variables})
 
 
 def start_ranks(
     count: int, sick: int, batch: int, illness: str, *arguments: object
-) -> list[subprocess.Popen[str]]:
+) -> list[Program]:
     """Ranks of a run as a launcher starts them, one of which falls ill (see `sick.py`)."""
     rendezvous = {
         "WORLD_SIZE": str(count),
@@ -51,19 +42,15 @@ def start_ranks(
     }
     words = [str(ROOT / "tests/train/survival/sick.py"), str(sick), str(batch), illness]
     return [
-        subprocess.Popen(
-            [sys.executable, *words, *map(str, arguments)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        Program(
+            [*words, *arguments],
+            {**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(count)
     ]
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(folder: Path, step: int, process: Program) -> None:
     """Until the run has written the row of a step."""
     path = folder / "metrics.jsonl"
     for _ in range(6000):
@@ -74,9 +61,8 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
     raise TimeoutError(f"no step {step} after two minutes")
 
 
-def wait_for_line(text: str, process: subprocess.Popen[str]) -> None:
+def wait_for_line(text: str, process: Program) -> None:
     """Until the process has written a line with this text."""
-    assert process.stdout is not None
     seen = []
     for line in process.stdout:
         seen.append(line)

@@ -111,7 +111,7 @@ def test_a_rank_that_is_stopped_or_killed_is_named_and_the_run_goes_on(
             assert processes[sick].poll() is None
             assert f"rank {sick} hangs at step 3: silent" in output
             # A stack of each; that of the stopped rank is from some moment before.
-            assert re.search(r"^rank 0 \(.*silent since then\n    /", output, re.MULTILINE)
+            assert re.search(r"^rank 0 \(.*silent since then\n    .+:\d+ in ", output, re.M)
             assert re.search(r"^rank 1 \((.|\n    )*in train_step: ", output, re.MULTILINE)
         else:
             assert processes[sick].wait(10) == -signal.SIGKILL

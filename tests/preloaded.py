@@ -1,0 +1,14 @@
+"""What the processes of tests have imported before they begin: see `tests.processes`.
+
+Nothing of `kernels.triton`, which reads TRITON_INTERPRET when it is imported.
+"""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch._dynamo
+import torch.utils.tensorboard  # noqa: F401
+
+import train.commands
+import train.loop  # noqa: F401
