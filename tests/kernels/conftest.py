@@ -9,6 +9,10 @@ if not torch.cuda.is_available():
     # Before anything imports triton, which reads it then.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+    from tests.kernels import interpreter
+
+    interpreter.hasten()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
