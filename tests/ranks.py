@@ -13,7 +13,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.processes import context
+from tests.processes import Program, context
 
 LIMIT_S = 300
 
@@ -53,6 +53,20 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+
+
+def launch(count: int, *words: object) -> list[Program]:
+    """The ranks of a program, as a launcher starts them; `words` as of `Program`."""
+    rendezvous = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        Program(words, {**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
 
 
 def free_port() -> int:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
-from tests.ranks import free_port
+from tests.ranks import launch
 
 RANKS, LAST, STEP, WAIT_S = 4, 2, 3, 4
-HOUSE = Path(__file__).parents[2]
 
 
 def train_until_one_is_gone(kind: str) -> None:
@@ -42,25 +39,12 @@ def train_until_one_is_gone(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
 def test_survivors_end_and_name_the_rank_and_the_step(kind: str) -> None:
     """Within the timeout of a layer and the time to ask each other, some seconds."""
-    port = str(free_port())
-    command = f"from {__name__} import *; train_until_one_is_gone({kind!r})"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", command],
-            cwd=HOUSE,
-            env=os.environ
-            | {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
+    processes = launch(RANKS, __file__, kind)
     try:
         ends = []
         for rank, process in enumerate(processes):
             if rank != LAST:
-                _, said = process.communicate(timeout=200)
+                said, _ = process.communicate(timeout=200)
                 ends.append(time.monotonic())
                 assert process.returncode == 1, said
                 last = said.strip().splitlines()[-1]
@@ -74,6 +58,8 @@ def test_survivors_end_and_name_the_rank_and_the_step(kind: str) -> None:
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-            if process.stderr:
-                process.stderr.close()
+            process.communicate()
+
+
+if __name__ == "__main__":
+    train_until_one_is_gone(sys.argv[1])

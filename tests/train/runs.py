@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.processes import ROOT, Program
-from tests.ranks import free_port
+from tests.ranks import launch
 
 STEPS = 8
 
@@ -33,21 +33,8 @@ def start_ranks(
     count: int, sick: int, batch: int, illness: str, *arguments: object
 ) -> list[Program]:
     """Ranks of a run as a launcher starts them, one of which falls ill (see `sick.py`)."""
-    rendezvous = {
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    words = [str(ROOT / "tests/train/survival/sick.py"), str(sick), str(batch), illness]
-    return [
-        Program(
-            [*words, *arguments],
-            {**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(count)
-    ]
+    script = ROOT / "tests/train/survival/sick.py"
+    return launch(count, script, sick, batch, illness, *arguments)
 
 
 def wait_for_step(folder: Path, step: int, process: Program) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.train.runs import ROOT, STEPS, losses, rows, start, wait_for_step
+from tests.ranks import launch
+from tests.train.runs import STEPS, losses, rows, start, wait_for_step
 from train.__main__ import main
 
 
@@ -173,14 +171,11 @@ def test_two_ranks_have_the_losses_of_one(
     config: Path, undisturbed: Path, tmp_path: Path, stage: int
 ) -> None:
     """And what they saved goes on in one process at another ZeRO stage."""
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "train",
-         str(config), f"run.root={tmp_path}", "train.steps=8", f"zero.stage={stage}"],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert "one stream, cut evenly over them" in process.stdout
+    words = ["-m", "train", config, f"run.root={tmp_path}", "train.steps=8", f"zero.stage={stage}"]
+    first, second = launch(2, *words)
+    output, _ = first.communicate(timeout=200)
+    assert (first.returncode, second.wait(60)) == (0, 0), output
+    assert "one stream, cut evenly over them" in output
     both, one = losses(tmp_path / "tiny"), losses(undisturbed)
     assert both == pytest.approx(one, rel=1e-5)
     checkpoints = tmp_path / "tiny" / "checkpoints"

@@ -44,7 +44,7 @@ def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bou
     """
     batches = 4 if gpus < 256 else 2
     given = simulate.Settings("a800", model, lengths, gpus, 4096, 65536, batches, 0)
-    rows = simulate.summarise(simulate.cases(given))["strategies"]
+    rows = simulate.by_strategy(simulate.cases(given))
     ours = rows.pop("headrace")
     assert ours["step_ms"] < min(row["step_ms"] for row in rows.values())
     assert ours["over_bound"] <= over_bound
@@ -117,7 +117,7 @@ def test_no_alternative_is_quicker_where_one_nearly_is() -> None:
 def assert_nobody_is_ahead(given: simulate.Settings | Case) -> None:
     """To a thousandth."""
     cases = [given] if isinstance(given, Case) else simulate.cases(given)
-    rows = simulate.summarise(cases)["strategies"]
+    rows = simulate.by_strategy(cases)
     ours = rows.pop("headrace")
     assert ours["step_ms"] <= 1.001 * min(row["step_ms"] for row in rows.values())
 

@@ -172,7 +172,7 @@ def test_routing_is_priced(lengths: str) -> None:
     for most, tried in ((1.0, planning._LIMITS), (0.98, EVEN_SHARDS)):
         with mock.patch.object(planning, "_LIMITS", tried):
             steps = [
-                simulate.summarise(simulate.cases(replace(given, routing=routing)))["strategies"]
+                simulate.by_strategy(simulate.cases(replace(given, routing=routing)))
                 for routing in (True, False)
             ]
         routed, direct = (rows.pop("headrace")["step_ms"] for rows in steps)
