@@ -11,8 +11,21 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# The files that take longest, longest first: what begins last should be short.
+LONGEST = (
+    "tests/slurm/",
+    "tests/kernels/tools/",
+    "tests/test_readme.py",
+    "tests/kernels/triton/",
+    "tests/parallel/simulation/",
+    "tests/train/",
+    "tests/parallel/",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked slow run when they are asked for: `pytest -m slow`."""
+    items.sort(key=lambda item: [not item.nodeid.startswith(name) for name in LONGEST])
     if "slow" in config.getoption("markexpr"):
         return
     for item in items:

@@ -24,7 +24,13 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 # What is made smaller so that a command ends soon; everything else is as written.
-SMALL = ["train.steps=2", "train.batch_tokens=4096", "eval.tokens=4096", "eval.sample_tokens=4"]
+SMALL = [
+    "train.steps=2",
+    "train.batch_tokens=1024",
+    "train.seq_len=256",
+    "eval.tokens=1024",
+    "eval.sample_tokens=4",
+]
 
 
 @pytest.fixture(scope="module")
