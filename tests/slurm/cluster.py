@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
@@ -25,6 +26,8 @@ ENDED = (
     "REVOKED",
     "TIMEOUT",
 )
+# A node refuses a job while it still clears up after that job's last start.
+_CLEARING_UP = timedelta(seconds=3)
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -51,7 +54,10 @@ KillWait=20
 ReturnToService=2
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=1000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=1000
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -71,6 +77,10 @@ def _free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
 class Cluster:
@@ -112,25 +122,33 @@ class Cluster:
 
     def facts(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says of a job, or of one task of an array."""
-        words = self.command("scontrol", "--oneliner", "show", "job", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        return _fields(self.command("scontrol", "--oneliner", "show", "job", job))
 
-    def hurry(self, job: str) -> None:
-        """A requeued job is held back for two minutes; not here."""
-        facts = self.facts(job)
-        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
-            # Its node refuses it while it still clears up after the last start.
-            time.sleep(3)
-            self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def hurry(self) -> None:
+        """Requeued jobs are held back for two minutes; not here."""
+        for line in self.command("scontrol", "--oneliner", "show", "job").splitlines():
+            facts = _fields(line)
+            if (facts.get("JobState"), facts.get("Reason")) != ("PENDING", "BeginTime"):
+                continue
+            until = facts["EligibleTime"]
+            if until == "Unknown":
+                continue
+            if datetime.fromisoformat(until) > datetime.now() + 2 * _CLEARING_UP:
+                job = facts["JobId"]
+                if "ArrayTaskId" in facts:
+                    job = f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}"
+                self.command(
+                    "scontrol", "update", f"JobId={job}", f"StartTime=now+{_CLEARING_UP.seconds}"
+                )
 
     def wait(self, job: str, seconds: float = 120) -> dict[str, str]:
         """A job's facts when it is over, all its restarts included."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            self.hurry(job)
             facts = self.facts(job)
             if facts["JobState"] in ENDED:
                 return facts
+            self.hurry()
             time.sleep(0.3)
         raise TimeoutError(f"{self.facts(job)}")
 
@@ -174,7 +192,7 @@ class Cluster:
         state = ""
         for _ in range(150):
             done = subprocess.run(
-                ["sinfo", "--noheader", "--Node", "--format=%T"],
+                ["sinfo", "--noheader", "--Node", "--partition=all", "--format=%T"],
                 env=self.environment, capture_output=True, text=True, check=False,
             )  # fmt: skip
             state = done.stdout + done.stderr
