@@ -193,3 +193,19 @@ def test_what_the_place_of_submission_exports_is_not_taken_for_the_jobs(jobs: Jo
     assert len(ends) == 2, jobs.log(job)
     assert all(int(end) > time.time() for end in ends)
     assert f"job {job}: start 1 on" in jobs.log(job)
+
+
+def test_crashes_without_a_new_checkpoint_come_to_an_end(jobs: Jobs) -> None:
+    """A Python that always dies is started three times, not more."""
+    (jobs.folder / "dies").write_text("exit 9")
+    job = jobs.train("dies")
+    assert jobs.end(job) == ("FAILED", "9", "2")
+    assert "crashed with code 9, 3 times after nothing: giving up" in jobs.log(job)
+
+
+def test_a_limit_that_comes_near_leads_to_a_save_and_a_new_start(jobs: Jobs) -> None:
+    """By Slurm's own warning, which it gives sometime in the half minute that it is due."""
+    job = jobs.ready("--time=1")
+    assert jobs.end(job) == ("COMPLETED", "0", "1"), jobs.log(job)
+    assert jobs.log(job).count("has saved") == 2
+    assert "stopped in time, saved: queueing again" in jobs.log(job)
