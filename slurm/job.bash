@@ -57,7 +57,7 @@ ended_by_slurm() {
 # srun returns the highest exit code of its ranks, and 75 is higher than that of most faults. So
 # each rank leaves an empty file named after its own code: bash -c "$leave_code" FOLDER COMMAND …
 # shellcheck disable=SC2016,SC2034
-leave_code='trap : TERM INT; "$@"; code=$?; : >"$0/$code"; exit "$code"'
+leave_code='trap : TERM INT; "$@"; code=$?; { : >"$0/$code"; } 2>/dev/null; exit "$code"'
 
 # deciding_code FOLDER CODE: of the codes that ranks have left; CODE if none has left any. A
 # setting to mend counts before a fault, a fault before a stop in time. A rank that srun ended

@@ -60,10 +60,12 @@ class Place:
         assert len(dict(steps)) == len(steps)
         return dict(steps)
 
-    def wait_for_step(self, run: str, step: int, job: str) -> None:
+    def has_step(self, run: str, step: int) -> bool:
         path = self.folder / "runs" / run / "metrics.jsonl"
-        done = f'"step": {step},'
-        until(lambda: path.exists() and done in path.read_text(), self, job, seconds=300)
+        return path.exists() and f'"step": {step},' in path.read_text()
+
+    def wait_for_step(self, run: str, step: int, job: str) -> None:
+        until(lambda: self.has_step(run, step), self, job, seconds=300)
 
 
 def until(fact: Callable[[], bool], place: Place, job: str, seconds: float = 120) -> None:
@@ -147,15 +149,25 @@ def test_a_warning_and_a_killed_rank_lead_to_new_starts_and_the_same_losses(
     stopped = max(place.losses("disturbed"))
     assert f"stopped by SIGUSR1 at step {stopped}" in place.log(disturbed)
     assert (place.folder / f"runs/disturbed/checkpoints/step-{stopped:08d}").is_dir()
-    place.wait_for_step("disturbed", max(stopped, 5) + 3, disturbed)
+    cancelled = False
+
+    def goes_on() -> bool:
+        nonlocal cancelled
+        if not cancelled and place.has_step("two", STEPS):
+            cluster.command("scancel", two)  # as soon as it can be: it takes the others' cores
+            cancelled = True
+        return place.has_step("disturbed", stopped + 3)
+
+    until(goes_on, place, disturbed, seconds=300)
     rank_of(disturbed, 1).send_signal(signal.SIGKILL)
     place.finished(disturbed)
     assert cluster.facts(disturbed)["Restarts"] == "2"
     assert "crashed with code 137" in place.log(disturbed)
     assert place.log(disturbed).count("going on from") == 2
 
-    place.wait_for_step("two", STEPS, two)
-    cluster.command("scancel", two)
+    if not cancelled:
+        place.wait_for_step("two", STEPS, two)
+        cluster.command("scancel", two)
     facts = cluster.wait(two)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), place.log(two)
     until(lambda: "cancelled" in place.log(two), place, two)
