@@ -13,7 +13,8 @@ instead; `material` is whichever a run names. `python -m data` shows it at work.
 
 from data.config import DataConfig, StreamConfig, longest_seq_len, seq_len_at
 from data.corpus import Corpus
-from data.material import Material, material
+from data.held_out import CodedText
+from data.material import HeldOut, HeldOutText, Material, material
 from data.prepare import prepare
 from data.settings import ConfigError
 from data.stream import Batch, Batches, Cursor, validation_batches
@@ -21,10 +22,13 @@ from data.stream import Batch, Batches, Cursor, validation_batches
 __all__ = [
     "Batch",
     "Batches",
+    "CodedText",
     "ConfigError",
     "Corpus",
     "Cursor",
     "DataConfig",
+    "HeldOut",
+    "HeldOutText",
     "Material",
     "StreamConfig",
     "longest_seq_len",

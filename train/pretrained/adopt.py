@@ -25,8 +25,9 @@ from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.pretrained import families, weights
 from train.pretrained import tokenizer as files
-from train.pretrained.export import OWN, Say, check, skeleton
+from train.pretrained.families import OWN
 from train.pretrained.links import Link, links
+from train.pretrained.weights import Say, check, skeleton
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from train.model.config import ModelConfig, expanded
 from train.model.mixers import hedgehog, liger
 from train.pretrained import adopt, families
 from train.pretrained.distil import Distillation, distil
-from train.pretrained.export import Say
+from train.pretrained.weights import Say
 
 RECIPES = {"liger": liger, "hedgehog": hedgehog}
 

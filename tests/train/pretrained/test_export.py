@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from data import tokenizer as tokenizers
@@ -16,16 +18,17 @@ from data.settings import ConfigError
 from parallel import shard
 from tests.train.runs import rows
 from train.__main__ import main
-from train.config import Config, read
+from train.config import read
 from train.model import mixers
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.pretrained import adopt, weights
 from train.pretrained import export as exported
 from train.pretrained import tokenizer as files
+from train.pretrained.folder import find
 from train.survival import manifest
 
-VOCABULARY = 53
+VOCABULARY = 600
 PLAIN = {"qk_norm": False, "output_gate": False}
 OLMO = {"qk_norm_over": "heads", "output_gate": False, "head_dim": 8}
 GDN = {"heads": 2, "value_heads": 4, "head_dim": 6, "value_head_dim": 10}
@@ -112,22 +115,25 @@ def make(settings: ModelConfig) -> Model:
     return model
 
 
-def save(model: Model, folder: Path) -> Path:
-    """A folder as `import` leaves it, without a tokenizer."""
+def save(model: Model, folder: Path, tokenizer: Path | None = None) -> Path:
+    """A folder as `import` leaves it."""
     folder.mkdir()
     weights.write(model.named_parameters(), folder, weights.OURS)
+    sections = {"model": asdict(model.config)}
+    if tokenizer:
+        sections["data"] = {"tokenizer": str(tokenizer)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     return folder
 
 
 def export(model: Model, folder: Path, style: str = "auto", dtype: str = "fp32") -> list[str]:
     """What `export` says, of a folder with the model's weights."""
-    run = save(model, folder.with_name(f"{folder.name}-run"))
-    pieces = tokenizers.train([Path(__file__).read_text(encoding="utf-8")], 600)
+    pieces = tokenizers.train([Path(__file__).read_text(encoding="utf-8")], VOCABULARY)
+    run = folder.with_name(f"{folder.name}-run")
+    save(model, run, run / pieces.file)
     (run / pieces.file).write_bytes(pieces.model)
-    settings = Config(model=model.config)
-    settings.data.tokenizer = str(run / pieces.file)
     said: list[str] = []
-    exported.export(run, settings, folder, None, style, dtype, said.append)
+    exported.export(find(run), folder, style, dtype, said.append)
     return said
 
 
@@ -182,9 +188,7 @@ def test_import_gives_back_the_model_and_every_bit_of_theirs(name: str, tmp_path
             assert torch.equal(held.read(label), parameter), label
         assert layers(settings.model) == layers(model.config)
     # What is exported once more has the bits of the first export.
-    again = Config(model=settings.model)
-    again.data.tokenizer = settings.data.tokenizer
-    exported.export(tmp_path / "back", again, tmp_path / "again", None, "auto", "fp32", print)
+    exported.export(find(tmp_path / "back"), tmp_path / "again", "auto", "fp32", print)
     first, second = (weights.of_family(tmp_path / folder) for folder in ("hf", "again"))
     assert first.names == second.names
     assert all(torch.equal(first.read(label), second.read(label)) for label in first.names)
