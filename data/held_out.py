@@ -32,6 +32,8 @@ class HeldOutDocuments(Protocol):
 class CodedText:
     """The documents of some files, coded in memory and all held out.
 
+    name: of the source, as in a corpus.
+
     Args:
         path: a file, folder or glob, of any kind that `data.sources` reads.
         config: of which text_field and normalize count.
@@ -49,6 +51,7 @@ class CodedText:
         problems: Counter[str] = Counter()
         left = max_tokens
         (source,) = resolve({"path": str(path)}, config.text_field)
+        self.name = source.name
         for document in source.documents():
             if document.text is None:
                 problems[document.problem] += 1

@@ -209,13 +209,10 @@ def evaluate(arguments: list[str]) -> int:
 
     model = load(options.folder, options.overrides, say=_tell)
     tokens = model.config.eval.tokens if options.tokens is None else options.tokens
-    on = longcontext.held_out(model, options.text, tokens)
-    report = longcontext.measure(model, on, tokens, options.samples, _progress)
+    on, name = longcontext.held_out(model, options.text, tokens)
+    report = longcontext.measure(model, on, name, tokens, options.samples, _progress)
     print(longcontext.text(report), end="\n\n")
-    place = model.stored.folder / longcontext.FOLDER
-    if options.text is not None:
-        place = place / (Path(options.text).name.split(".")[0] or "text")
-    for path in longcontext.save(report, place, options.json):
+    for path in longcontext.save(report, model.stored.folder, options.json):
         print(path)
     return 0
 

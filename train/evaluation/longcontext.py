@@ -41,12 +41,11 @@ Probe = tuple[np.ndarray, np.ndarray] | None
 Say = Callable[[str], None]
 
 
-def held_out(trained: Trained, text: str | None, tokens: int) -> HeldOut:
-    """What to measure on.
+def held_out(trained: Trained, text: str | None, tokens: int) -> tuple[HeldOut, str | None]:
+    """What to measure on, and what it is called; None is what the run holds out.
 
     Args:
-        text: a file, folder or glob of any kind that `data.sources` reads; None is what the
-            run holds out.
+        text: a file, folder or glob of any kind that `data.sources` reads.
         tokens: to read of the file, at most.
 
     Raises:
@@ -58,19 +57,24 @@ def held_out(trained: Trained, text: str | None, tokens: int) -> HeldOut:
             coded = CodedText(text, config.data, trained.tokenizer, tokens)
         except ConfigError as error:
             raise ConfigError(f"--text: {error}") from None
-        return HeldOutText(coded, config.train)
+        return HeldOutText(coded, config.train), coded.name
     if not stored.has_data:
         raise ConfigError(f"{stored.folder} has no text of its own to measure on; add --text FILE")
-    return stored.material
+    return stored.material, None
 
 
 def measure(
-    trained: Trained, on: HeldOut, tokens: int, samples: int, say: Say = lambda line: None
+    trained: Trained,
+    on: HeldOut,
+    text: str | None,
+    tokens: int,
+    samples: int,
+    say: Say = lambda line: None,
 ) -> Report:
     """Everything above for a model.
 
     Args:
-        on: what to measure on.
+        on, text: what to measure on, and what it is called, as `held_out` gives them.
         tokens: of it, at most, read at each length.
         samples: sequences of each number of pairs, depth and length; more where a batch of
             training has more.
@@ -90,6 +94,7 @@ def measure(
     report: Report = {
         "checkpoint": str(trained.stored.source),
         "step": trained.stored.step,
+        "text": text,
         "seq_len": seq_len,
         "validation": {},
         "loss_by_position": {},
@@ -197,7 +202,8 @@ def text(report: Report) -> str:
     lengths = list(report["validation"])
     trained_at = str(report["seq_len"])
     heads = [f"{length}{' *' if length == trained_at else ''}" for length in lengths]
-    lines = [f"{report['checkpoint']}  (* the training length)", ""]
+    on = f" on {report['text']}" if report["text"] else ""
+    lines = [f"{report['checkpoint']}{on}  (* the training length)", ""]
     keys = [key for key in METRICS if key in report["validation"][trained_at]]
     rows = [[METRICS[key], *(report["validation"][n][key] for n in lengths)] for key in keys]
     lines += _table("validation, in sequences of up to", heads, rows)
@@ -253,11 +259,12 @@ def drawings(report: Report) -> dict[str, Any]:
     return drawn
 
 
-def save(report: Report, folder: Path, path: Path | None) -> list[Path]:
+def save(report: Report, model: Path, path: Path | None) -> list[Path]:
     """Write the report as JSON and its figures, and both into TensorBoard.
 
     Args:
-        folder: where everything is written.
+        model: the model's folder; everything lies in its `evaluation/`, and there in a folder of
+            its own if it is of another text than the run's.
         path: of the JSON, if elsewhere.
 
     Returns:
@@ -266,6 +273,7 @@ def save(report: Report, folder: Path, path: Path | None) -> list[Path]:
     Raises:
         ConfigError: one cannot be written.
     """
+    folder = model / FOLDER / (report["text"] or "")
     try:
         return _save(report, folder, path)
     except OSError as error:

@@ -97,7 +97,7 @@ def _last(run: Path, config: Config, metric: str) -> float:
     path = run / "metrics.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        step = max((row["step"] for row in rows), default=0)
+        step = max((int(row["step"]) for row in rows), default=0)
         found = [row for row in rows if "val_loss" in row and row["step"] == step]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); train the run first") from None
