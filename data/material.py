@@ -20,7 +20,7 @@ from data.held_out import HeldOutDocuments
 from data.prepare import Log, prepare
 from data.probes import TextProbes
 from data.recall import SOURCE, Recall
-from data.stream import Batch, Batches, Cursor, validation_batches
+from data.stream import Batch, Batches, Cursor, Plan, validation_batches
 from data.tokenizer import Tokenizer
 
 
@@ -70,6 +70,10 @@ class HeldOut(Protocol):
 
 class Material(HeldOut, Protocol):
     """What a run trains on, and what is held out of it."""
+
+    @property
+    def key(self) -> int:
+        """`Cursor.corpus` of the cursors of its stream."""
 
     def batches(self, start: Cursor) -> Stream:
         """The training batches that follow `start`.
@@ -126,6 +130,10 @@ class Text(HeldOutText):
 
     corpus: Corpus
     data: DataConfig
+
+    @property
+    def key(self) -> int:
+        return Plan(self.corpus, self.stream, self.data).key
 
     def batches(self, start: Cursor) -> Batches:
         return Batches(self.corpus, self.stream, self.data, start)

@@ -131,6 +131,11 @@ class Plan:
         # A deck's key is made from the corpus's fingerprint, the seed and the source.
         self._corpus = _number([(deck.key, deck.first, deck.last) for deck in self.decks])
 
+    @property
+    def key(self) -> int:
+        """`Cursor.corpus` of the cursors of this stream."""
+        return self._corpus
+
     def window(self, cursor: Cursor) -> Window:
         """The window that `cursor` stands in.
 

@@ -65,10 +65,14 @@ class Stored:
         """The tokenizer that the model was trained with.
 
         Raises:
-            ConfigError: it is missing or broken, or has more pieces than the model has rows.
+            ConfigError: it is missing or broken, has more pieces than the model has rows, or was
+                trained on text that has changed.
         """
         config = self.config.data
-        if self.has_data and (config.tokenizer is None or config.source == RECALL):
+        if config.source == RECALL and self.has_data:
+            found = self.material.tokenizer
+        elif config.tokenizer is None and self.has_data:
+            self._check_text()
             found = self.material.tokenizer
         elif config.tokenizer is not None:
             found = tokenizers.load(Path(config.tokenizer))
@@ -83,6 +87,19 @@ class Stored:
                 f"tokenizer {found.vocab_size} pieces; see data.tokenizer and data.source"
             )
         return found
+
+    def _check_text(self) -> None:
+        """See that the text is that of the run: from another comes another tokenizer."""
+        if self.step is None:
+            return
+        cursor = data.Cursor.from_dict(manifest.progress(self.source).cursor)
+        if cursor.corpus != self.material.key:
+            raise ConfigError(
+                f"{self.source} was trained on another corpus than data.source is now, with a "
+                "tokenizer made of it: restore the text and train.seed, name the old tokenizer as "
+                f"data.tokenizer=FILE (in {self.config.data.root}), or add --text FILE to measure "
+                "on another text"
+            )
 
     @cached_property
     def material(self) -> data.Material:

@@ -20,6 +20,7 @@ from data.settings import ConfigError
 from tests.train.runs import ROOT
 from train import Trained, load
 from train.__main__ import main
+from train.config import read
 from train.evaluation.generate import CHUNK, Decoder, sample
 from train.evaluation.sampling import Sampling
 from train.survival import manifest
@@ -215,6 +216,22 @@ def test_a_step_of_a_run_or_its_line(undisturbed: Path, folders: dict[str, Path]
     for folder, said in ((undisturbed, "has checkpoints of 8"), (folders["own"], "has no steps")):
         with pytest.raises(ConfigError, match=said):
             load(folder, step=3)
+
+
+def test_a_run_whose_text_has_changed_wants_its_tokenizer(
+    undisturbed: Path, config: Path, tmp_path: Path, model: Trained
+) -> None:
+    """Another text makes another tokenizer, often of as many pieces."""
+    there = read(config).data
+    for file in config.parent.glob("*.txt"):
+        (tmp_path / file.name).write_text(file.read_text("utf-8") + "changed = 1\n" * 40, "utf-8")
+    words = [f"data.source={tmp_path}/*.txt", f"data.root={tmp_path}/corpora"]
+    changed = load(undisturbed, words)
+    with pytest.raises(ConfigError, match="was trained on another corpus"):
+        changed.nats(SHORT)
+    (old,) = Path(there.root).glob("*/tokenizer.model")
+    again = load(undisturbed, [*words, f"data.tokenizer={old}"])
+    assert again.nats(SHORT) == pytest.approx(model.nats(SHORT), rel=1e-6)
 
 
 def remove(folder: Path) -> None:
