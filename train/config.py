@@ -76,7 +76,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         # Two tokens: one, and the one that it predicts.
-        for key, least in (("every", 1), ("tokens", 2)):
+        for key, least in (("every", 1), ("tokens", 2), ("sample_tokens", 0), ("temperature", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(
                     f"eval.{key} is {getattr(self, key)}; it must be at least {least}"

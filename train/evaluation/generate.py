@@ -112,9 +112,24 @@ def generate(
     model: Model, tokenizer: Tokenizer, prompt: str, tokens: int, temperature: float, seed: int = 0
 ) -> str:
     """`prompt` and what comes after it; see `Trained.generate`."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = encode(tokenizer, prompt)
     pieces = write(Decoder(model), tokenizer, ids, Sampling(tokens, temperature, seed))
     return tokenizer.decode(ids[1:]) + "".join(pieces)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """`bos_id` and the pieces of `text`, as every document of training begins.
+
+    Raises:
+        ConfigError: `text` has half a surrogate pair in it, which UTF-8 cannot hold.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the text is not UTF-8: character {error.start + 1} is {text[error.start]!r}"
+        ) from None
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 def _chunks(ids: Tensor, size: int) -> Iterator[Tensor]:

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.settings import ConfigError
 from data.spelling import spell
 from data.tokenizer import Tokenizer
 from train.config import Config
-from train.evaluation.generate import Decoder, sample, write
+from train.evaluation.generate import Decoder, encode, sample, write
 from train.evaluation.sampling import Sampling
 from train.model.transformer import Model
 from train.pretrained import folder as folders
@@ -179,14 +178,7 @@ class Trained:
         Raises:
             ConfigError: as `nats`.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"the text is not UTF-8: character {error.start + 1} is "
-                f"{text[error.start]!r}; give it as UTF-8"
-            ) from None
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        return encode(self.tokenizer, text)
 
     def _checked(self, ids: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         found = torch.as_tensor(ids)

@@ -133,24 +133,25 @@ def find(
     """
     if not folder.exists():
         raise ConfigError(f"{folder}: there is no such folder; name {KINDS}")
-    if folder.is_dir() and (folder / manifest.MANIFEST).exists():
+    settings = folder / SETTINGS
+    if not folder.is_dir():
+        config = read(folder, overrides)
+        return _of_run(config.run_path, config, step, say)
+    if (folder / manifest.MANIFEST).exists():
         return _of_run(*_run_of(folder, overrides, step), say)
-    if folder.is_dir() and (folder / DESCRIPTION).exists() and not (folder / SETTINGS).exists():
-        _no_step(folder, step)
-        return _of_description(folder, overrides, say)
-    path = folder / SETTINGS if folder.is_dir() else folder
-    if not path.exists():
+    if not (folder / manifest.CHECKPOINTS).exists():
+        if settings.exists() and any(folder.glob(f"{weights.OURS}*.safetensors")):
+            _no_step(folder, step)
+            return _of_ours(folder, read(settings, overrides), overrides, say)
+        if (folder / DESCRIPTION).exists():
+            _no_step(folder, step)
+            return _of_description(folder, overrides, say)
+    if not settings.exists():
         raise ConfigError(
             f"{folder} holds no model: there is neither {SETTINGS} nor {DESCRIPTION} in it; "
             f"name {KINDS}"
         )
-    config = read(path, overrides)
-    if not folder.is_dir():
-        folder = config.run_path
-    if not (folder / manifest.CHECKPOINTS).exists() and any(folder.glob(f"{weights.OURS}*")):
-        _no_step(folder, step)
-        return _of_ours(folder, config, overrides, say)
-    return _of_run(folder, config, step, say)
+    return _of_run(folder, read(settings, overrides), step, say)
 
 
 def _of_run(run: Path, config: Config, step: int | None, say: Say) -> Stored:
@@ -235,7 +236,7 @@ def _run_of(
     place = checkpoint.absolute()
     run = place.parent.parent
     settings = run / SETTINGS
-    if place.parent.name != manifest.CHECKPOINTS or not settings.exists():
+    if place not in manifest.published(run / manifest.CHECKPOINTS) or not settings.exists():
         raise ConfigError(f"{checkpoint} lies in no run's folder; name {KINDS}")
     _no_step(checkpoint, step)
     return run, read(settings, overrides), manifest.step_of(place)

@@ -166,6 +166,30 @@ def test_generate_goes_on_from_a_prompt(
     assert "holds no model" in capsys.readouterr().err
 
 
+def test_a_prompt_that_the_task_does_not_know_is_told_at_the_end(
+    recall_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps are done by then: all that is missing is the sample."""
+    file = recall_run.parent.parent / "recall.yaml"
+    words = [f"run.root={tmp_path}", "train.steps=1", "eval.sample_tokens=3"]
+    assert main([str(file), *words]) == 0
+    told = capsys.readouterr().out
+    assert "no sample: 'def' is no token of the recall task" in told
+    assert "to go on:" in told
+    assert main(["generate", str(tmp_path / "recall"), "3 4", "--tokens", "2"]) == 0
+    assert len(capsys.readouterr().out.split()) == 4
+    assert main(["generate", str(tmp_path / "recall"), "def "]) == 2
+
+
+@pytest.mark.parametrize("word", ["eval.sample_tokens=-1", "eval.temperature=-0.5"])
+def test_a_sample_that_cannot_be_made_is_refused_before_the_run(
+    word: str, text_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(text_run.parent.parent / "tiny.yaml"), word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert word.partition("=")[0] in line
+
+
 def test_a_run_on_recall_goes_on_to_the_same_bits(recall_run: Path) -> None:
     whole = {row["step"]: row["loss"] for row in rows(recall_run) if "loss" in row}
     root, folder = recall_run.parent, recall_run.parent.parent

@@ -218,6 +218,25 @@ def test_a_step_of_a_run_or_its_line(undisturbed: Path, folders: dict[str, Path]
             load(folder, step=3)
 
 
+def test_a_folder_is_known_by_what_lies_in_it(
+    folders: dict[str, Path], undisturbed: Path, config: Path, tmp_path: Path, model: Trained
+) -> None:
+    """Not by a file more: some models come with a config.yaml that is none of ours."""
+    export = Path(shutil.copytree(folders["export"], tmp_path / "export"))
+    (export / "config.yaml").write_text("something: else\n", encoding="utf-8")
+    assert load(export).nats(SHORT) == pytest.approx(model.nats(SHORT), rel=1e-5)
+    ours = Path(shutil.copytree(folders["import"], tmp_path / "import"))
+    (ours / "config.json").write_text("{}", encoding="utf-8")
+    assert load(ours).nats(SHORT) == pytest.approx(model.nats(SHORT), rel=1e-5)
+    copied = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    named = copied / manifest.CHECKPOINTS / "best"
+    manifest.published(copied / manifest.CHECKPOINTS)[0].rename(named)
+    (corpus,) = Path(read(config).data.root).glob("*/manifest.json")
+    for folder in (named, corpus.parent):
+        with pytest.raises(ConfigError, match="lies in no run's folder"):
+            load(folder)
+
+
 def test_a_run_whose_text_has_changed_wants_its_tokenizer(
     undisturbed: Path, config: Path, tmp_path: Path, model: Trained
 ) -> None:
