@@ -8,7 +8,8 @@ picks what the `tokenizer` learns from, `encode` codes in many processes, `store
 that nothing is lost, `prepare` runs these; `corpus` maps what is stored, `order` says
 which document is next, `mixture` from which source, `packing` and `balance` which batch its
 pieces lie in, `stream` gives out the batches. `recall` makes batches of a synthetic task
-instead; `material` is whichever a run names. `python -m data` shows it at work.
+instead; `material` is whichever a run names. `held_out` is what a model is measured on, and
+`spelling` turns tokens into text as they come. `python -m data` shows it at work.
 """
 
 from data.config import DataConfig, StreamConfig, longest_seq_len, seq_len_at

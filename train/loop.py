@@ -66,8 +66,6 @@ class Trainer:
         if self.recorder and not saved:
             self.recorder.material(*self.material.report())
         self.validation = list(self.material.validation(config.eval.tokens))
-        if not self.validation:
-            self.say("no document is held out, so nothing is evaluated; see data.validation")
         torch.manual_seed(config.train.seed)
         model = Model(config.model, self.material.tokenizer.vocab_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())

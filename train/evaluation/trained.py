@@ -48,11 +48,7 @@ def load(
         ConfigError: there is no model, or one that is broken or not what its settings say; one
             line. Of the tokenizer, when it is first used.
     """
-    return of(folders.find(Path(folder), overrides, step, say), device)
-
-
-def of(stored: Stored, device: torch.device | str | None = None) -> Trained:
-    """The same of a model that is found already."""
+    stored = folders.find(Path(folder), overrides, step, say)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = stored.config.train.dtype
     low = dtype == "bf16" or (dtype == "auto" and chosen.type == "cuda")
@@ -73,6 +69,10 @@ class Trained:
 
     def __init__(self, stored: Stored, model: Model) -> None:
         self.stored, self.model = stored, model
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"<{self.stored.source}: {size:,} parameters on {self.device}>"
 
     @property
     def config(self) -> Config:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 import data
 from data import tokenizer as tokenizers
 from data.recall import SOURCE as RECALL
-from data.settings import ConfigError, build, overriding
+from data.settings import ConfigError, build, override
 from data.tokenizer import Tokenizer
 from train.config import Config, read
 from train.model import mixers
@@ -92,8 +93,7 @@ class Stored:
         """See that the text is that of the run: from another comes another tokenizer."""
         if self.step is None:
             return
-        cursor = data.Cursor.from_dict(manifest.progress(self.source).cursor)
-        if cursor.corpus != self.material.key:
+        if manifest.read(self.source)["cursor"]["corpus"] != self.material.key:
             raise ConfigError(
                 f"{self.source} was trained on another corpus than data.source is now, with a "
                 "tokenizer made of it: restore the text and train.seed, name the old tokenizer as "
@@ -174,7 +174,9 @@ def _of_ours(folder: Path, config: Config, overrides: Sequence[str], say: Say) -
 def _of_description(folder: Path, overrides: Sequence[str], say: Say) -> Stored:
     found = adopt.read(folder)
     where = str(folder / DESCRIPTION)
-    values = {f"model.{key}": (value, where) for key, value in asdict(found.config).items()}
+    values: dict[str, tuple[Any, str]] = {
+        f"model.{key}": (value, where) for key, value in asdict(found.config).items()
+    }
     length = json.loads((folder / DESCRIPTION).read_text("utf-8")).get("max_position_embeddings")
     if isinstance(length, int) and length >= 2:
         values["train.seq_len"] = (length, where)
@@ -182,7 +184,8 @@ def _of_description(folder: Path, overrides: Sequence[str], say: Say) -> Stored:
     values["run.name"] = (folder.resolve().name, where)
     if (tokenizer := files.find(folder)) is not None:
         values["data.tokenizer"] = (str(tokenizer), where)
-    config = build(Config, values | overriding(overrides), where)
+    override(values, overrides)
+    config = build(Config, values, where)
     mixers.check(config.model)
     model = skeleton(config.model, found.model.embedding.num_embeddings)
     parameters = dict(model.named_parameters())

@@ -212,6 +212,7 @@ def test_ids_that_are_none_are_refused(model: Trained, ids: list) -> None:
 def test_a_step_of_a_run_or_its_line(undisturbed: Path, folders: dict[str, Path]) -> None:
     second = manifest.published(undisturbed / manifest.CHECKPOINTS)[-1]
     assert load(undisturbed, step=2).stored.source == second
+    assert str(second) in repr(load(second))
     assert load(second).stored.step == 2
     for folder, said in ((undisturbed, "has checkpoints of 8"), (folders["own"], "has no steps")):
         with pytest.raises(ConfigError, match=said):
