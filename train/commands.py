@@ -14,7 +14,7 @@ from train.survival import manifest
 
 
 def checkpoints(arguments: list[str]) -> int:
-    """List, verify or prune the checkpoints of a run; 1 if one does not verify."""
+    """List, verify or prune the checkpoints of a run; 1 if one is damaged or cannot be removed."""
     parser = argparse.ArgumentParser(
         prog="python -m train checkpoints",
         description="The checkpoints of a run, newest first.",
@@ -24,8 +24,8 @@ def checkpoints(arguments: list[str]) -> int:
     parser.add_argument(
         "--prune",
         action="store_true",
-        help="remove what checkpoint.keep and checkpoint.keep_every do not keep; with --verify "
-        "only those that are whole count, and the others go too",
+        help="remove what checkpoint.keep and checkpoint.keep_every do not keep; only those that "
+        "are whole count. With --verify the others go too, once one is whole",
     )
     parser.add_argument("--newest", action="store_true", help="only the newest one's path")
     options = parser.parse_intermixed_args(arguments)
@@ -33,22 +33,25 @@ def checkpoints(arguments: list[str]) -> int:
     folder = run / manifest.CHECKPOINTS
     found = manifest.published(folder)
     if options.newest:
-        if found:
-            print(found[0])
+        for path in found[:1]:
+            print(path)
         return 0
+    stays = False
     if options.prune:
-        keep = config.checkpoint.keep, config.checkpoint.keep_every
+        known: dict[Path, str | None] = {}
+        keep = config.checkpoint
+        gone = manifest.surplus(folder, keep.keep, keep.keep_every, known)
         if options.verify:
-            for path, wrong in manifest.prune_verified(folder, *keep).items():
-                print(f"removed {path}" + (f": {wrong}" if wrong else ""))
-        else:
-            for path in manifest.prune(folder, *keep):
-                print(f"removed {path}")
+            gone += [path for path in manifest.damaged(folder, known) if path not in gone]
+        for path, error in manifest.removing(gone):
+            stays |= error is not None
+            wrong = f": {known[path]}" if known.get(path) else ""
+            print(f"{path} could not be removed ({error})" if error else f"removed {path}{wrong}")
         found = manifest.published(folder)
     if not found:
         print(f"no checkpoint in {folder}")
     faulty = [_describe(path, options.verify) for path in found]
-    return 1 if any(faulty) else 0
+    return 1 if stays or any(faulty) else 0
 
 
 def replay(arguments: list[str]) -> int:

@@ -25,6 +25,27 @@ class RunConfig:
         "(null: random ones)",
     )
 
+    def __post_init__(self) -> None:
+        if not self.root.isprintable():
+            raise ConfigError(f"run.root is {self.root!r}; it must be printable text")
+        if self.name is not None:
+            check_name(self.name)
+
+
+def check_name(name: str) -> None:
+    """See that a run's name is that of one folder, which lies in `run.root`.
+
+    Raises:
+        ConfigError: it is empty, or could name another folder, or cannot be read in a line.
+    """
+    if not name.strip() or name == "." or ".." in name or set(name) & set("/\\"):
+        raise ConfigError(
+            f"run.name is {name!r}; it must be the name of one folder under run.root: not empty, "
+            "not '.', without '..' and separators"
+        )
+    if not name.isprintable() or name != name.strip():
+        raise ConfigError(f"run.name is {name!r}; it must be printable, without spaces at its ends")
+
 
 @dataclass
 class TrainConfig(StreamConfig):
@@ -113,6 +134,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = load(Config, path, overrides)
     if config.run.name is None:
         config.run.name = Path(path).stem
+        check_name(config.run.name)
     return config
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -21,13 +21,17 @@ from train.evaluation.evaluate import evaluate
 from train.evaluation.generate import generate
 from train.model.transformer import Model
 from train.monitor.metrics import Recorder, peak_flops, peak_memory
-from train.monitor.summary import summarise
+from train.monitor.summary import blocks_in_words, summarise, surroundings
 from train.optimiser.optim import learning_rate
 from train.planning import planner_of
-from train.start import begin_from
+from train.start import begin_from, rate_jump
 from train.survival import checkpoint, faults, manifest
 from train.survival.stop import START_AGAIN, Cause, Watch
 from train.survival.watchdog import Watchdog
+
+
+class _GivenUpError(Exception):
+    """It is time to end, and a step is under way."""
 
 
 class Trainer:
@@ -49,15 +53,19 @@ class Trainer:
         self.cause = Cause.NONE
         self.wrong: str | None = None  # with the last step
 
+        watch.rank, watch.standing = world.rank, lambda: (self.step, self.saved_step)
+
         notes: list[str] = []
-        found = world.on_first(lambda: manifest.newest(self.checkpoints, notes.append))
-        saved = manifest.progress(found) if found else None
+        found, saved = world.on_first(
+            lambda: manifest.newest_progress(self.checkpoints, notes.append)
+        )
+        self.verified: dict[Path, str | None] = {found: None} if found else {}
         self.step = saved.step if saved else 0
         self.tokens = saved.tokens if saved else 0
         self.recorder = Recorder(folder, self.step, config.train.steps) if world.is_first else None
         rows = self.recorder.evaluations() if self.recorder else []
         self.evaluated = set(world.on_first(lambda: [row["step"] for row in rows]))
-        for line in [*notes, *_surroundings(world)]:
+        for line in [*notes, *surroundings(world)]:
             self.say(line)
 
         self.material = data.material(config.data, config.train, log=self.say)
@@ -69,10 +77,13 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         model = Model(config.model, self.material.tokenizer.vocab_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.say(f"model: {', '.join(config.model.blocks)}; {parameters:,} parameters")
+        self.say(f"model: {blocks_in_words(config.model.blocks)}; {parameters:,} parameters")
         self.engine = Engine(
             model, config.optim, config.zero, world, _dtype(config, world), config.train.accumulate
         )
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_: self._look_inside())
+        self.in_forward = False
         self.planner = planner_of(model, config.parallel, world, _dtype(config, world))
         self.peak_flops = peak_flops(world.device)
         self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)
@@ -133,6 +144,9 @@ class Trainer:
     def _train(self) -> None:
         config = self.config
         self.watch.training = True
+        if self._evaluation_is_due():
+            tokens = sum(len(batch.tokens) for batch in self.validation)
+            self.say(f"validating on {tokens:,} tokens before step {self.step + 1}")
         self._evaluate_if_due()
         while self.step < config.train.steps and not self.cause:
             row = self.train_step()
@@ -174,19 +188,22 @@ class Trainer:
             self.wrong = self._fault(loss, norm)
             return self.wrong is None
 
-        for batch, following in pairwise([*batches, self.stream.peek()]):
-            if self._stopping("forward and backward"):
-                self.next_batch = batches[0].digest
-                return None
-            tokens, labels, shard = distribute(
-                batch.tokens, batch.labels, batch.cu_seqlens, world, planner=self.planner
-            )
-            self.planner.begin(np.diff(following.cu_seqlens))
-            scaled, cross_entropy = engine(tokens, labels, shard)
-            engine.backward(scaled * (world.size * config.accumulate / targets))
-            nats += cross_entropy
-            self._at("the optimiser's step")
-            norm = engine.step(rate, is_good)
+        try:
+            for batch, following in pairwise([*batches, self.stream.peek()]):
+                self._look("forward and backward")
+                tokens, labels, shard = distribute(
+                    batch.tokens, batch.labels, batch.cu_seqlens, world, planner=self.planner
+                )
+                self.planner.begin(np.diff(following.cu_seqlens))
+                with self._looking_inside():
+                    scaled, cross_entropy = engine(tokens, labels, shard)
+                engine.backward(scaled * (world.size * config.accumulate / targets))
+                nats += cross_entropy
+                self._at("the optimiser's step")
+                norm = engine.step(rate, is_good)
+        except _GivenUpError:
+            self.next_batch = batches[0].digest
+            return None
 
         self.cursor = batches[-1].cursor
         self.next_batch = self.stream.peek().digest
@@ -230,6 +247,10 @@ class Trainer:
                 "or set another run.name"
             )
         checkpoint.load(path, self.engine)
+        self.judge.resume(saved.judge)
+        jump = rate_jump(saved.config, self.config, self.step)
+        if jump:
+            self.say(jump)
         self.watch.save_seconds = manifest.read(path).get("seconds", self.watch.save_seconds)
 
     def _at(self, doing: str) -> None:
@@ -247,6 +268,32 @@ class Trainer:
         self.cause = max(self.cause, self.watch.agreed(self.world))
         return self.cause != Cause.NONE
 
+    def _look(self, doing: str) -> None:
+        """Look whether it is time to end.
+
+        Raises:
+            _GivenUpError: it is, on all ranks; the step that is under way does not count.
+        """
+        if self._stopping(doing):
+            raise _GivenUpError
+
+    @contextmanager
+    def _looking_inside(self) -> Iterator[None]:
+        """A forward pass of training: the blocks look too, if batches are long (`_look_inside`).
+
+        Not so where the backward pass makes activations anew.
+        """
+        self.in_forward = True
+        try:
+            yield
+            self._look_inside("backward")
+        finally:
+            self.in_forward = False
+
+    def _look_inside(self, doing: str = "forward") -> None:
+        if self.in_forward and self.watch.long_batches:
+            self._look(doing)
+
     def _save(self) -> None:
         """Begin to save this step; the one before is published first."""
         self._finish_saving()
@@ -261,6 +308,7 @@ class Trainer:
             cursor=self.cursor.to_dict(),
             next_batch=self.next_batch,
             config=self.config.to_dict(),
+            judge=self.judge.state(self.cursor.batches),
         )
         self.saver.start(self.engine, progress)
         self.watch.pause()
@@ -285,9 +333,16 @@ class Trainer:
         if self.recorder:
             self.recorder.scalar("checkpoint/stall_seconds", done.stall, done.step)
             self.recorder.scalar("checkpoint/seconds", done.seconds, done.step)
-            keep = self.config.checkpoint
+            self.verified[done.path] = None
             with self.watchdog.patience("removing old checkpoints"):
-                manifest.prune(self.checkpoints, keep.keep, keep.keep_every)
+                self._remove_old(done.step)
+
+    def _remove_old(self, last: int) -> None:
+        keep = self.config.checkpoint
+        old = manifest.surplus(self.checkpoints, keep.keep, keep.keep_every, self.verified, last)
+        for path, wrong in manifest.removing(old):
+            if wrong:
+                self.say(f"{path} could not be removed ({wrong})")
 
     def _fault(self, loss: float, norm: float) -> str | None:
         """What is wrong with a step, on every rank as soon as on one."""
@@ -328,8 +383,9 @@ class Trainer:
         self.say(f"rolled back to step {self.step}")
 
     def _go_back(self) -> None:
-        found = self.world.on_first(lambda: manifest.newest(self.checkpoints, self.say))
-        saved = manifest.progress(found) if found else None
+        found, saved = self.world.on_first(
+            lambda: manifest.newest_progress(self.checkpoints, self.say)
+        )
         if found is None or saved is None:
             raise ConfigError(
                 "stopped: there is no checkpoint yet to roll back to; set faults.action=skip, "
@@ -340,7 +396,8 @@ class Trainer:
                 f"stopped: {self.config.faults.most + 1} bad steps after step {saved.step}; "
                 "lower optim.lr, or raise faults.most"
             )
-        self.judge.forget()
+        self.judge.go_back(saved.judge)
+        self.verified = {found: None}
         checkpoint.load(found, self.engine)
         self.step = self.saved_step = saved.step
         self.tokens, self.cursor = saved.tokens, data.Cursor.from_dict(saved.cursor)
@@ -350,11 +407,14 @@ class Trainer:
         self.evaluated = {step for step in self.evaluated if step <= self.step}
         self.watch.pause()
 
-    def _evaluate_if_due(self) -> None:
+    def _evaluation_is_due(self) -> bool:
         """At every `eval.every`-th step and the last one, unless a run before did."""
         last = self.step == self.config.train.steps
         due = last or self.step % self.config.eval.every == 0
-        if not self.validation or not due or self.step in self.evaluated:
+        return bool(self.validation) and due and self.step not in self.evaluated
+
+    def _evaluate_if_due(self) -> None:
+        if not self._evaluation_is_due():
             return
         lengths = self.material.tokenizer.byte_lengths()
         row = evaluate(
@@ -376,15 +436,3 @@ def _dtype(config: Config, world: World) -> torch.dtype:
     auto = "bf16" if world.device.type == "cuda" else "fp32"
     name = auto if config.train.dtype == "auto" else config.train.dtype
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-
-
-def _surroundings(world: World) -> list[str]:
-    """What the run finds around it, as far as a user should know."""
-    lines = []
-    if world.device.type == "cuda" and not (os.environ.get("CC") or shutil.which("cc")):
-        raise ConfigError("no C compiler found, and Triton's kernels need one: install gcc")
-    if world.device.type == "cpu":
-        lines.append(f"no GPU found: training on the CPU with {torch.get_num_threads()} threads")
-    if world.size > 1:
-        lines.append(f"{world.size} ranks: each batch is one stream, cut evenly over them")
-    return lines

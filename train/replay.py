@@ -6,6 +6,7 @@ import tempfile
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -30,14 +31,10 @@ def replay(run: Path, config: Config, step: int) -> int:
     Raises:
         ConfigError: no checkpoint from before the step is left.
     """
-    older = [
-        path
-        for path in manifest.published(run / manifest.CHECKPOINTS)
-        if manifest.step_of(path) < step
-    ]
-    if not older:
+    older = manifest.newest(run / manifest.CHECKPOINTS, print, before=step)
+    if older is None:
         raise ConfigError(
-            f"{run} has no checkpoint from before step {step}; more of them stay with "
+            f"{run} has no good checkpoint from before step {step}; more of them stay with "
             "checkpoint.keep and checkpoint.keep_every"
         )
     config.zero.stage = 0
@@ -45,10 +42,8 @@ def replay(run: Path, config: Config, step: int) -> int:
     with (
         join() as world,
         tempfile.TemporaryDirectory() as scratch,
-        closing(_from(older[0], config, Path(scratch), world)) as trainer,
+        closing(_from(older, config, Path(scratch), world)) as trainer,
     ):
-        if trainer.step != manifest.step_of(older[0]):
-            raise ConfigError(f"{older[0]} is damaged: {manifest.fault(older[0])}")
         kept = _kept(run, step)
         if kept:
             trainer.judge.skipped = set(kept["skipped"].tolist())
@@ -90,5 +85,8 @@ def _kept(run: Path, step: int) -> dict[str, np.ndarray]:
     path = run / faults.FAULTS / f"step-{step:08d}.npz"
     if not path.exists():
         return {}
-    with np.load(path) as held:
-        return dict(held)
+    try:
+        with np.load(path) as held:
+            return {name: held[name] for name in held}
+    except (OSError, ValueError, BadZipFile, EOFError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); move it away") from None

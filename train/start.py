@@ -1,16 +1,20 @@
-"""The weights that a new run begins with: `run.start_from`."""
+"""What a run begins with: the weights of `run.start_from`, or the settings it had before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.settings import ConfigError
+from train.config import Config
 from train.engine import WEIGHT, Engine
+from train.optimiser.optim import OptimConfig, learning_rate
 from train.pretrained import weights
+from train.survival import manifest
 
 # Their rows are the pieces of the tokenizer.
 TABLES = ("embedding.weight", "head.weight")
@@ -26,8 +30,12 @@ def begin_from(folder: Path, engine: Engine, say: Callable[[str], None]) -> None
         folder: a checkpoint of a run, or what `import` or `convert` wrote.
 
     Raises:
-        ConfigError: the weights are of another model.
+        ConfigError: the weights are of another model, or a damaged checkpoint's.
     """
+    if (folder / manifest.MANIFEST).exists():
+        wrong = engine.world.on_first(lambda: manifest.fault(folder))
+        if wrong:
+            raise ConfigError(f"run.start_from is {folder}: {wrong}; name another checkpoint")
     tensors = weights.of_ours(folder)
     shapes = {name: list(engine.shape(parameter)) for parameter, name in engine.names.items()}
     for name, wanted in shapes.items():
@@ -50,3 +58,24 @@ def begin_from(folder: Path, engine: Engine, say: Callable[[str], None]) -> None
 
     engine.scatter(read)
     say(f"beginning with the weights of {folder}")
+
+
+def rate_jump(before: dict[str, Any], config: Config, step: int) -> str | None:
+    """How the learning rate jumps where a run goes on after `step` with other settings.
+
+    Args:
+        before: its settings until then.
+
+    Returns:
+        A line for the log; None where the next step's rate is what it would have been.
+    """
+    try:
+        optim, steps = OptimConfig(**before["optim"]), before["train"]["steps"]
+        promised = learning_rate(optim, step, max(steps, step))
+        last = learning_rate(optim, max(step - 1, 0), steps)
+    except (KeyError, TypeError, ValueError):
+        return None  # settings of another version
+    after = learning_rate(config.optim, step, config.train.steps)
+    if step >= config.train.steps or after == promised:
+        return None
+    return f"the learning rate jumps by these settings: {last:.2e} → {after:.2e} in step {step + 1}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from train.monitor import figures
+from train.monitor.lines import METRICS, Lines, Rows
 
 # Peak dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name.
 PEAK_FLOPS = {
@@ -27,12 +26,6 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "B200": 2250e12,
     "MI300X": 1307e12,
-}
-# What an evaluation tells, by the key of its row.
-METRICS = {
-    "val_loss": "validation loss",
-    "val_bpb": "bits per byte",
-    "val_accuracy": "accuracy",
 }
 _CURVES = {
     "val_loss": "eval/loss",
@@ -55,8 +48,8 @@ class Recorder:
     def __init__(self, folder: Path, step: int, steps: int) -> None:
         self.steps = steps
         self._told: set[str] = set()
-        self._rows = _Lines(folder / "metrics.jsonl")
-        self._log = _Lines(folder / "log.txt")
+        self._rows = Rows(folder / "metrics.jsonl")
+        self._log = Lines(folder / "log.txt")
         self._evaluations: list[dict[str, Any]] = []
         self._board_folder = folder / "tensorboard"
         self._board: Any = None
@@ -69,9 +62,9 @@ class Recorder:
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step: it will be made again."""
+        self._evaluations.clear()
         with self.harmless("metrics.jsonl"):
-            self._rows.close()
-            self._drop_rows_after(step)
+            self._evaluations = self._rows.rewind(step)
         with self.harmless("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -179,53 +172,6 @@ class Recorder:
     def _write(self, row: dict[str, float]) -> None:
         with self.harmless("metrics.jsonl"):
             self._rows.add(json.dumps(row) + "\n")
-
-    def _drop_rows_after(self, step: int) -> None:
-        """Keep the rows up to `step`; a last line that a kill cut short goes too."""
-        self._evaluations.clear()
-        path = self._rows.path
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] <= step:
-                kept.append(line + "\n")
-                if "val_loss" in row:
-                    self._evaluations.append(row)
-        rewritten = path.with_suffix(".new")
-        rewritten.write_text("".join(kept), encoding="utf-8")
-        rewritten.replace(path)
-
-
-class _Lines:
-    """A file of whole lines: what cannot be written now is written with the next line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._waiting: list[str] = []
-        self._handle: int | None = None
-
-    def add(self, line: str) -> None:
-        self._waiting.append(line)
-        if self._handle is None:
-            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        before = os.fstat(self._handle).st_size
-        block = "".join(self._waiting).encode()
-        written = os.write(self._handle, block)
-        if written < len(block):
-            # No half lines: the disk took a part and has no room for the rest.
-            os.ftruncate(self._handle, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self._waiting.clear()
-
-    def close(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
 
 
 def peak_flops(device: torch.device) -> float:

@@ -1,10 +1,48 @@
-"""What a run says when its steps are done."""
+"""What a run says of itself before its steps, and when they are done."""
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+from collections.abc import Sequence
+from itertools import groupby
 
-from train.monitor.metrics import METRICS, Recorder
+import torch
+
+from data.settings import ConfigError
+from parallel import World
+from train.monitor.lines import METRICS
+from train.monitor.metrics import Recorder
+
+
+def blocks_in_words(blocks: Sequence[str]) -> str:
+    """The mixers of a model's blocks, repetitions counted: `(gla × 3, attention) × 8`."""
+    period = next(n for n in range(1, len(blocks) + 1) if _repeats(blocks, n))
+    runs = [(name, len(list(run))) for name, run in groupby(blocks[:period])]
+    words = ", ".join(f"{name} × {count}" if count > 1 else name for name, count in runs)
+    times = len(blocks) // period
+    if times == 1:
+        return words
+    return f"({words}) × {times}" if period > 1 else f"{words} × {times}"
+
+
+def _repeats(blocks: Sequence[str], period: int) -> bool:
+    return len(blocks) % period == 0 and list(blocks) == list(blocks[:period]) * (
+        len(blocks) // period
+    )
+
+
+def surroundings(world: World) -> list[str]:
+    """What the run finds around it, as far as a user should know."""
+    lines = []
+    if world.device.type == "cuda" and not (os.environ.get("CC") or shutil.which("cc")):
+        raise ConfigError("no C compiler found, and Triton's kernels need one: install gcc")
+    if world.device.type == "cpu":
+        lines.append(f"no GPU found: training on the CPU with {torch.get_num_threads()} threads")
+    if world.size > 1:
+        lines.append(f"{world.size} ranks: each batch is one stream, cut evenly over them")
+    return lines
 
 
 def summarise(
@@ -27,9 +65,9 @@ def summarise(
         command: the words that started this run.
         root: the folder of all runs.
     """
-    rows = recorder.evaluations()
+    metric, who, value = bar
+    rows = [row for row in recorder.evaluations() if metric in row]
     if rows:
-        metric, who, value = bar
         recorder.say(
             f"validation, {METRICS[metric]}\n"
             f"  {first:<9}  {rows[0][metric]:.3f}\n"

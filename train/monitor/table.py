@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from data.settings import ConfigError
 from train.config import Config, read
 from train.model.config import ModelConfig
+from train.monitor.lines import evaluations, rows
 
 PURE = "pure"
 # The last evaluation of every run, by mixer and by its ratio to full attention.
@@ -96,11 +96,13 @@ def _is_full_attention(name: str, model: ModelConfig) -> bool:
 def _last(run: Path, config: Config, metric: str) -> float:
     path = run / "metrics.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        step = max((int(row["step"]) for row in rows), default=0)
-        found = [row for row in rows if "val_loss" in row and row["step"] == step]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); train the run first") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); train the run first"
+        ) from None
+    step = max((row["step"] for _, row in rows(content) if row is not None), default=0)
+    found = [row for row in evaluations(content) if row["step"] == step]
     if step < config.train.steps:
         raise ConfigError(
             f"{run} is at step {step} of {config.train.steps}; train it to its end first"

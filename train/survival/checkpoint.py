@@ -13,10 +13,8 @@ any stage can go on from it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +30,17 @@ from torch import Tensor
 from data.settings import ConfigError
 from parallel import World
 from train.engine import WEIGHT, Engine
-from train.survival.manifest import MANIFEST, STAGING, Progress, digest, name, read
+from train.survival.manifest import (
+    FORMAT,
+    MANIFEST,
+    STAGING,
+    Progress,
+    digest,
+    name,
+    read,
+    remove,
+    sealed,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Saver:
         self._began = time.monotonic()
         staging = self.folder / STAGING
         if self.world.is_first:
-            shutil.rmtree(staging, ignore_errors=True)
+            _clear(staging)
         # Every rank takes part in gathering every tensor, and keeps its share of them.
         mine: dict[str, Tensor] = {}
         dealt = {label: n % self.world.size for n, label in enumerate(engine.names.values())}
@@ -113,7 +121,7 @@ class Saver:
             errors += [their_error] if their_error else []
         final = self.folder / name(progress.step)
         if errors and self.world.is_first:
-            shutil.rmtree(self.folder / STAGING, ignore_errors=True)  # it may have filled the disk
+            _clear(self.folder / STAGING)  # it may have filled the disk
         error = "; ".join(errors) or self.world.on_first(lambda: self._publish(progress, files))
         seconds = time.monotonic() - self._began
         return Saved(final, progress.step, self._stall, seconds, error)
@@ -133,7 +141,7 @@ class Saver:
         """What went wrong, if something did; the staged files are gone then."""
         staging, final = self.folder / STAGING, self.folder / name(progress.step)
         manifest = {
-            "format": 1,
+            "format": FORMAT,
             **vars(progress),
             "files": files,
             "seconds": time.monotonic() - self._began,
@@ -141,15 +149,15 @@ class Saver:
         }
         try:
             path = staging / MANIFEST
-            path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            path.write_bytes(sealed(manifest))
             _sync(path)
             _sync(staging)
-            if final.exists():
-                shutil.rmtree(final)
+            if os.path.lexists(final):
+                remove(final)
             os.rename(staging, final)
             _sync(final.parent)
         except OSError as fault:
-            shutil.rmtree(staging, ignore_errors=True)
+            _clear(staging)
             return str(fault)
         return None
 
@@ -210,6 +218,12 @@ def load(path: Path, engine: Engine) -> None:
 
         engine.scatter(read_entry)
     engine.set_optimizer_step(manifest["step"])
+
+
+def _clear(staging: Path) -> None:
+    """Remove what was staged; what cannot be removed is in nobody's way."""
+    with contextlib.suppress(OSError):
+        remove(staging)
 
 
 def _entry(parameter: str, key: str) -> str:

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from data.settings import ConfigError, setting
 
@@ -90,9 +90,28 @@ class Judge:
         self.skipped |= {batch.cursor.batches for batch in batches}
         return self._count <= self.config.most
 
-    def forget(self) -> None:
-        """The losses so far: their steps will be made again."""
-        self._losses.clear()
+    def state(self, after: int) -> dict[str, Any]:
+        """What a run that goes on must know to judge its steps as this one would.
+
+        Args:
+            after: number of the last batch that was trained on; none before it comes again.
+        """
+        return {
+            "losses": list(self._losses),
+            "skipped": sorted(number for number in self.skipped if number > after),
+            "count": self._count,
+            "since": self._since,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, which may be empty."""
+        self.go_back(state)
+        self.skipped = set(state.get("skipped", ()))
+        self._count, self._since = state.get("count", 0), state.get("since", -1)
+
+    def go_back(self, state: dict[str, Any]) -> None:
+        """The losses as they were then: steps since then will be made again."""
+        self._losses = deque(state.get("losses", ()), maxlen=_WINDOW)
 
 
 def keep(folder: Path, step: int, batches: Sequence[Batch], skipped: set[int]) -> Path:

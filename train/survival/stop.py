@@ -5,6 +5,8 @@
     the clock         as SIGUSR1, when the time to `SLURM_JOB_END_TIME` is just enough for
                       another batch and a save, as measured so far.
 
+A thread says at once what has arrived, even while the main thread is in C code and Python's
+handlers have to wait. Where batches are long, the ranks look for signals inside them too.
 Light: listening begins before torch is imported.
 """
 
@@ -12,10 +14,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +31,10 @@ START_AGAIN = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _RESERVE_S = 10.0  # for leaving the job, and for a batch or a save slower than any before
 _UNMEASURED_SAVE_S = 10.0
+_LONG_BATCH_S = 5.0  # between two looks; above it, ranks look inside batches too
+
+
+_END = b"\0"  # no signal's number
 
 
 class Cause(IntEnum):
@@ -57,6 +64,10 @@ class Watch:
         self.end, self._clock = end, clock
         self.signal: signal.Signals | None = None
         self.training = False
+        self.long_batches = False  # the same on every rank
+        self.rank = 0
+        # The step that is done, and the last one that is saved.
+        self.standing: Callable[[], tuple[int, int | None]] = lambda: (0, None)
         self.save_seconds = _UNMEASURED_SAVE_S
         self._laps: deque[float] = deque([0.0], maxlen=64)
         self._looked: float | None = None
@@ -72,6 +83,12 @@ class Watch:
     @contextmanager
     def listening(self) -> Iterator[None]:
         before: dict[signal.Signals, Any] = {n: signal.getsignal(n) for n in SIGNALS}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        teller = threading.Thread(target=self._tell, args=(reader,), daemon=True)
+        teller.start()
+        # The interpreter writes each signal's number there, whatever the main thread does.
+        woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self._hear)
         try:
@@ -79,17 +96,25 @@ class Watch:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(woken)
+            os.write(writer, _END)
+            teller.join()
+            os.close(writer)
+            os.close(reader)
 
     def agreed(self, world: World) -> Cause:
-        """Whether to stop now, the same answer on every rank. Call it between batches.
+        """Whether to stop now, the same answer on every rank. Call it between batches, and inside
+        them if `long_batches`.
 
-        One sum of two numbers between the CPUs: no device waits for it.
+        One sum of three numbers between the CPUs: no device waits for it.
         """
         import torch
 
         cause = self._cause()
-        votes = torch.tensor([float(cause == Cause.TIME), float(cause == Cause.ORDER)])
-        timed, ordered = world.sum(votes).tolist()
+        long = max(self._laps) > _LONG_BATCH_S
+        votes = torch.tensor([float(v) for v in (cause == Cause.TIME, cause == Cause.ORDER, long)])
+        timed, ordered, slow = world.sum(votes).tolist()
+        self.long_batches = bool(slow)
         return Cause.ORDER if ordered else Cause.TIME if timed else Cause.NONE
 
     def step_done(self) -> None:
@@ -123,6 +148,35 @@ class Watch:
             return False
         needed = 2 * max(self._laps) + 1.5 * self.save_seconds + _RESERVE_S
         return self._clock() + needed > self.end
+
+    def _tell(self, reader: int) -> None:
+        """Say of the first signal of each kind what follows from it."""
+        told: set[int] = set()
+        while (number := os.read(reader, 1)) != _END:
+            if number[0] in set(SIGNALS) - told:
+                told.add(number[0])
+                line = self._consequence(signal.Signals(number[0]))
+                with suppress(OSError):
+                    os.write(2, f"{line}\n".encode())
+
+    def _consequence(self, heard: signal.Signals) -> str:
+        said = f"{heard.name} has arrived" + (f" at rank {self.rank}" if self.rank else "")
+        if not self.training:
+            return f"{said}, and nothing is being trained: the run ends"
+        step, saved = self.standing()
+        since = self._clock() - self._looked if self._looked is not None else 0.0
+        left = max(self._laps) - since
+        batch = f"at most {left:.0f} s, as measured so far" if left > 0 else "not measured yet"
+        line = (
+            f"{said} after step {step}: what is under way ends ({batch}), then the run saves "
+            f"(about {self.save_seconds:.0f} s) and ends"
+        )
+        if heard == signal.SIGUSR1:
+            return f"{line}, to be started again"
+        lost = (
+            f"the {step - (saved or 0)} steps since {'the last checkpoint' if saved else 'step 0'}"
+        )
+        return f"{line}; a second {heard.name} ends it at once and loses {lost}"
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         heard = signal.Signals(number)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.monitor import metrics
+from train.monitor import lines
 from train.monitor.metrics import Recorder
 
 
@@ -36,7 +36,7 @@ def test_rows_wait_in_memory_while_the_disk_is_full(
     write = os.write
     with monkeypatch.context() as full:
         # A full disk takes some bytes of a line and no more.
-        full.setattr(metrics.os, "write", lambda handle, block: write(handle, block[:7]))
+        full.setattr(lines.os, "write", lambda handle, block: write(handle, block[:7]))
         recorder.step(row(2))
         recorder.step(row(3))
     assert steps(tmp_path) == [1]

@@ -21,12 +21,24 @@ from train.survival.checkpoint import Saver, diverged, load
 from train.survival.manifest import Progress
 
 
-def test_the_newest_and_every_nth_are_kept() -> None:
-    steps = list(range(10, 101, 10))
-    assert manifest.surplus(steps, 2, 0) == [80, 70, 60, 50, 40, 30, 20, 10]
-    assert manifest.surplus(steps, 2, 40) == [70, 60, 50, 30, 20, 10]
-    assert manifest.surplus(steps, 0, 0) == []
-    assert manifest.surplus(steps, 20, 7) == []
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "old"),
+    [
+        (2, 0, [80, 70, 60, 50, 40, 30, 20, 10]),
+        (2, 40, [70, 60, 50, 30, 20, 10]),
+        (0, 0, []),
+        (20, 7, []),
+    ],
+)
+def test_the_newest_and_every_nth_are_kept(
+    tmp_path: Path, keep: int, keep_every: int, old: list[int]
+) -> None:
+    paths = [tmp_path / manifest.name(step) for step in range(10, 101, 10)]
+    for path in paths:
+        path.mkdir()
+    known: dict[Path, str | None] = dict.fromkeys(paths)
+    found = manifest.surplus(tmp_path, keep, keep_every, known)
+    assert [manifest.step_of(path) for path in found] == old
 
 
 def leg(
