@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
@@ -286,8 +287,15 @@ def _quietly_initialise(
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It prints how much memory is used before and after every group of parameters.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    # DeepSpeed calls torch by older names, which nobody who reads this can mend.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     # An all-reduce for CPU ranks that DeepSpeed would compile here, with a C++ compiler
     # that a newcomer need not have; gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

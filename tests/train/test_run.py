@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -116,6 +118,53 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert main([str(config), f"run.root={undisturbed.parent}"]) == 0
     assert losses(undisturbed) == before
     assert "train.steps=" in capsys.readouterr().out
+
+
+def test_a_schedule_that_is_extended_says_how_the_rate_jumps(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps to the end of a cosine, then eight: from half of the peak to nearly all of it."""
+    settings = ["optim.schedule=cosine", "optim.warmup_steps=0", "optim.lr=0.001"]
+    command = [str(config), f"run.root={tmp_path}", "eval.sample_tokens=0", *settings]
+    assert main([*command, "train.steps=2"]) == 0
+    assert "jumps" not in capsys.readouterr().out
+    assert main([*command, "train.steps=8"]) == 0
+    told = capsys.readouterr().out
+    # Half a cosine: (1 + cos(π/2)) / 2 of the peak, then (1 + cos(π/4)) / 2.
+    assert "the learning rate jumps by these settings: 5.00e-04 → 8.54e-04 in step 3" in told
+    assert main([*command, "train.steps=8", "optim.lr=0.002"]) == 0
+    assert "jumps" not in capsys.readouterr().out  # no step is left
+
+
+def test_a_run_that_goes_on_by_its_own_schedule_tells_of_no_jump(
+    config: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(undisturbed, folder)
+    for step in (6, 8):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
+    assert main([str(config), f"run.root={tmp_path}"]) == 0
+    assert "jumps" not in capsys.readouterr().out
+
+
+def test_what_comes_before_the_first_step_is_told(undisturbed: Path) -> None:
+    log = (undisturbed / "log.txt").read_text()
+    assert "model: gated_deltanet, attention; " in log
+    told = re.search(r"validating on ([\d,]+) tokens before step 1\n.* step 0  validation", log)
+    assert told
+    assert 1024 < int(told[1].replace(",", "")) <= 2048
+
+
+def test_bf16_on_a_cpu_is_as_quiet_as_fp32(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What stands on the terminal is what the log has, and nothing else."""
+    settings = ["train.steps=1", "train.dtype=bf16", "zero.stage=1", "eval.sample_tokens=0"]
+    assert main([str(config), f"run.root={tmp_path}", *settings]) == 0
+    told = capfd.readouterr()
+    log = (tmp_path / "tiny" / "log.txt").read_text()
+    assert told.out == re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", log)
+    assert told.err == ""
 
 
 def test_two_processes_cannot_train_in_one_folder(

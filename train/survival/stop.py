@@ -161,6 +161,8 @@ class Watch:
 
     def _consequence(self, heard: signal.Signals) -> str:
         said = f"{heard.name} has arrived" + (f" at rank {self.rank}" if self.rank else "")
+        if heard == signal.SIGUSR1 and self._steps == 0 and self.end is not None:
+            return f"{said} before the first step: there is time left, and the clock tells how much"
         if not self.training:
             return f"{said}, and nothing is being trained: the run ends"
         step, saved = self.standing()
@@ -173,10 +175,12 @@ class Watch:
         )
         if heard == signal.SIGUSR1:
             return f"{line}, to be started again"
-        lost = (
-            f"the {step - (saved or 0)} steps since {'the last checkpoint' if saved else 'step 0'}"
+        lost = step - (saved or 0)
+        steps = f"the {lost} steps" if lost > 1 else "the step"
+        what = (
+            f"{steps} since {'the last checkpoint' if saved else 'step 0'}" if lost else "nothing"
         )
-        return f"{line}; a second {heard.name} ends it at once and loses {lost}"
+        return f"{line}; a second {heard.name} ends it at once and loses {what}"
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         heard = signal.Signals(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -44,6 +45,60 @@ def test_a_spike_is_measured_by_the_median_of_good_steps() -> None:
     for _ in range(50):
         assert judge.fault(6.1, 1.0) is not None  # a bad loss never becomes usual
     assert Judge(FaultsConfig()).fault(1e9, 1.0) is None
+
+
+def test_a_judge_that_goes_on_judges_as_the_one_before() -> None:
+    """Through JSON, as a checkpoint keeps it: losses, batches to pass over, and the count."""
+    config = FaultsConfig(spike=1.5, most=1)
+    one = Judge(config)
+    for step in range(70):
+        one.fault(4.0 + step / 7, 1.0)
+    one.skipped = {3, 80, 81}
+    other = Judge(config)
+    other.resume(json.loads(json.dumps(one.state(after=70))))
+    assert other.skipped == {80, 81}
+    for loss in (12.3, 14.9, 17.1, 21.4, 22.9):
+        assert one.fault(loss, 1.0) == other.fault(loss, 1.0)
+    assert one.pass_over([], 70)
+    assert other.pass_over([], 70)
+    again = Judge(config)
+    again.resume(one.state(after=70))
+    assert not one.pass_over([], 70)
+    assert not again.pass_over([], 70)
+
+
+def test_a_run_that_goes_on_sees_the_same_spikes(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Step 18 is three times as bad as usual; one run was stopped after 17 and goes on there."""
+    spiked: set[bytes] = set()
+    forward = Engine.__call__
+    seen: list[bytes] = []
+
+    def call(self: Engine, tokens: Any, *rest: Any) -> Any:
+        loss, nats = forward(self, tokens, *rest)
+        if self.model.training:
+            key = tokens.cpu().numpy().tobytes()
+            seen.append(key)
+            if len(seen) == 2 * 18:
+                spiked.add(key)
+            if key in spiked:
+                return loss * 6, nats * 6
+        return loss, nats
+
+    monkeypatch.setattr(Engine, "__call__", call)
+    settings = ["faults.spike=1.5", "optim.warmup_steps=0", "optim.decay_fraction=0"]
+    settings += ["eval.every=100", "eval.sample_tokens=0", "checkpoint.every=100"]
+    command = [str(config), f"run.root={tmp_path}", *settings]
+    assert main([*command, "run.name=whole", "train.steps=19"]) == 0
+    assert "step 18 is bad: its loss is" in capsys.readouterr().out
+    assert main([*command, "run.name=parts", "train.steps=17"]) == 0
+    assert main([*command, "run.name=parts", "train.steps=19"]) == 0
+    assert "step 18 is bad: its loss is" in capsys.readouterr().out
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 @pytest.fixture

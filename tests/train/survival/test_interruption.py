@@ -16,7 +16,8 @@ from tests.train.runs import losses, start, start_ranks, wait_for_line, wait_for
 from train.__main__ import main
 from train.engine import Engine
 from train.evaluation import evaluate
-from train.survival import checkpoint
+from train.model.transformer import Block
+from train.survival import checkpoint, stop
 
 NOBODY = -1
 
@@ -96,6 +97,42 @@ def publishing(monkeypatch: pytest.MonkeyPatch) -> None:
 def evaluating(monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal comes in the midst of the second evaluation: it has four batches."""
     monkeypatch.setattr(evaluate, "distribute", Sends(evaluate.distribute, 6))
+
+
+def test_a_long_batch_is_given_up_between_blocks(
+    config: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes in the first of two blocks: the second is not begun."""
+    command = [str(config), f"run.root={tmp_path}"]
+    evaluation, step = 4 * 2, 2 * 2  # batches of two blocks
+    chosen = evaluation + 2 * step + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(stop, "_LONG_BATCH_S", -1)
+        sends = Sends(Block.forward, chosen)
+
+        def forward(*arguments: Any, **named: Any) -> Any:
+            return sends(*arguments, **named)
+
+        patch.setattr(Block, "forward", forward)
+        assert main(command) == 0
+    assert sends.left == 0
+    assert max(losses(tmp_path / "tiny")) == 2
+    assert main(command) == 0
+    assert losses(tmp_path / "tiny") == losses(undisturbed)
+
+
+def test_ranks_give_up_a_long_batch_together(
+    config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One of two hears of it, in the midst of a step, where every weight is cut in two."""
+    command = [str(config), f"run.root={tmp_path}"]
+    for process in start_ranks(2, 1, 6, "interrupt", *command, "zero.stage=3"):
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, output
+    log = (tmp_path / "tiny" / "log.txt").read_text()
+    assert "stopped by another rank at step 2" in log
+    assert main(command) == 0
+    assert losses(tmp_path / "tiny") == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
 @pytest.mark.parametrize("moment", [slow_write, copying, publishing, evaluating])

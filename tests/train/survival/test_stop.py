@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import threading
 
 import pytest
 import torch
 
 from parallel import World
-from train.survival.stop import Cause, Interrupted, Watch
+from train.survival.stop import SIGNALS, Cause, Interrupted, Watch
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -93,3 +95,131 @@ def test_the_end_is_that_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Watch.of_job().end == 1790000000
     monkeypatch.setenv("SLURM_JOB_END_TIME", "")
     assert Watch.of_job().end is None
+
+
+class Told:
+    """What a process writes to its standard error, read while it goes on."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+
+    def __enter__(self) -> Told:
+        self.before = os.dup(2)
+        os.dup2(self.writer, 2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.dup2(self.before, 2)
+        for handle in (self.reader, self.writer, self.before):
+            os.close(handle)
+
+    def line(self) -> str:
+        """The next line, waited for."""
+        read = b""
+        while not read.endswith(b"\n"):
+            read += os.read(self.reader, 1)
+        return read.decode()
+
+
+def at_work(step: int, saved: int | None) -> Watch:
+    watch = Watch()
+    watch.training = True
+    watch.standing = lambda: (step, saved)
+    return watch
+
+
+def test_a_signal_is_told_while_the_main_thread_is_in_c_code() -> None:
+    """The main thread waits in C for what another thread writes once it has read the line."""
+    gate, opener = os.pipe()
+    watch, said = at_work(11, None), []
+    with Told() as told, watch.listening():
+
+        def order() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            said.append(told.line())
+            os.write(opener, b"x")
+
+        thread = threading.Thread(target=order)
+        thread.start()
+        # It reaches the other thread: a read that it interrupted would return to Python.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        read = ctypes.CDLL(None).read
+        assert read(gate, ctypes.create_string_buffer(1), 1) == 1
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        thread.join()
+    os.close(gate)
+    os.close(opener)
+    assert said[0].startswith("SIGTERM has arrived after step 11: ")
+
+
+def test_what_a_second_signal_would_lose_is_told_at_once() -> None:
+    """Batches of 120 s, of which 50 are over, and saves of 8 s; step 20 is saved."""
+    clock = Clock()
+    watch = Watch(clock=clock)
+    watch.training, watch.save_seconds, watch.standing = True, 8, lambda: (31, 20)
+    watch.agreed(ONE)
+    clock.now = 120
+    watch.agreed(ONE)
+    clock.now = 170
+    with Told() as told, watch.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        line = told.line()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        other = told.line()
+    assert "at most 70 s" in line
+    assert "about 8 s" in line
+    assert "a second SIGTERM ends it at once and loses the 11 steps since the last check" in line
+    assert "a second" not in other
+
+
+@pytest.mark.parametrize(
+    ("watch", "said"),
+    [
+        (at_work(11, None), "loses the 11 steps since step 0"),
+        (at_work(11, 11), "loses nothing"),
+        (at_work(12, 11), "loses the step since"),
+        (at_work(0, None), "loses nothing"),
+    ],
+)
+def test_what_is_lost_is_counted(watch: Watch, said: str) -> None:
+    with Told() as told, watch.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        line = told.line()
+    assert line.startswith("SIGINT has arrived")
+    assert "not measured yet" in line
+    assert said in line
+
+
+def test_a_signal_before_training_is_told_too() -> None:
+    watch = Watch()
+    with Told() as told:
+        with pytest.raises(Interrupted), watch.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert "nothing is being trained" in told.line()
+
+
+def test_a_warning_that_is_left_to_the_clock_says_so() -> None:
+    watch = Watch(end=1000, clock=Clock())
+    with Told() as told, watch.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert "there is time left" in told.line()
+
+
+def test_listening_leaves_everything_as_it_was() -> None:
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    with Watch().listening():
+        pass
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_ranks_look_inside_batches_where_batches_are_long() -> None:
+    clock = Clock()
+    watch = Watch(clock=clock)
+    for seconds, long in [(0, False), (2, False), (120, True), (1, True)]:
+        clock.now += seconds
+        watch.agreed(ONE)
+        assert watch.long_batches == long
