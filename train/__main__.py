@@ -63,7 +63,7 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
     parser.add_argument(
-        "--overwrite", action="store_true", help="with --fresh: remove what the run has saved"
+        "--overwrite", action="store_true", help="with --fresh: remove what the run has written"
     )
     parser.add_argument("-h", "--help", action="store_true", help="this help, with every setting")
     options = parser.parse_intermixed_args(arguments)

@@ -33,7 +33,7 @@ def checkpoints(arguments: list[str]) -> int:
     folder = run / manifest.CHECKPOINTS
     found = manifest.published(folder)
     if options.newest:
-        for path in found[:1]:
+        for path in [path for path in found if _is_readable(path)][:1]:
             print(path)
         return 0
     stays = False
@@ -276,6 +276,15 @@ def _add_model_folder(parser: argparse.ArgumentParser, *second: str, **facts: An
     if second:
         parser.add_argument(*second, **facts)
     _add_overrides(parser)
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a checkpoint's manifest is; its files are not read."""
+    try:
+        manifest.read(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

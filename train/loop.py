@@ -335,14 +335,11 @@ class Trainer:
             self.recorder.scalar("checkpoint/seconds", done.seconds, done.step)
             self.verified[done.path] = None
             with self.watchdog.patience("removing old checkpoints"):
-                self._remove_old(done.step)
-
-    def _remove_old(self, last: int) -> None:
-        keep = self.config.checkpoint
-        old = manifest.surplus(self.checkpoints, keep.keep, keep.keep_every, self.verified, last)
-        for path, wrong in manifest.removing(old):
-            if wrong:
-                self.say(f"{path} could not be removed ({wrong})")
+                keep = self.config.checkpoint.keep, self.config.checkpoint.keep_every
+                old = manifest.surplus(self.checkpoints, *keep, self.verified, done.step)
+                for path, wrong in manifest.removing(old):
+                    if wrong:
+                        self.say(f"{path} could not be removed ({wrong})")
 
     def _fault(self, loss: float, norm: float) -> str | None:
         """What is wrong with a step, on every rank as soon as on one."""

@@ -24,7 +24,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -280,9 +279,12 @@ class Watchdog:
 
 def _clear(place: Path) -> None:
     """What an earlier start has left would be taken for this one's."""
-    shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):
-        place.mkdir()
+        if place.is_symlink():
+            place.unlink()
+        place.mkdir(exist_ok=True)
+        for path in [*place.glob("rank-*.json"), place / "report"]:
+            path.unlink(missing_ok=True)
 
 
 def _behind(beats: dict[int, Beat]) -> tuple[list[int], str]:

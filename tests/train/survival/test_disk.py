@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from data.settings import ConfigError
 from tests.train.runs import losses, start
 from train.__main__ import main
+from train.evaluation import longcontext
 from train.survival import manifest
 
 
@@ -82,7 +84,8 @@ def test_what_is_shown_may_fail_altogether(
     folder = tmp_path / "tiny"
     for name in ("metrics.jsonl", "log.txt"):
         (folder / name).mkdir(parents=True)
-    (folder / "tensorboard").write_text("no folder")
+    for name in ("tensorboard", "faults", "beats"):
+        (folder / name).write_text("no folder")
     assert main([str(config), f"run.root={tmp_path}"]) == 0
     told = capfd.readouterr().err
     for what in ("metrics.jsonl", "log.txt", "TensorBoard"):
@@ -90,6 +93,12 @@ def test_what_is_shown_may_fail_altogether(
     newest = manifest.published(folder / manifest.CHECKPOINTS)[0]
     wanted = undisturbed / manifest.CHECKPOINTS / newest.name
     assert manifest.read(newest)["files"] == manifest.read(wanted)["files"]
+
+
+def test_a_report_that_has_no_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").write_text("no folder")
+    with pytest.raises(ConfigError, match=r"evaluation: File exists"):
+        longcontext.save({"step": 1, "text": None}, tmp_path, None)
 
 
 def test_a_terminal_that_is_gone_stops_nothing(

@@ -232,6 +232,17 @@ def test_pruning_counts_whole_ones_only(
     assert steps(checkpoints) == [4]
 
 
+def test_the_newest_is_one_that_can_be_read(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a job script takes for progress; only the manifest is read."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(undisturbed, folder)
+    (folder / "checkpoints" / manifest.name(8) / "manifest.json").write_text("{")
+    assert main(["checkpoints", str(folder), "--newest"]) == 0
+    assert capsys.readouterr().out == f"{folder / 'checkpoints' / manifest.name(6)}\n"
+
+
 def test_a_link_goes_and_what_it_names_stays(undisturbed: Path, tmp_path: Path) -> None:
     """A checkpoint that is a link is removed as one, when pruned and when saved anew."""
     folder = tmp_path / "tiny"

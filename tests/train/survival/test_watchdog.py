@@ -95,6 +95,22 @@ def test_slow_work_is_let_be(ranks, tmp_path: Path) -> None:
     assert ranks(3).run(be_slow, tmp_path) == [[], [], []]
 
 
+def test_beats_of_before_go_and_nothing_else(tmp_path: Path) -> None:
+    beats, elsewhere = tmp_path / "beats", tmp_path / "elsewhere"
+    for folder in (beats, elsewhere):
+        folder.mkdir()
+        for name in ("rank-00003.json", "report", "notes.txt"):
+            (folder / name).write_text("before")
+    world = World(0, 1, 0, torch.device("cpu"))
+    with Watchdog(tmp_path, world, 100.0).watching():
+        assert {path.name for path in beats.iterdir()} == {"rank-00000.json", "notes.txt"}
+    beats.rename(tmp_path / "old")
+    beats.symlink_to(elsewhere)
+    with Watchdog(tmp_path, world, 100.0).watching():
+        assert [path.name for path in beats.iterdir()] == ["rank-00000.json"]
+    assert len(list(elsewhere.iterdir())) == 3
+
+
 @pytest.mark.parametrize(
     ("illness", "sick", "limit", "code"), [("stop", 0, 4, HANGS), ("kill", 1, 60, 1)]
 )
