@@ -155,7 +155,11 @@ class Watch:
         while (number := os.read(reader, 1)) != _END:
             if number[0] in set(SIGNALS) - told:
                 told.add(number[0])
-                line = self._consequence(signal.Signals(number[0]))
+                heard = signal.Signals(number[0])
+                line = self._consequence(heard)
+                # A second warning loses nothing: one rank tells of it, and not thousands.
+                if heard == signal.SIGUSR1 and self.rank:
+                    continue
                 with suppress(OSError):
                     os.write(2, f"{line}\n".encode())
 
@@ -170,8 +174,8 @@ class Watch:
         left = max(self._laps) - since
         batch = f"at most {left:.0f} s, as measured so far" if left > 0 else "not measured yet"
         line = (
-            f"{said} after step {step}: what is under way ends ({batch}), then the run saves "
-            f"(about {self.save_seconds:.0f} s) and ends"
+            f"{said} after step {step}: the run ends when the batch under way is done ({batch}) "
+            f"and a checkpoint is saved (about {self.save_seconds:.0f} s)"
         )
         if heard == signal.SIGUSR1:
             return f"{line}, to be started again"
