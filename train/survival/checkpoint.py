@@ -2,7 +2,7 @@
 rename while it goes on.
 
     checkpoints/step-00000500/
-        manifest.json                    what follows, and a digest of every file
+        manifest.json                    what follows, a digest of every file, and its own
         state-00-of-02.safetensors       weight, exp_avg, exp_avg_sq of each parameter,
         state-01-of-02.safetensors       full and in fp32, dealt out over the ranks
 

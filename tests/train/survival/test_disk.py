@@ -95,6 +95,20 @@ def test_what_is_shown_may_fail_altogether(
     assert manifest.read(newest)["files"] == manifest.read(wanted)["files"]
 
 
+def test_rows_that_are_none_are_in_no_table(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(undisturbed, folder)
+    odd = b'\xff\n[8]\n8\n{"step": 8, "val_loss": "low"}\n{"val_loss": 0.1}\n{"step": 8, "val'
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(odd)
+    assert main(["table", str(undisturbed), "--metric", "val_loss"]) == 0
+    wanted = capsys.readouterr().out
+    assert main(["table", str(folder), "--metric", "val_loss"]) == 0
+    assert capsys.readouterr().out == wanted
+
+
 def test_a_report_that_has_no_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "evaluation").write_text("no folder")
     with pytest.raises(ConfigError, match=r"evaluation: File exists"):
