@@ -23,6 +23,7 @@ CONFIG = "config.yaml"
 _LOCK, _PART, _PROBE = ".lock", ".config.part", ".headrace-removes"
 _CHECKPOINT = {MANIFEST: None, "state-*-of-*.safetensors": None}
 _EVENTS = {"events.out.tfevents.*": None}
+_REPORT = {"step-*.json": None, "report.json": None, "*.png": None, **_EVENTS}
 # All that a run writes, but for its settings and its lock, in the order in which it goes: names
 # of files, and of folders with what a run writes there. Whatever else lies there is not ours.
 _WRITTEN: dict[str, Any] = {
@@ -33,7 +34,7 @@ _WRITTEN: dict[str, Any] = {
     "tensorboard": _EVENTS,
     "faults": {"step-*.npz": None},
     "beats": {"rank-*.json": None, "report": None},
-    "evaluation": {"step-*.json": None, "*.png": None} | _EVENTS,
+    "evaluation": {**_REPORT, "*": _REPORT},
 }
 # Sections that the settings of a run have, resolved; `run` with all of its keys.
 _SECTIONS = ("run", "train", "data", "model", "optim", "checkpoint")
@@ -211,5 +212,5 @@ def _written(folder: Path, names: dict[str, Any]) -> Iterator[Path]:
             is_folder = path.is_dir() and not path.is_symlink()
             if is_folder and inside is not None:
                 yield from _written(path, inside)
-            if path.is_symlink() or is_folder == (inside is not None):
+            if is_folder == (inside is not None) or (path.is_symlink() and pattern != "*"):
                 yield path

@@ -56,6 +56,8 @@ def run(config: Path, undisturbed: Path, tmp_path: Path) -> Path:
     (folder / "beats" / "rank-00000.json").write_bytes(b"{}")
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "step-00000008.json").write_bytes(b"{}")
+    (folder / "evaluation" / "of-a-text").mkdir()
+    (folder / "evaluation" / "of-a-text" / "step-00000008.json").write_bytes(b"{}")
     (folder / ".lock").touch()
     start(of(config, folder))  # which writes its own settings
     return folder
@@ -69,6 +71,7 @@ THEIRS = (
     "tensorboard/notes.txt",
     "faults/notes.txt",
     "evaluation/notes.txt",
+    "evaluation/of-a-text/notes.txt",
     "data/metrics.jsonl",
 )
 LEFT = {".lock", "config.yaml"}
