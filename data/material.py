@@ -14,18 +14,29 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.batch import Batch, Cursor
 from data.config import DataConfig, StreamConfig
 from data.corpus import Corpus
 from data.held_out import HeldOutDocuments
+from data.plan import Plan
 from data.prepare import Log, prepare
 from data.probes import TextProbes
 from data.recall import SOURCE, Recall
-from data.stream import Batch, Batches, Cursor, Plan, validation_batches
+from data.stream import Batches, validation_batches
 from data.tokenizer import Tokenizer
 
 
 class Stream(Protocol):
-    """An endless iterator of batches."""
+    """An endless iterator of batches.
+
+    passed_over: tokens that are left out since a stage begins earlier than it was planned.
+    """
+
+    passed_over: int
+
+    @property
+    def promised(self) -> str:
+        """Digest of the batch that the start's cursor was to go on with."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 

@@ -40,6 +40,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return numbered(tmp_path_factory.mktemp("three"), sources)
 
 
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Documents that are cut without a rest."""
+    return numbered(tmp_path_factory.mktemp("even"), {"all": [4096] * 10})
+
+
 def weighted(packing: str = "balanced", **keys: Any) -> DataConfig:
     return DataConfig(packing=packing, **keys)  # type: ignore[arg-type]
 
@@ -201,15 +207,69 @@ def test_another_corpus_seed_or_shape_is_refused_with_one_line(
         Batches(corpus, stream, DataConfig(packing="sequential"), cursor)
 
 
-def test_a_stage_added_later_begins_at_the_next_window(corpus: Corpus) -> None:
+@pytest.mark.parametrize("step", [4, 3, 1, 79, 200])
+def test_a_stage_added_later_begins_at_its_step(corpus: Corpus, step: int) -> None:
+    """At once if that is over; what is left of the window that it ends is passed over."""
     stream = StreamConfig(batch_tokens=512, seq_len=128)
-    whole = read(corpus, stream, DataConfig(), 40)
+    whole = read(corpus, stream, DataConfig(), 100)
     cursor = whole[2].cursor
-    later = DataConfig(stages=[{"step": 4, "seq_len": 32}])
-    found = read(corpus, stream, later, 30, cursor)
-    window = cursor.window - cursor.batch
-    assert all(same(one, other) for one, other in zip(whole[3:], found[: window - 1], strict=False))
-    assert all(np.diff(batch.cu_seqlens).max() <= 32 for batch in found[window:])
+    later = DataConfig(stages=[{"step": step, "seq_len": 32}])
+    found = read(corpus, stream, later, 97, cursor)
+    first = max(step, 3)
+    for old, new in zip(whole[3 : min(first, cursor.window)], found, strict=False):
+        assert old.digest == new.digest
+    assert all(np.diff(batch.cu_seqlens).max() <= 32 for batch in found[first - 3 :])
+    batches = Batches(corpus, stream, later, cursor)
+    left = [batch for batch in whole if first <= batch.cursor.batches - 1 < cursor.window]
+    assert batches.passed_over == 512 * len(left)
+    assert batches.promised == whole[3].digest
+    assert (batches.peek().digest == batches.promised) == (step > 3)
+    batches.close()
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_stage_keeps_its_step_whatever_becomes_of_accumulate(
+    even: Corpus, data: st.DataObject
+) -> None:
+    """Runs of some steps each, as a resumed run has them, each with an `accumulate` of its own."""
+    steps = sorted(data.draw(st.sets(st.integers(1, 30), min_size=1, max_size=3)))
+    lengths = dict(zip([0, *steps], [16, 64, 32, 128], strict=False))
+    config = weighted("sequential")
+    config.stages = [{"step": step, "seq_len": lengths[step]} for step in steps]
+    cursor, done = Cursor(), 0
+    while done < 34:
+        accumulate = data.draw(st.integers(1, 5))
+        run = data.draw(st.integers(1, 12))
+        stream = StreamConfig(batch_tokens=256, seq_len=16, accumulate=accumulate)
+        made = read(even, stream, config, run * accumulate, cursor)
+        for batch, number in zip(made, range(run * accumulate), strict=True):
+            step = done + number // accumulate
+            wanted = lengths[max(first for first in lengths if first <= step)]
+            assert (np.diff(batch.cu_seqlens) == wanted).all()
+        done += run
+        cursor = Cursor.from_dict(json.loads(json.dumps(made[-1].cursor.to_dict())))
+        assert cursor.batches >= done == cursor.steps
+
+
+def test_a_cursor_from_before_steps_were_counted_goes_on(corpus: Corpus) -> None:
+    stream = StreamConfig(batch_tokens=512, seq_len=64, accumulate=2)
+    data = DataConfig(stages=[{"step": 8, "seq_len": 128}])
+    whole = read(corpus, stream, data, 24)
+    for place in (3, 7, 15):
+        saved = whole[place].cursor.to_dict()
+        del saved["steps"], saved["part"]
+        if not saved["batch"]:  # it did not know of the next window
+            saved["window"] = saved["shape"] = 0
+        cursor = Cursor.from_dict(saved)
+        assert same(read(corpus, stream, data, 1, cursor)[0], whole[place + 1])
+    changed = dataclasses.replace(stream, accumulate=4)
+    (first, second) = (read(corpus, changed, data, 30, whole[at].cursor) for at in (3, 15))
+    longest = [int(np.diff(batch.cu_seqlens).max()) > 64 for batch in first]
+    assert longest == [False] * 24 + [True] * 6  # six steps more of four batches
+    assert all(np.diff(batch.cu_seqlens).max() > 64 for batch in second)
 
 
 def test_stages_begin_at_their_step(corpus: Corpus) -> None:
