@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from data.batch import Batch, Cursor
-from data.config import DataConfig, StreamConfig
+from data.config import RECALL, DataConfig, StreamConfig
 from data.corpus import Corpus
 from data.held_out import HeldOutDocuments
 from data.plan import Plan
 from data.prepare import Log, prepare
 from data.probes import TextProbes
-from data.recall import SOURCE, Recall
+from data.recall import Recall
 from data.stream import Batches, validation_batches
 from data.tokenizer import Tokenizer
 
@@ -167,6 +167,6 @@ def material(data: DataConfig, stream: StreamConfig, log: Log = lambda line: Non
     Raises:
         ConfigError: as `prepare` or `Recall`.
     """
-    if data.source == SOURCE:
+    if data.source == RECALL:
         return Recall(data.recall, stream)
     return Text(prepare(data, log), stream, data)

@@ -88,6 +88,7 @@ def stages(
     """
     weights = data.weights()
     names = [source.name for source in corpus.sources]
+    data.check_names(names)
     settings: dict[str, Any] = {
         "seq_len": stream.seq_len,
         "weights": dict(zip(names, weights, strict=True)) if weights else None,
@@ -101,11 +102,6 @@ def stages(
             raise ConfigError(
                 f"data.stages: seq_len is {settings['seq_len']} from step {step['step']} on, more "
                 f"than train.batch_tokens = {stream.batch_tokens}; raise that or lower seq_len"
-            )
-        unknown = [name for name in settings["weights"] or {} if name not in names]
-        if unknown:
-            raise ConfigError(
-                f"data.stages: weight of {unknown[0]}: no such source; they are {', '.join(names)}"
             )
         shares = _weights(cards, settings["weights"], settings["long_weight"])
         if found and found[-1].step == step["step"]:

@@ -23,7 +23,6 @@ from data.batch import IGNORED, Batch, Cursor
 from data.config import RecallConfig, StreamConfig
 from data.settings import ConfigError
 
-SOURCE = "recall"  # what `data.source` names it
 _TRAINING, _VALIDATION = 0, 1
 
 

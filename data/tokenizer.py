@@ -30,9 +30,12 @@ import numpy as np
 from data.settings import ConfigError
 from data.windows import WINDOW, WINDOW_OF_SUMS, encode_long
 
+SPACE = "\u2581"
 NEWLINE = "\ue00a"
 INDENT = "\ue020"
 RESERVED = re.compile("([\u2581\ue00a\ue020]+)")
+# Characters that a model must have are left out of it if a text has none of them and little else.
+_REQUIRED = f"a b{NEWLINE}{INDENT}"
 _INDENTED = re.compile(NEWLINE + " +")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _PROBE = "\n\tif a ▁ b:  # \x00 ﬁ é 漢字 🙂\r\n        return 1234\n"
@@ -116,7 +119,7 @@ class SentencePiece:
             return b""
         if self._pieces.is_byte(token):
             return bytes([int(piece[3:5], 16)])
-        piece = piece.replace("\u2581", " ")
+        piece = piece.replace(SPACE, " ")
         if self._folds:
             piece = piece.replace(INDENT, " ").replace(NEWLINE, "\n")
         return piece.encode()
@@ -247,56 +250,63 @@ def _proto(model: bytes) -> Any:
 
 
 def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> SentencePiece:
-    """Train a SentencePiece model with byte fallback on `texts`.
+    """Train a SentencePiece model with byte fallback on `texts`, which may be of any kind.
 
     Raises:
-        ConfigError: if the texts are too few for so many pieces.
+        ConfigError: so many pieces are too few for the texts, or too many.
     """
+    # A list: what is raised in the texts, an interrupt for instance, would not come out of
+    # SentencePiece as it was.
+    sentences = list(_sentences(texts))
+    try:
+        made = _trained(sentences, vocab_size, model_type)
+    except RuntimeError:  # of a text without any letter that it knows
+        made = None
+    if made is None or made.decode(made.encode(_PROBE)) != _PROBE:
+        try:
+            made = _trained([*sentences, _REQUIRED], vocab_size, model_type)
+        except RuntimeError as error:
+            raise _why(error, vocab_size) from None
+    return made
+
+
+def _trained(sentences: list[str], vocab_size: int, model_type: str) -> SentencePiece:
     import sentencepiece
 
     model = io.BytesIO()
-    faults: list[BaseException] = []
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_until_fault(_sentences(texts), faults),
-            model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            split_by_unicode_script=False,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            character_coverage=0.9999,
-            required_chars=NEWLINE + INDENT,  # in bytes, they would not be what they stand for
-            max_sentence_length=1 << 20,
-            hard_vocab_limit=False,
-            num_threads=1,  # with more, sums and so the model depend on their number
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if not faults:
-            reason = str(error).splitlines()[-1][:200]
-            raise ConfigError(
-                f"data.vocab_size is {vocab_size}; SentencePiece cannot train so many pieces on "
-                f"this text, lower it ({reason})"
-            ) from None
-    if faults:
-        raise faults[0]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type=model_type,
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        split_by_unicode_script=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        character_coverage=0.9999,
+        required_chars=SPACE + NEWLINE + INDENT,  # in bytes, they would not be what they stand for
+        max_sentence_length=1 << 20,
+        hard_vocab_limit=False,
+        num_threads=1,  # with more, sums and so the model depend on their number
+        minloglevel=2,
+    )
     return SentencePiece(model.getvalue())
 
 
-def _until_fault(texts: Iterator[str], faults: list[BaseException]) -> Iterator[str]:
-    """`texts` up to what is raised in them, an interrupt for instance, which is put aside.
-
-    Raised through SentencePiece it would be printed, and come out as another error or not at all.
-    """
-    try:
-        yield from texts
-    except BaseException as fault:
-        faults.append(fault)
+def _why(error: RuntimeError, vocab_size: int) -> ConfigError:
+    reason = str(error).splitlines()[-1]
+    if letters := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+        return ConfigError(
+            f"data.vocab_size is {vocab_size}; the text's letters alone are {letters[1]} pieces: "
+            "raise it to twice that or more"
+        )
+    return ConfigError(
+        f"data.vocab_size is {vocab_size}; SentencePiece cannot train so many pieces on this "
+        f"text, lower it ({reason[:200]})"
+    )
 
 
 def _fold(text: str) -> str:

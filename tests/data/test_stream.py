@@ -359,7 +359,7 @@ def test_an_error_while_reading_ahead_reaches_the_reader(
     [
         ({"step": 1, "seqlen": 4}, "seqlen: no such key"),
         ({"seq_len": 4}, "step must be given"),
-        ({"step": 1, "seq_len": "4"}, "wrong type"),
+        ({"step": 1, "seq_len": "4"}, "must be a whole number, 2 or more"),
         ({"step": 1, "long_weight": 4}, "needs data.long_tokens"),
     ],
 )
