@@ -64,7 +64,7 @@ class Corpus:
             held_out = self.manifest["validation_documents"]
             stored = self.manifest["sources"]
             dtype = np.dtype(self.manifest["dtype"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is no prepared corpus ({error}); delete it") from None
         self._shards = [self._map(shard["file"], dtype, shard["tokens"]) for shard in shards]
         self._shard_starts = np.cumsum([0] + [shard["tokens"] for shard in shards])

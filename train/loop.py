@@ -124,7 +124,7 @@ class Trainer:
                 self.step,
                 self.tokens,
                 "at first" if self.config.run.start_from else "untrained",
-                self.material.bar(config.tokens),
+                lambda: self.material.bar(config.tokens),
                 sample,
                 self.command,
                 self.config.run.root,

@@ -22,8 +22,10 @@ from data import (
     Cursor,
     DataConfig,
     StreamConfig,
+    prepare,
     validation_batches,
 )
+from data.plan import Plan
 from tests.data.corpora import numbered, small_tokenizer
 
 LENGTHS = np.random.default_rng(5).lognormal(4, 1.3, 120).astype(int).clip(3, 3000).tolist()
@@ -361,11 +363,67 @@ def test_an_error_while_reading_ahead_reaches_the_reader(
         ({"seq_len": 4}, "step must be given"),
         ({"step": 1, "seq_len": "4"}, "must be a whole number, 2 or more"),
         ({"step": 1, "long_weight": 4}, "needs data.long_tokens"),
+        ({"step": -1}, "step is -1; it must be a whole number, 0 or more"),
+        ({"step": True}, "step is true; it must be a whole number"),
+        ({"step": None}, "step must be given"),
+        ({"step": 10**400}, "step is .*; it must be a whole number"),
+        ({"step": 1, "seq_len": 1}, "seq_len is 1; it must be a whole number, 2 or more"),
+        ({"step": 1, "seq_len": 2.5}, "seq_len is 2.5; it must be a whole number"),
+        ({"step": 1, "long_weight": -1}, "long_weight is -1; it must be a number"),
+        ({"step": 1, "weights": [1]}, "weights is .1.; it must be a mapping of sources"),
+        ({"step": 1, "weights": {}}, "all weights are 0"),
+        ({"step": 1, "weights": {"a": 0, "b": "0"}}, "all weights are 0"),
+        *[
+            ({"step": 1, "weights": {"a": 1, "b": bad}}, "weights: b is .*; it must be a number")
+            for bad in (-1, "much", float("inf"), float("nan"), True, None, [1], 10**400, 1e300)
+        ],
     ],
 )
 def test_a_wrong_stage_is_named(stage: dict[str, Any], line: str) -> None:
-    with pytest.raises(ConfigError, match=line):
+    with pytest.raises(ConfigError, match=line) as raised:
         DataConfig(stages=[stage])
+    assert len(str(raised.value)) < 300
+    assert "\n" not in str(raised.value)
+
+
+def test_stages_of_recall_are_refused_not_passed_over() -> None:
+    with pytest.raises(ConfigError, match=r"with data.source: recall there are no stages"):
+        DataConfig(source="recall", stages=[{"step": 1, "seq_len": 64}])
+
+
+def test_a_dozen_sources_of_one_file_name_have_the_weights_asked_for(tmp_path: Path) -> None:
+    """The last of 12 at 7: seven eighteenths of the tokens."""
+    paths = []
+    for number in range(12):
+        (tmp_path / str(number)).mkdir()
+        paths.append(tmp_path / str(number) / "train.txt")
+        paths[-1].write_text(f"{number} " * 400)
+    (tmp_path / "tokenizer.model").write_bytes(small_tokenizer().model)
+    entries = [{"path": str(path), "weight": 7 if path == paths[-1] else 1} for path in paths]
+    data = DataConfig(
+        source=entries,
+        root=str(tmp_path / "corpora"),
+        tokenizer=str(tmp_path / "tokenizer.model"),
+        validation=0,
+        workers=1,
+    )
+    corpus = prepare(data)
+    names = [source.name for source in corpus.sources]
+    assert len(set(names)) == 12
+    stream = StreamConfig(batch_tokens=512, seq_len=128)
+    plan = Plan(corpus, stream, data)
+    assert len({deck.key for deck in plan.decks}) == 12
+    window = plan.window(Cursor())
+    tokens = np.bincount(window.deck, window.documents.length)
+    # Each share is rounded to whole tokens.
+    wanted = tokens.sum() * np.array([1] * 11 + [7]) / 18
+    assert tokens == pytest.approx(wanted, abs=12)
+    # Another stage turns it round, by these names.
+    later = [{"step": 0, "weights": {names[-1]: 1, names[0]: 3}}]
+    plan = Plan(corpus, stream, dataclasses.replace(data, stages=later))
+    window = plan.window(Cursor())
+    tokens = np.bincount(window.deck, window.documents.length, 12)
+    assert tokens == pytest.approx(tokens.sum() * np.array([3] + [0] * 10 + [1]) / 4, abs=1)
 
 
 def test_a_stage_with_an_unknown_source_or_too_long_sequences_is_named(corpus: Corpus) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 
 from train.monitor.metrics import METRICS, Recorder
 
@@ -12,7 +13,7 @@ def summarise(
     step: int,
     tokens: int,
     first: str,
-    bar: tuple[str, str, float],
+    bar: Callable[[], tuple[str, str, float] | None],
     sample: str,
     command: list[str],
     root: str,
@@ -22,21 +23,21 @@ def summarise(
     Args:
         step, tokens: how far the run has come.
         first: what the model is called before its first step.
-        bar: a key of `METRICS`, and who reaches which value of it without this model.
+        bar: asked where something was evaluated: a key of `METRICS`, and who reaches which
+            value of it without this model; None if nobody can say.
         sample: text that the model wrote; "" for none.
         command: the words that started this run.
         root: the folder of all runs.
     """
     rows = recorder.evaluations()
     if rows:
-        metric, who, value = bar
-        recorder.say(
-            f"validation, {METRICS[metric]}\n"
-            f"  {first:<9}  {rows[0][metric]:.3f}\n"
-            f"  {who:<9}  {value:.3f}\n"
-            f"  trained    {rows[-1][metric]:.3f}"
-            f"  after {step} steps, {tokens:,} tokens"
-        )
+        known = bar()
+        metric = known[0] if known else "val_bpb" if "val_bpb" in rows[-1] else "val_loss"
+        lines = [f"validation, {METRICS[metric]}", f"  {first:<9}  {rows[0][metric]:.3f}"]
+        if known:
+            lines.append(f"  {known[1]:<9}  {known[2]:.3f}")
+        lines.append(f"  trained    {rows[-1][metric]:.3f}  after {step} steps, {tokens:,} tokens")
+        recorder.say("\n".join(lines))
     if sample:
         recorder.say(f"a sample\n{sample}")
         recorder.text("sample", sample, step)
