@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
-from data.settings import ConfigError, dump, setting
+from data.settings import ConfigError, setting
+from data.sources.weight import shortened, weight
 
 RECALL = "recall"  # what `data.source` names the synthetic task
 
 Packing = Literal["balanced", "sequential", "best_fit"]
 _STAGE_KEYS = ("step", "seq_len", "weights", "long_weight")
 _MOST = 1 << 40  # steps, tokens of a sequence
-_HEAVIEST = 1e30  # weights are summed and multiplied by tokens
 
 
 @dataclass
@@ -124,23 +121,6 @@ class DataConfig:
                     )
 
 
-def weight(value: Any, where: str) -> float:
-    """A share of the tokens: a number, also one that YAML takes for text, such as 1e-3.
-
-    Raises:
-        ConfigError: it is none, not finite, below 0, or too large to reckon with.
-    """
-    try:
-        found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not 0 <= found <= _HEAVIEST:
-        raise ConfigError(
-            f"{where} is {_short(value)}; it must be a number from 0 to {_HEAVIEST:g}"
-        )
-    return found
-
-
 def _stage(where: str, stage: dict[str, Any]) -> dict[str, Any]:
     """A stage of `data.stages` with its values checked, and as the types that they are."""
     for key in stage:
@@ -158,7 +138,8 @@ def _stage(where: str, stage: dict[str, Any]) -> dict[str, Any]:
             least = 0 if key == "step" else 2
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
                 raise ConfigError(
-                    f"{where}: {key} is {_short(value)}; it must be a whole number, {least} or more"
+                    f"{where}: {key} is {shortened(value)}; it must be a whole number, {least} "
+                    "or more"
                 )
             made[key] = value
     return made
@@ -166,20 +147,11 @@ def _stage(where: str, stage: dict[str, Any]) -> dict[str, Any]:
 
 def _weights(where: str, given: Any) -> dict[str, float]:
     if not isinstance(given, dict):
-        raise ConfigError(f"{where} is {_short(given)}; it must be a mapping of sources")
+        raise ConfigError(f"{where} is {shortened(given)}; it must be a mapping of sources")
     found = {str(name): weight(value, f"{where}: {name}") for name, value in given.items()}
     if not any(found.values()):
         raise ConfigError(f"{where}: all weights are 0; give at least one source a weight above 0")
     return found
-
-
-def _short(value: Any) -> str:
-    """A value as it was written, but not all of a long one."""
-    try:
-        text = dump(value)
-    except (ValueError, yaml.YAMLError):  # a number of thousands of digits, a thing of Python
-        text = type(value).__name__
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 @dataclass

@@ -142,7 +142,7 @@ class HuggingFace:
                 "data.tokenizer is a tokenizer.json; reading it needs `pip install tokenizers`"
             ) from None
         self.model = model
-        self._loaded = Loaded.from_str(model.decode("utf-8"))
+        self._loaded = Loaded.from_str(model.decode("utf-8-sig"))
         self._loaded.no_truncation()
         self._loaded.no_padding()
         # Text that spells a control piece is text.

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.config import weight
 from data.settings import ConfigError, dump
 from data.sources import files, hub, paths
 from data.sources.document import NO_TEXT, Document
 from data.sources.packed import digest, has_mark
+from data.sources.weight import weight
 
 __all__ = ["NO_TEXT", "Document", "Source", "resolve"]
 

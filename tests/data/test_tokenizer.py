@@ -115,6 +115,19 @@ def test_a_model_that_loses_text_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "lossy.model")
 
 
+def test_a_tokenizer_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Made
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "</s>"])}
+    made = Made(models.BPE(vocabulary, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    (tmp_path / "tokenizer.json").write_text("\ufeff" + made.to_str(), encoding="utf-8")
+    check(load(tmp_path / "tokenizer.json"), "a b\n")
+
+
 @pytest.mark.parametrize("name", ["broken.model", "broken.json", "absent.model"])
 def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path: Path, name: str) -> None:
     if not name.startswith("absent"):
