@@ -65,7 +65,8 @@ class Journal:
             return cls(**saved["journal"])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(
-                f"{path} is damaged ({error}); delete {path.parent} and start again"
+                f"{path} is damaged, or of another version ({error}); delete {path.parent} and "
+                "start again"
             ) from None
 
 

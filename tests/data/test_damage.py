@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from data import ConfigError, Corpus, DataConfig, prepare, store
+from data.sample import sample
+from data.sources import Source
 from data.store import reserve
 from tests.data.corpora import numbered, small_tokenizer
 
@@ -108,7 +110,7 @@ def test_a_flipped_bit_in_a_half_made_corpus_is_found_when_going_on(
 def test_a_damaged_journal_is_one_line(config: DataConfig, partial: Path, content: bytes) -> None:
     (partial / "journal.json").write_bytes(content)
     with pytest.raises(
-        ConfigError, match=r"journal.json is damaged .*; delete .*partial"
+        ConfigError, match=r"journal.json is damaged, .*; delete .*partial"
     ) as raised:
         prepare(config)
     assert "\n" not in str(raised.value)
@@ -319,3 +321,23 @@ def test_a_tokenizer_that_cannot_be_loaded_by_a_worker_is_told_by_its_own_line(
     with pytest.raises(ConfigError, match=r"broken.model; it cannot be read"):
         next(made)
     made.close()
+
+
+def test_a_stage_of_an_unknown_source_is_said_before_anything_is_prepared(
+    config: DataConfig,
+) -> None:
+    config.stages = [{"step": 3, "weights": {"rows": 1, "row": 2}}]
+    with pytest.raises(
+        ConfigError, match=r"stages.0.: weight of row: no such source; they are rows"
+    ):
+        prepare(config)
+    assert not Path(config.root).exists()
+
+
+def test_however_many_sources_there_are_each_is_in_the_tokenizers_sample(tmp_path: Path) -> None:
+    sources = []
+    for number in range(1200):
+        path = tmp_path / f"{number}.txt"
+        path.write_text(f"<{number}>")
+        sources.append(Source(str(number), ((path.name, path),), "text", weight=1.0))
+    assert set(sample(sources)) == {f"<{number}>" for number in range(1200)}
