@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.config import DataConfig, StreamConfig
+from data.config import RECALL, DataConfig, StreamConfig
 from data.settings import ConfigError, describe, load
 
 COMMANDS = {
@@ -53,11 +53,10 @@ def main(arguments: list[str]) -> int:
 
 def _run(command: str, settings: Settings, out: Path | None) -> None:
     from data.prepare import prepare
-    from data.recall import SOURCE
 
-    if settings.data.source == SOURCE:
+    if settings.data.source == RECALL:
         raise ConfigError(
-            f"data.source is {SOURCE}: batches are made on the spot, nothing needs preparing"
+            f"data.source is {RECALL}: batches are made on the spot, nothing needs preparing"
         )
     corpus = prepare(settings.data, log=lambda line: print(line, flush=True))
     if command == "prepare":

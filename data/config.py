@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data.settings import ConfigError, setting
+from data.sources.weight import shortened, weight
+
+RECALL = "recall"  # what `data.source` names the synthetic task
 
 Packing = Literal["balanced", "sequential", "best_fit"]
-_STAGE_KEYS: dict[str, Any] = {
-    "step": int,
-    "seq_len": int,
-    "weights": dict,
-    "long_weight": (int, float),
-}
+_STAGE_KEYS = ("step", "seq_len", "weights", "long_weight")
+_MOST = 1 << 40  # steps, tokens of a sequence
 
 
 @dataclass
@@ -95,29 +94,64 @@ class DataConfig:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}; it must be 0 or more")
         if self.long_weight != 1 and not self.long_tokens:
             raise ConfigError("data.long_weight needs data.long_tokens, which says what is long")
-        for number, stage in enumerate(self.stages):
-            self._check_stage(f"data.stages[{number}]", stage)
+        self.stages = [
+            _stage(f"data.stages[{number}]", stage) for number, stage in enumerate(self.stages)
+        ]
+        if any("long_weight" in stage for stage in self.stages) and not self.long_tokens:
+            raise ConfigError("data.stages: long_weight needs data.long_tokens")
+        if self.stages and self.source == RECALL:
+            raise ConfigError("data.stages is given; with data.source: recall there are no stages")
 
     def weights(self) -> list[float] | None:
         """The weights of the sources in their order; None where they weigh what they hold."""
         entries = self.source if isinstance(self.source, list) else [self.source]
         found = [entry.get("weight") if isinstance(entry, dict) else None for entry in entries]
-        if all(weight is None for weight in found):
+        if all(given is None for given in found):
             return None
-        return [float(weight or 0.0) for weight in found]
+        return [weight(given or 0, "data.source: weight") for given in found]
 
-    def _check_stage(self, where: str, stage: dict[str, Any]) -> None:
-        for key, value in stage.items():
-            if key not in _STAGE_KEYS:
-                raise ConfigError(f"{where}: {key}: no such key; {', '.join(_STAGE_KEYS)} are")
-            if not isinstance(value, _STAGE_KEYS[key]) or isinstance(value, bool):
-                raise ConfigError(f"{where}: {key} is {value!r}; it is of the wrong type")
-        if stage.get("step", -1) < 0:
-            raise ConfigError(f"{where}: step must be given, 0 or more")
-        if stage.get("seq_len", 2) < 2:
-            raise ConfigError(f"{where}: seq_len is {stage['seq_len']}; it must be 2 or more")
-        if "long_weight" in stage and not self.long_tokens:
-            raise ConfigError(f"{where}: long_weight needs data.long_tokens")
+    def check_names(self, sources: list[str]) -> None:
+        """Refuse a stage that weighs a source which there is not."""
+        for number, stage in enumerate(self.stages):
+            for name in stage.get("weights", {}):
+                if name not in sources:
+                    raise ConfigError(
+                        f"data.stages[{number}]: weight of {name}: no such source; they are "
+                        f"{', '.join(sources)}"
+                    )
+
+
+def _stage(where: str, stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage of `data.stages` with its values checked, and as the types that they are."""
+    for key in stage:
+        if key not in _STAGE_KEYS:
+            raise ConfigError(f"{where}: {key}: no such key; {', '.join(_STAGE_KEYS)} are")
+    if stage.get("step") is None:
+        raise ConfigError(f"{where}: step must be given, 0 or more")
+    made: dict[str, Any] = {}
+    for key, value in stage.items():
+        if key == "weights":
+            made[key] = _weights(f"{where}: {key}", value)
+        elif key == "long_weight":
+            made[key] = weight(value, f"{where}: {key}")
+        else:
+            least = 0 if key == "step" else 2
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+                raise ConfigError(
+                    f"{where}: {key} is {shortened(value)}; it must be a whole number, {least} "
+                    "or more"
+                )
+            made[key] = value
+    return made
+
+
+def _weights(where: str, given: Any) -> dict[str, float]:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} is {shortened(given)}; it must be a mapping of sources")
+    found = {str(name): weight(value, f"{where}: {name}") for name, value in given.items()}
+    if not any(found.values()):
+        raise ConfigError(f"{where}: all weights are 0; give at least one source a weight above 0")
+    return found
 
 
 @dataclass

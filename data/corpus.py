@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data.settings import ConfigError
-from data.store import digest, length_key
+from data.store import digest, digest_of, length_key
 from data.tokenizer import Tokenizer, load
 
 MANIFEST = "manifest.json"
@@ -53,16 +53,19 @@ class Corpus:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+            self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+            # Manifests of before had no digest of their own.
+            if self.manifest.get("digest") not in (None, manifest_digest(self.manifest)):
+                raise ValueError(f"{MANIFEST} is not what was written")
             self.fingerprint: str = self.manifest["fingerprint"]
             self.token_count: int = self.manifest["tokens"]
             self.document_count: int = self.manifest["documents"]
             shards = self.manifest["shards"]
             held_out = self.manifest["validation_documents"]
             stored = self.manifest["sources"]
-        except (OSError, ValueError, KeyError) as error:
+            dtype = np.dtype(self.manifest["dtype"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is no prepared corpus ({error}); delete it") from None
-        dtype = np.dtype(self.manifest["dtype"])
         self._shards = [self._map(shard["file"], dtype, shard["tokens"]) for shard in shards]
         self._shard_starts = np.cumsum([0] + [shard["tokens"] for shard in shards])
         self.offsets = self._map("offsets.bin", np.dtype(np.int64), self.document_count + 1)
@@ -187,3 +190,9 @@ def first_tokens(
         lengths = np.minimum(lengths, max_tokens - before)
         starts, lengths = starts[lengths > 0], lengths[lengths > 0]
     return starts, lengths
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Hexadecimal digest of what a manifest says, without its own digest."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return digest_of(json.dumps(content).encode())

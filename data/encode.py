@@ -100,12 +100,15 @@ class _Worker:
         try:
             pickle.dump((source, task), self._process.stdin)
             self._process.stdin.flush()
-            return pickle.load(self._process.stdout)
+            made = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
             raise ConfigError(
                 f"a tokenising process ended unasked (exit status {self._process.wait()}); if it "
                 "was killed for memory, lower data.workers; start again, it goes on from here"
             ) from None
+        if isinstance(made, Exception):
+            raise made
+        return made
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -120,12 +123,22 @@ def serve() -> None:
     """The life of a worker: tasks from standard input, pieces to standard output."""
     # Ctrl-C reaches the whole group; workers end when their input does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tokenizer, normalize, dtype = load(Path(sys.argv[1])), sys.argv[2] == "1", sys.argv[3]
+    path, normalize, dtype = Path(sys.argv[1]), sys.argv[2] == "1", np.dtype(sys.argv[3])
+    tokenizer = None
     with suppress(EOFError, BrokenPipeError):
         while True:
             source, task = pickle.load(sys.stdin.buffer)
-            piece = _encode(tokenizer, normalize, source, task, np.dtype(dtype))
-            pickle.dump(piece, sys.stdout.buffer, protocol=pickle.HIGHEST_PROTOCOL)
+            made: Piece | ConfigError
+            try:
+                tokenizer = tokenizer or load(path)
+                made = _encode(tokenizer, normalize, source, task, dtype)
+            except ConfigError as error:
+                made = error
+            except MemoryError:
+                made = ConfigError(
+                    f"{task[0].name}: a tokenising process has no memory left; lower data.workers"
+                )
+            pickle.dump(made, sys.stdout.buffer, protocol=pickle.HIGHEST_PROTOCOL)
             sys.stdout.buffer.flush()
 
 

@@ -14,18 +14,31 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.config import DataConfig, StreamConfig
+from data.batch import Batch, Cursor
+from data.config import RECALL, DataConfig, StreamConfig
 from data.corpus import Corpus
 from data.held_out import HeldOutDocuments
+from data.plan import Plan
 from data.prepare import Log, prepare
 from data.probes import TextProbes
-from data.recall import SOURCE, Recall
-from data.stream import Batch, Batches, Cursor, Plan, validation_batches
+from data.recall import Recall
+from data.stream import Batches, validation_batches
 from data.tokenizer import Tokenizer
+
+_LITTLE = 1024  # bytes of text that are too few for a compressor to learn from
 
 
 class Stream(Protocol):
-    """An endless iterator of batches."""
+    """An endless iterator of batches.
+
+    passed_over: tokens that are left out since a stage begins earlier than it was planned.
+    """
+
+    passed_over: int
+
+    @property
+    def promised(self) -> str:
+        """Digest of the batch that the start's cursor was to go on with."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -82,8 +95,11 @@ class Material(HeldOut, Protocol):
             ConfigError: `start` belongs to another stream.
         """
 
-    def bar(self, max_tokens: int) -> tuple[str, str, float]:
-        """What a known bar makes of `validation`: the metric, who, and how much."""
+    def bar(self, max_tokens: int) -> tuple[str, str, float] | None:
+        """What a known bar makes of `validation`: the metric, who, and how much.
+
+        None if there is too little of it to say.
+        """
 
     def report(self) -> tuple[str, Any]:
         """What there is to learn from, in words and as a matplotlib figure, if there is one."""
@@ -138,10 +154,17 @@ class Text(HeldOutText):
     def batches(self, start: Cursor) -> Batches:
         return Batches(self.corpus, self.stream, self.data, start)
 
-    def bar(self, max_tokens: int) -> tuple[str, str, float]:
-        """Bits a byte of the validation text under `xz -9`, which everyone knows."""
+    def bar(self, max_tokens: int) -> tuple[str, str, float] | None:
+        """Bits a byte of the validation text under `xz -9`, which everyone knows.
+
+        Its frame of some 60 bytes is left out: it is much of what little text is packed to.
+        """
         text = self.corpus.validation_text(max_tokens).encode()
-        return "val_bpb", "xz -9", 8 * len(lzma.compress(text, preset=9)) / max(len(text), 1)
+        if len(text) < _LITTLE:
+            return None
+        code = {"id": lzma.FILTER_LZMA2, "preset": 9}
+        packed = lzma.compress(text, lzma.FORMAT_RAW, filters=[code])
+        return "val_bpb", "xz -9", 8 * len(packed) / len(text)
 
     def report(self) -> tuple[str, Any]:
         from data import stats
@@ -156,6 +179,6 @@ def material(data: DataConfig, stream: StreamConfig, log: Log = lambda line: Non
     Raises:
         ConfigError: as `prepare` or `Recall`.
     """
-    if data.source == SOURCE:
+    if data.source == RECALL:
         return Recall(data.recall, stream)
     return Text(prepare(data, log), stream, data)

@@ -37,9 +37,9 @@ class Deck:
 
 @dataclass(frozen=True)
 class Stage:
-    """What holds from batch `start` on: seq_len, and every deck's weight out of their sum."""
+    """What holds from optimiser step `step` on: seq_len, every deck's weight out of their sum."""
 
-    start: int
+    step: int
     seq_len: int
     weights: tuple[int, ...]
 
@@ -81,13 +81,14 @@ def decks(corpus: Corpus, data: DataConfig, seed: int) -> list[Deck]:
 def stages(
     corpus: Corpus, cards: list[Deck], data: DataConfig, stream: StreamConfig
 ) -> list[Stage]:
-    """The stages in the order of their starts; the first starts at batch 0.
+    """The stages in the order of their steps; the first begins at step 0.
 
     Raises:
         ConfigError: if a stage has an unknown key, source, or impossible value.
     """
     weights = data.weights()
     names = [source.name for source in corpus.sources]
+    data.check_names(names)
     settings: dict[str, Any] = {
         "seq_len": stream.seq_len,
         "weights": dict(zip(names, weights, strict=True)) if weights else None,
@@ -97,21 +98,15 @@ def stages(
     found: list[Stage] = []
     for step in steps:
         settings = settings | step
-        start = step["step"] * stream.accumulate
         if settings["seq_len"] > stream.batch_tokens:
             raise ConfigError(
                 f"data.stages: seq_len is {settings['seq_len']} from step {step['step']} on, more "
                 f"than train.batch_tokens = {stream.batch_tokens}; raise that or lower seq_len"
             )
-        unknown = [name for name in settings["weights"] or {} if name not in names]
-        if unknown:
-            raise ConfigError(
-                f"data.stages: weight of {unknown[0]}: no such source; they are {', '.join(names)}"
-            )
         shares = _weights(cards, settings["weights"], settings["long_weight"])
-        if found and found[-1].start == start:
+        if found and found[-1].step == step["step"]:
             found.pop()
-        found.append(Stage(start, settings["seq_len"], shares))
+        found.append(Stage(step["step"], settings["seq_len"], shares))
     return found
 
 

@@ -26,16 +26,28 @@ import numpy as np
 
 from data import tokenizer as tokenizers
 from data.config import DataConfig
-from data.corpus import MANIFEST, Corpus
+from data.corpus import MANIFEST, Corpus, manifest_digest
 from data.encode import pieces
 from data.sample import sample
 from data.settings import ConfigError
-from data.sources import Source, resolve
-from data.store import JOURNAL, Journal, Writer, digest, index, replace, shard_name
+from data.sources import NO_TEXT, Source, resolve
+from data.store import (
+    JOURNAL,
+    Journal,
+    Writer,
+    count_problem,
+    digest,
+    digest_of,
+    index,
+    replace,
+    shard_name,
+)
 
 FORMAT = 4
+_MOST_OF_NAME = 100  # bytes of a source's name in that of the corpus
 _VERIFY_BYTES = 1 << 30  # a corpus up to this size is verified whenever it is opened
 _REPORT_SECONDS = 10.0
+_LOOKED_AT = 10_000  # documents of a source in which there must be one with text
 
 Log = Callable[[str], None]
 
@@ -55,13 +67,17 @@ def prepare(config: DataConfig, log: Log = lambda line: None) -> Corpus:
             full, or a prepared corpus is damaged.
     """
     sources = resolve(config.source, config.text_field)
-    name = sources[0].name if len(sources) == 1 else f"{sources[0].name}-and-{len(sources) - 1}"
+    config.check_names([source.name for source in sources])
+    name = sources[0].name.encode()[:_MOST_OF_NAME].decode(errors="ignore")
+    if len(sources) > 1:
+        name += f"-and-{len(sources) - 1}"
     try:
         path = Path(config.root) / f"{name}-{_recipe(config, sources)}"
         if not (path / MANIFEST).exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(Path(f"{path}.lock"), log):
                 if not (path / MANIFEST).exists():
+                    _check_free(path)
                     _build(config, sources, path, log)
         corpus = Corpus(path)
         if corpus.manifest["bytes"] <= _VERIFY_BYTES:
@@ -78,7 +94,7 @@ def prepare(config: DataConfig, log: Log = lambda line: None) -> Corpus:
 
 @contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
-    with open(path, "w") as lock:
+    with open(path, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -100,13 +116,32 @@ def _recipe(config: DataConfig, sources: list[Source]) -> str:
     return hashlib.blake2b(json.dumps(recipe).encode(), digest_size=6).hexdigest()
 
 
+def _check_free(path: Path) -> None:
+    """Refuse to prepare for hours what could not be put in its place then."""
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigError(
+            f"{path} has lost its {MANIFEST}, so nobody knows whether it is whole; delete that "
+            "folder and start again"
+        )
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is no folder; move it away and start again")
+
+
 def _build(config: DataConfig, sources: list[Source], path: Path, log: Log) -> None:
     part = path.with_name(path.name + ".partial")
     part.mkdir(exist_ok=True)
+    if not (part / JOURNAL).exists():
+        for source in sources:
+            _check_text(source)
     tokenizer = _tokenizer(config, sources, part, log)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     writer = Writer(part, len(sources), dtype)
     try:
+        known = writer.journal.digests.setdefault(tokenizer.file, digest_of(tokenizer.model))
+        if known != digest_of(tokenizer.model):
+            raise ConfigError(
+                f"{part / tokenizer.file} is not what was written; delete {part} and start again"
+            )
         _tokenize(config, sources, part / tokenizer.file, writer, log)
         writer.commit()
     finally:
@@ -133,12 +168,15 @@ def publish(
     validation: float,
 ) -> dict[str, Any]:
     """Make the finished files in `part` a corpus at `path`: indices, digests, manifest, rename."""
-    held = index(part, journal.documents, validation)
+    written = journal.digests | {tokenizer.file: digest_of(tokenizer.model)}
+    for name, expected in written.items():
+        if digest(part / name) != expected:
+            raise ConfigError(
+                f"{part / name} is not what was written; delete {part} and start again"
+            )
+    held, indices = index(part, journal.documents, validation)
     names = [shard_name(i) for i in range(len(journal.shards))]
-    digests = {
-        name: digest(part / name)
-        for name in (*names, tokenizer.file, "offsets.bin", "by_length.bin", "validation.bin")
-    }
+    digests = {name: written[name] for name in (*names, tokenizer.file)} | indices
     documents = sum(journal.documents)
     manifest = {
         "format": FORMAT,
@@ -168,6 +206,7 @@ def publish(
         "left_out": journal.named,
         "digests": digests,
     }
+    manifest["digest"] = manifest_digest(manifest)
     replace(part / MANIFEST, json.dumps(manifest, indent=1))
     for name in ("lengths.part", "hashes.part", JOURNAL):
         (part / name).unlink()
@@ -219,20 +258,53 @@ def _tokenize(
                 log(f"{sum(writer.journal.shards):,} tokens")
 
 
+def _check_text(source: Source) -> None:
+    """Refuse a source whose first documents, or all of them, hold no text.
+
+    What comes after, a tokenizer above all, would only fail later and say something else.
+    """
+    kinds: dict[str, int] = {}
+    first = ""
+    read = 0
+    for read, document in enumerate(source.documents(), 1):
+        if document.text is not None:
+            return
+        count_problem(kinds, document.problem)
+        first = first or f"{document.name}: {document.problem}"
+        if read == _LOOKED_AT:
+            break
+    if read:
+        raise ConfigError(f"{_left_out(source, kinds, read)}; the first is {first}")
+
+
+def _left_out(source: Source, kinds: dict[str, int], read: int) -> str:
+    """How many documents of a source are left out, and why."""
+    count = sum(kinds.values())
+    missing = f"{NO_TEXT} {source.text_field}"
+    if list(kinds) == [missing]:
+        line = f"{source.name}: {count} of {read} documents have {missing}"
+    else:
+        reasons = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        line = f"{source.name}: {count} of {read} documents left out: {reasons}"
+    return f"{line}; set data.text_field" if kinds.get(missing, 0) > read // 2 else line
+
+
 def _check_broken(config: DataConfig, sources: list[Source], journal: Journal, log: Log) -> None:
     """Say what was left out; refuse sources of which too much was."""
-    for source, problems, read in zip(sources, journal.problems, journal.next, strict=True):
-        count = sum(problems.values())
+    for source, kinds, firsts, read in zip(
+        sources, journal.problems, journal.firsts, journal.next, strict=True
+    ):
+        count = sum(kinds.values())
         if not count:
             continue
-        kinds = ", ".join(f"{number} {kind}" for kind, number in problems.items())
-        line = f"{source.name}: {count} of {read} documents left out: {kinds}"
+        line = _left_out(source, kinds, read)
+        examples = "; ".join(firsts.values())
         if count > config.max_broken * read:
             raise ConfigError(
                 f"{line}, more than data.max_broken = {config.max_broken} allows; the first is "
-                f"{journal.named[0]}"
+                f"{examples}"
             )
-        log(f"{line}; the first are {'; '.join(journal.named[:3])}")
+        log(f"{line}; the first are {examples}")
     if not sum(journal.documents):
         names = ", ".join(source.name for source in sources)
         raise ConfigError(f"data.source: {names} holds no text")

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.batch import IGNORED, Batch, Cursor
 from data.config import RecallConfig, StreamConfig
 from data.settings import ConfigError
-from data.stream import IGNORED, Batch, Cursor
 
-SOURCE = "recall"  # what `data.source` names it
 _TRAINING, _VALIDATION = 0, 1
 
 
@@ -266,6 +265,8 @@ class Recall:
 class RecallBatches:
     """An endless iterator of the task's batches; one is made in well under a millisecond."""
 
+    passed_over = 0
+
     def __init__(self, task: Recall, start: Cursor) -> None:
         if start.corpus not in (0, task.key) or start.shape not in (0, task.stream.batch_tokens):
             raise ConfigError(
@@ -273,6 +274,7 @@ class RecallBatches:
                 "data.recall.*, train.seq_len, train.batch_tokens and train.seed, or start afresh"
             )
         self.task, self.cursor = task, start
+        self.promised = self.peek().digest
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -24,7 +24,8 @@ def sample(sources: list[Source]) -> Iterator[str]:
         return
     total = sum(source.weight or 0.0 for source in sources)
     for source in sources:
-        yield from _smallest([source], int(_SAMPLE * (source.weight or 0.0) / total))
+        if source.weight:  # however light, some of it
+            yield from _smallest([source], max(_SLICE, int(_SAMPLE * source.weight / total)))
 
 
 def _smallest(sources: list[Source], characters: int) -> list[str]:

@@ -45,8 +45,10 @@ def load(
     Args:
         schema: a dataclass whose fields are settings or dataclasses of settings.
         path: a YAML mapping. Its key `base` may name another file, relative to it, that is
-            read first; mappings merge, anything else replaces.
-        overrides: `section.key=value`, the value in YAML.
+            read first. Mappings merge down to the settings. A setting is replaced as a whole,
+            a mapping too, unless it can be nothing but a mapping: that one merges as well.
+        overrides: `section.key=value`, the value in YAML. `section.key.part=value` sets one
+            part of a setting that is a mapping.
         partial: for a command that reads only its part of a run's file: the sections of
             which the schema has some keys. Their other keys are passed over, and so are
             sections that it does not have. None: every key must be known.
@@ -55,24 +57,26 @@ def load(
         ConfigError: naming the file, the key and what would be right.
     """
     values: dict[str, tuple[Any, str]] = {}
-    for name, value in _read(Path(path), ()):
-        values[name] = value
-    override(values, overrides)
+    whole = _whole(schema)
+    for name, value in _read(Path(path), (), whole):
+        _replace(values, name, value, whole)
+    override(schema, values, overrides)
     return build(schema, values, str(path), partial)
 
 
-def override(values: dict[str, tuple[Any, str]], overrides: Sequence[str]) -> None:
+def override(schema: type, values: dict[str, tuple[Any, str]], overrides: Sequence[str]) -> None:
     """Set in `values`, as `build` takes them, what `key=value` words say.
 
     Raises:
         ConfigError: a word is not of that form, or its value is no YAML.
     """
+    whole = _whole(schema)
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"{COMMAND_LINE}: {word!r} is not of the form key=value")
-        for name, leaf in _flatten(_parse(text, f"{COMMAND_LINE}: {key}"), key.strip()):
-            values[name] = (leaf, COMMAND_LINE)
+        for name, leaf in _flatten(_parse(text, f"{COMMAND_LINE}: {key}"), key.strip(), whole):
+            _replace(values, name, (leaf, COMMAND_LINE), whole)
 
 
 def build(
@@ -92,6 +96,10 @@ def build(
             continue
         elif (owner := _mapping_above(name, known)) is not None:
             inside = leaves.setdefault(owner, {})
+            if not isinstance(inside, dict):
+                raise ConfigError(
+                    f"{origin}: {name}: {owner} is {dump(inside)}, no mapping; give {owner} as one"
+                )
             *path, leaf = name[len(owner) + 1 :].split(".")
             for part in path:
                 inside = inside.setdefault(part, {})
@@ -144,7 +152,20 @@ def dump(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n...")[0].strip()
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, tuple[Any, str]]]:
+def _replace(
+    values: dict[str, tuple[Any, str]], name: str, value: tuple[Any, str], whole: Collection[str]
+) -> None:
+    """Set `name`, in place of what was set of it before."""
+    if name in whole:
+        for part in [key for key in values if key.startswith(f"{name}.")]:
+            del values[part]
+    values.pop(name, None)  # its parts, if any, come after it
+    values[name] = value
+
+
+def _read(
+    path: Path, above: tuple[Path, ...], whole: Collection[str]
+) -> Iterator[tuple[str, tuple[Any, str]]]:
     """(dotted key, (value, file)) of a file's base and then of the file itself."""
     if path.resolve() in above:
         raise ConfigError(f"{path}: its base files form a circle")
@@ -162,8 +183,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, tuple[Any,
     if base is not None:
         if not isinstance(base, str):
             raise ConfigError(f"{path}: base must name a file; it is {dump(base)}")
-        yield from _read(path.parent / base, (*above, path.resolve()))
-    for name, value in _flatten(content, ""):
+        yield from _read(path.parent / base, (*above, path.resolve()), whole)
+    for name, value in _flatten(content, "", whole):
         yield name, (value, str(path))
 
 
@@ -177,12 +198,22 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line}: not valid YAML ({problem})") from None
 
 
-def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
+def _flatten(value: Any, prefix: str, whole: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested mappings, down to the settings that are given as a whole."""
+    if isinstance(value, dict) and value and prefix not in whole:
         for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key), whole)
     else:
         yield prefix, value
+
+
+def _whole(schema: type) -> set[str]:
+    """The settings that are replaced as a whole: all but those that can only be a mapping."""
+    return {
+        name
+        for name, field in fields(schema)
+        if not all(typing.get_origin(kind) is dict for kind in _choices(field.hint))
+    }
 
 
 def _mapping_above(name: str, known: dict[str, Field]) -> str | None:

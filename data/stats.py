@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from data.batch import Cursor
 from data.config import DataConfig, Packing, StreamConfig
 from data.corpus import Corpus
 from data.packing import Packer, gaps, loads
-from data.stream import Cursor, Plan, Window
+from data.plan import Plan, Window
 
 _CHUNK = 1 << 20
 _TOKENS = 1 << 24  # of the stream, looked at for the packer, in at most so many windows
@@ -48,9 +49,9 @@ def report(corpus: Corpus, stream: StreamConfig, data: DataConfig) -> dict[str, 
         "mixture": _mixture(plan, windows),
         "packing": {
             "batch_tokens": stream.batch_tokens,
-            "seq_len": windows[0].stage.seq_len,
+            "seq_len": [{"step": stage.step, "seq_len": stage.seq_len} for stage in plan.stages],
             "batches": cursor.batches,
-            "window_batches": [window.cursor.window for window in windows],
+            "window_batches": [window.end for window in windows],
             "methods": {method: _judge(method, plan, windows) for method in METHODS},
         },
     }
@@ -82,9 +83,7 @@ def _mixture(plan: Plan, windows: list[Window]) -> list[dict[str, Any]]:
     achieved = sum(
         np.bincount(window.deck, window.documents.length, len(plan.decks)) for window in windows
     )
-    wanted = sum(
-        np.array(w.stage.weights) / sum(w.stage.weights) * w.cursor.window for w in windows
-    )
+    wanted = sum(np.array(w.stage.weights) / sum(w.stage.weights) * w.end for w in windows)
     held = np.array([deck.tokens for deck in plan.decks], dtype=np.float64)
     return [
         {
@@ -117,11 +116,11 @@ def _judge(method: Packing, plan: Plan, windows: list[Window]) -> dict[str, floa
         if seq_len not in packers:
             packers[seq_len] = Packer.fitted(method, size, seq_len, lengths)
         rows = packers[seq_len].pack(lengths, key=0)
-        load.append(loads(rows, window.cursor.window))
+        load.append(loads(rows, window.end))
         cuts += len(rows) - len(lengths)
         needed += int((-(-lengths // seq_len) - 1).sum())
         if method == "best_fit":
-            padding += gaps(lengths, window.cursor.window, size, seq_len)
+            padding += gaps(lengths, window.end, size, seq_len)
     every = np.concatenate(load)
     return {
         "cuts_per_batch": cuts / len(every),
@@ -159,12 +158,16 @@ def text(made: dict[str, Any]) -> str:
             f"{name:<26} {row['share']:>7.2%}  {row['wanted']:>7.2%}  {row['achieved']:>7.2%}"
         )
     packing = made["packing"]
+    first, *later = packing["seq_len"]
+    longest = f"{first['seq_len']:,}"
+    for stage in later:
+        longest += f", from step {stage['step']:,} on {stage['seq_len']:,}"
     methods = packing["methods"]
     plain = methods["sequential"]["load_std"] / methods["sequential"]["load_mean"]
     lines += [
         "",
         f"packing {packing['batches']:,} batches of {packing['batch_tokens']:,} tokens, sequences "
-        f"of at most {packing['seq_len']:,}, in windows of "
+        f"of at most {longest}, in windows of "
         f"{min(packing['window_batches'])} to {max(packing['window_batches'])} batches",
         "(a document's pieces are delayed by no more than its window)",
         "               cuts a batch  of them needed   Σ len²: std/mean  max/mean  steadier by",

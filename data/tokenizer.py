@@ -21,21 +21,23 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from data.settings import ConfigError
+from data.windows import WINDOW, WINDOW_OF_SUMS, encode_long
 
+SPACE = "\u2581"
 NEWLINE = "\ue00a"
 INDENT = "\ue020"
 RESERVED = re.compile("([\u2581\ue00a\ue020]+)")
+# Characters that a model must have are left out of it if a text has none of them and little else.
+_REQUIRED = f"a b{NEWLINE}{INDENT}"
 _INDENTED = re.compile(NEWLINE + " +")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-# Characters given to SentencePiece at once: its time grows faster than the text. Against whole
-# files this is a fifth faster and costs 0.1 % more tokens.
-_SEGMENT = 1 << 12
 _PROBE = "\n\tif a ▁ b:  # \x00 ﬁ é 漢字 🙂\r\n        return 1234\n"
 
 
@@ -82,18 +84,22 @@ class SentencePiece:
         names = [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
         self._folds = any(NEWLINE in name for name in names)
         self._bytes = [self._spelling(i, name) for i, name in enumerate(names)]
+        self._lengths = np.array([len(spelling) for spelling in self._bytes], dtype=np.int64)
         self._byte_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
 
     def encode(self, text: str) -> list[int]:
         """The pieces of `text`, without bos and eos."""
         tokens: list[int] = []
-        for segment in _segments(text, _SEGMENT):
-            for i, part in enumerate(RESERVED.split(segment)):
-                if i % 2:
-                    tokens.extend(self._byte_ids[byte] for byte in part.encode())
-                elif part:
-                    tokens.extend(self._pieces.encode(_fold(part) if self._folds else part))
+        for i, part in enumerate(RESERVED.split(text)):
+            if i % 2:
+                tokens.extend(self._byte_ids[byte] for byte in part.encode())
+            elif part:
+                tokens.extend(encode_long(part, self._encode, self._lengths, self._window))
         return tokens
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._pieces.encode(_fold(text) if self._folds else text)
+        return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; bytes that are no whole character become U+FFFD."""
@@ -101,14 +107,19 @@ class SentencePiece:
 
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int64: UTF-8 bytes of text each piece stands for, 0 for control pieces."""
-        return np.array([len(spelling) for spelling in self._bytes], dtype=np.int64)
+        return self._lengths.copy()
+
+    @cached_property
+    def _window(self) -> int:
+        kind = _proto(self.model).trainer_spec
+        return WINDOW_OF_SUMS if kind.model_type == kind.UNIGRAM else WINDOW
 
     def _spelling(self, token: int, piece: str) -> bytes:
         if self._pieces.is_control(token) or self._pieces.is_unknown(token):
             return b""
         if self._pieces.is_byte(token):
             return bytes([int(piece[3:5], 16)])
-        piece = piece.replace("\u2581", " ")
+        piece = piece.replace(SPACE, " ")
         if self._folds:
             piece = piece.replace(INDENT, " ").replace(NEWLINE, "\n")
         return piece.encode()
@@ -131,7 +142,7 @@ class HuggingFace:
                 "data.tokenizer is a tokenizer.json; reading it needs `pip install tokenizers`"
             ) from None
         self.model = model
-        self._loaded = Loaded.from_str(model.decode("utf-8"))
+        self._loaded = Loaded.from_str(model.decode("utf-8-sig"))
         self._loaded.no_truncation()
         self._loaded.no_padding()
         # Text that spells a control piece is text.
@@ -153,11 +164,11 @@ class HuggingFace:
 
     def encode(self, text: str) -> list[int]:
         """The pieces of `text`, without bos and eos."""
-        return [
-            token
-            for segment in _segments(text, _SEGMENT)
-            for token in self._loaded.encode(segment, add_special_tokens=False).ids
-        ]
+        return encode_long(text, self._encode, self._lengths)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._loaded.encode(text, add_special_tokens=False).ids
+        return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; control pieces are nothing."""
@@ -165,6 +176,10 @@ class HuggingFace:
 
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int64: UTF-8 bytes of text each piece stands for, 0 for control pieces."""
+        return self._lengths.copy()
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         # Beside a letter, so that a leading space is not stripped and half a character is seen.
         beside = self._loaded.encode("a", add_special_tokens=False).ids
@@ -217,10 +232,7 @@ def _plain(model: bytes) -> SentencePiece:
     made = SentencePiece(model)
     if made.decode(made.encode(_PROBE)) == _PROBE:
         return made
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(model)
+    proto = _proto(model)
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.precompiled_charsmap = b""
     proto.normalizer_spec.add_dummy_prefix = False
@@ -228,57 +240,73 @@ def _plain(model: bytes) -> SentencePiece:
     return SentencePiece(proto.SerializeToString())
 
 
+def _proto(model: bytes) -> Any:
+    """A SentencePiece model as a message whose fields can be read and set."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model)
+    return proto
+
+
 def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> SentencePiece:
-    """Train a SentencePiece model with byte fallback on `texts`.
+    """Train a SentencePiece model with byte fallback on `texts`, which may be of any kind.
 
     Raises:
-        ConfigError: if the texts are too few for so many pieces.
+        ConfigError: so many pieces are too few for the texts, or too many.
     """
+    # A list: what is raised in the texts, an interrupt for instance, would not come out of
+    # SentencePiece as it was.
+    sentences = list(_sentences(texts))
+    try:
+        made = _trained(sentences, vocab_size, model_type)
+    except RuntimeError:  # of a text without any letter that it knows
+        made = None
+    if made is None or made.decode(made.encode(_PROBE)) != _PROBE:
+        try:
+            made = _trained([*sentences, _REQUIRED], vocab_size, model_type)
+        except RuntimeError as error:
+            raise _why(error, vocab_size) from None
+    return made
+
+
+def _trained(sentences: list[str], vocab_size: int, model_type: str) -> SentencePiece:
     import sentencepiece
 
     model = io.BytesIO()
-    faults: list[BaseException] = []
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_until_fault(_sentences(texts), faults),
-            model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            split_by_unicode_script=False,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            character_coverage=0.9999,
-            required_chars=NEWLINE + INDENT,  # in bytes, they would not be what they stand for
-            max_sentence_length=1 << 20,
-            hard_vocab_limit=False,
-            num_threads=1,  # with more, sums and so the model depend on their number
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if not faults:
-            reason = str(error).splitlines()[-1][:200]
-            raise ConfigError(
-                f"data.vocab_size is {vocab_size}; SentencePiece cannot train so many pieces on "
-                f"this text, lower it ({reason})"
-            ) from None
-    if faults:
-        raise faults[0]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type=model_type,
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        split_by_unicode_script=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        character_coverage=0.9999,
+        required_chars=SPACE + NEWLINE + INDENT,  # in bytes, they would not be what they stand for
+        max_sentence_length=1 << 20,
+        hard_vocab_limit=False,
+        num_threads=1,  # with more, sums and so the model depend on their number
+        minloglevel=2,
+    )
     return SentencePiece(model.getvalue())
 
 
-def _until_fault(texts: Iterator[str], faults: list[BaseException]) -> Iterator[str]:
-    """`texts` up to what is raised in them, an interrupt for instance, which is put aside.
-
-    Raised through SentencePiece it would be printed, and come out as another error or not at all.
-    """
-    try:
-        yield from texts
-    except BaseException as fault:
-        faults.append(fault)
+def _why(error: RuntimeError, vocab_size: int) -> ConfigError:
+    reason = str(error).splitlines()[-1]
+    if letters := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+        return ConfigError(
+            f"data.vocab_size is {vocab_size}; the text's letters alone are {letters[1]} pieces: "
+            "raise it to twice that or more"
+        )
+    return ConfigError(
+        f"data.vocab_size is {vocab_size}; SentencePiece cannot train so many pieces on this "
+        f"text, lower it ({reason[:200]})"
+    )
 
 
 def _fold(text: str) -> str:

@@ -73,7 +73,7 @@ class Trainer:
         self.stream = self.material.batches(self.cursor)
         if self.recorder and not saved:
             self.recorder.material(*self.material.report())
-        self.validation = list(self.material.validation(config.eval.tokens))
+        self.validation: tuple[int, list[data.Batch]] = (0, [])  # cut to so many tokens
         torch.manual_seed(config.train.seed)
         model = Model(config.model, self.material.tokenizer.vocab_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -135,7 +135,7 @@ class Trainer:
                 self.step,
                 self.tokens,
                 "at first" if self.config.run.start_from else "untrained",
-                self.material.bar(config.tokens),
+                lambda: self.material.bar(config.tokens),
                 sample,
                 self.command,
                 self.config.run.root,
@@ -144,8 +144,8 @@ class Trainer:
     def _train(self) -> None:
         config = self.config
         self.watch.training = True
-        if self._evaluation_is_due():
-            tokens = sum(len(batch.tokens) for batch in self.validation)
+        if batches := self._due():
+            tokens = sum(len(batch.tokens) for batch in batches)
             self.say(f"validating on {tokens:,} tokens before step {self.step + 1}")
         self._evaluate_if_due()
         while self.step < config.train.steps and not self.cause:
@@ -240,11 +240,16 @@ class Trainer:
     def _resume(self, path: Path, saved: manifest.Progress) -> None:
         changed = differences(saved.config, self.config.to_dict())
         self.say(f"going on from {path}" + (f" with {'; '.join(changed)}" if changed else ""))
-        if self.next_batch != saved.next_batch:
+        if self.stream.promised != saved.next_batch:
             raise ConfigError(
                 f"{path}: the next batch is not the one that was promised; restore "
                 f"{', '.join(line.split(':')[0] for line in changed) or 'the corpus'}, "
                 "or set another run.name"
+            )
+        if self.stream.passed_over:
+            self.say(
+                f"a stage of data.stages begins inside a window that is packed already: its last "
+                f"{self.stream.passed_over:,} tokens are passed over"
             )
         checkpoint.load(path, self.engine)
         self.judge.resume(saved.judge)
@@ -404,19 +409,21 @@ class Trainer:
         self.evaluated = {step for step in self.evaluated if step <= self.step}
         self.watch.pause()
 
-    def _evaluation_is_due(self) -> bool:
-        """At every `eval.every`-th step and the last one, unless a run before did."""
+    def _due(self) -> list[data.Batch]:
+        """What to validate on now: at every `eval.every`-th step and the last one, unless a run
+        before did."""
         last = self.step == self.config.train.steps
         due = last or self.step % self.config.eval.every == 0
-        return bool(self.validation) and due and self.step not in self.evaluated
+        return self._held_out() if due and self.step not in self.evaluated else []
 
     def _evaluate_if_due(self) -> None:
-        if not self._evaluation_is_due():
+        batches = self._due()
+        if not batches:
             return
         lengths = self.material.tokenizer.byte_lengths()
         row = evaluate(
             self.engine,
-            self.validation,
+            batches,
             lengths,
             self.world,
             self.planner,
@@ -427,6 +434,15 @@ class Trainer:
         self.evaluated.add(self.step)
         if self.recorder:
             self.recorder.evaluation({"step": self.step, **row})
+
+    def _held_out(self) -> list[data.Batch]:
+        """The validation batches, cut to the length that the last step was trained on."""
+        config = self.config
+        length = data.seq_len_at(config.data, config.train, max(self.step - 1, 0))
+        if self.validation[0] != length:
+            made = list(self.material.validation(config.eval.tokens, length))
+            self.validation = (length, made)
+        return self.validation[1]
 
 
 def _dtype(config: Config, world: World) -> torch.dtype:

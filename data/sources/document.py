@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from data.sources.paths import printable
+
+NO_TEXT = "no text in field"
+
 
 @dataclass(frozen=True)
 class Document:
@@ -26,7 +30,7 @@ def of_bytes(name: str, content: bytes) -> Document:
 def of_row(name: str, row: Any, text_field: str) -> Document:
     text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        return Document(name, None, f"no text in field {text_field}")
+        return Document(name, None, f"{NO_TEXT} {text_field}{_instead(row, text_field)}")
     if not text:
         return Document(name, None, "empty")
     try:
@@ -34,3 +38,13 @@ def of_row(name: str, row: Any, text_field: str) -> Document:
     except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
         return Document(name, None, "not UTF-8")
     return Document(name, text)
+
+
+def _instead(row: Any, text_field: str) -> str:
+    """What a row has where the text is missing: the kind of value there, or its fields."""
+    if not isinstance(row, dict) or not row:
+        return ""
+    if (value := row.get(text_field)) is not None:
+        return f" (it is of type {type(value).__name__})"
+    names = ", ".join(str(name) for name in row if name != text_field)
+    return f" (fields: {printable(names)[:200]})" if names else ""

@@ -11,9 +11,13 @@ from data.settings import ConfigError
 from data.sources.document import Document, of_row
 from data.sources.packed import PACKED, opened
 
+# Read at once. Left to datasets, it is what the first row group has: that may be none.
+_ROWS = 1000
+
 
 def read(name: str, path: Path, text_field: str) -> Iterator[Document]:
     import datasets
+    import pyarrow.parquet as pq
 
     with tempfile.TemporaryDirectory() as folder:
         if path.suffix in PACKED:
@@ -22,15 +26,20 @@ def read(name: str, path: Path, text_field: str) -> Iterator[Document]:
                 while block := stream.read(1 << 20):
                     out.write(block)
             path = plain
-        # A path with glob characters of its own must not be read as a pattern.
-        rows = datasets.load_dataset(
-            "parquet", data_files=glob.escape(str(path)), split="train", streaming=True
-        )
-        columns = rows.column_names
-        if columns is not None and text_field not in columns:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+        if text_field not in columns:
             raise ConfigError(
                 f"{name} has no column {text_field}; data.text_field must be one of "
                 f"{', '.join(columns)}"
             )
+        # A path with glob characters of its own must not be read as a pattern.
+        rows = datasets.load_dataset(
+            "parquet",
+            data_files=glob.escape(str(path)),
+            split="train",
+            streaming=True,
+            batch_size=_ROWS,
+        )
         for number, row in enumerate(rows.select_columns([text_field])):
             yield of_row(f"{name}:{number}", row, text_field)

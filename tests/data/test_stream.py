@@ -22,8 +22,10 @@ from data import (
     Cursor,
     DataConfig,
     StreamConfig,
+    prepare,
     validation_batches,
 )
+from data.plan import Plan
 from tests.data.corpora import numbered, small_tokenizer
 
 LENGTHS = np.random.default_rng(5).lognormal(4, 1.3, 120).astype(int).clip(3, 3000).tolist()
@@ -38,6 +40,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     sources = {"code": LENGTHS, "prose": [700] * 40, "web": [30] * 500}
     return numbered(tmp_path_factory.mktemp("three"), sources)
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Documents that are cut without a rest."""
+    return numbered(tmp_path_factory.mktemp("even"), {"all": [4096] * 10})
 
 
 def weighted(packing: str = "balanced", **keys: Any) -> DataConfig:
@@ -201,15 +209,69 @@ def test_another_corpus_seed_or_shape_is_refused_with_one_line(
         Batches(corpus, stream, DataConfig(packing="sequential"), cursor)
 
 
-def test_a_stage_added_later_begins_at_the_next_window(corpus: Corpus) -> None:
+@pytest.mark.parametrize("step", [4, 3, 1, 79, 200])
+def test_a_stage_added_later_begins_at_its_step(corpus: Corpus, step: int) -> None:
+    """At once if that is over; what is left of the window that it ends is passed over."""
     stream = StreamConfig(batch_tokens=512, seq_len=128)
-    whole = read(corpus, stream, DataConfig(), 40)
+    whole = read(corpus, stream, DataConfig(), 100)
     cursor = whole[2].cursor
-    later = DataConfig(stages=[{"step": 4, "seq_len": 32}])
-    found = read(corpus, stream, later, 30, cursor)
-    window = cursor.window - cursor.batch
-    assert all(same(one, other) for one, other in zip(whole[3:], found[: window - 1], strict=False))
-    assert all(np.diff(batch.cu_seqlens).max() <= 32 for batch in found[window:])
+    later = DataConfig(stages=[{"step": step, "seq_len": 32}])
+    found = read(corpus, stream, later, 97, cursor)
+    first = max(step, 3)
+    for old, new in zip(whole[3 : min(first, cursor.window)], found, strict=False):
+        assert old.digest == new.digest
+    assert all(np.diff(batch.cu_seqlens).max() <= 32 for batch in found[first - 3 :])
+    batches = Batches(corpus, stream, later, cursor)
+    left = [batch for batch in whole if first <= batch.cursor.batches - 1 < cursor.window]
+    assert batches.passed_over == 512 * len(left)
+    assert batches.promised == whole[3].digest
+    assert (batches.peek().digest == batches.promised) == (step > 3)
+    batches.close()
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_stage_keeps_its_step_whatever_becomes_of_accumulate(
+    even: Corpus, data: st.DataObject
+) -> None:
+    """Runs of some steps each, as a resumed run has them, each with an `accumulate` of its own."""
+    steps = sorted(data.draw(st.sets(st.integers(1, 30), min_size=1, max_size=3)))
+    lengths = dict(zip([0, *steps], [16, 64, 32, 128], strict=False))
+    config = weighted("sequential")
+    config.stages = [{"step": step, "seq_len": lengths[step]} for step in steps]
+    cursor, done = Cursor(), 0
+    while done < 34:
+        accumulate = data.draw(st.integers(1, 5))
+        run = data.draw(st.integers(1, 12))
+        stream = StreamConfig(batch_tokens=256, seq_len=16, accumulate=accumulate)
+        made = read(even, stream, config, run * accumulate, cursor)
+        for batch, number in zip(made, range(run * accumulate), strict=True):
+            step = done + number // accumulate
+            wanted = lengths[max(first for first in lengths if first <= step)]
+            assert (np.diff(batch.cu_seqlens) == wanted).all()
+        done += run
+        cursor = Cursor.from_dict(json.loads(json.dumps(made[-1].cursor.to_dict())))
+        assert cursor.batches >= done == cursor.steps
+
+
+def test_a_cursor_from_before_steps_were_counted_goes_on(corpus: Corpus) -> None:
+    stream = StreamConfig(batch_tokens=512, seq_len=64, accumulate=2)
+    data = DataConfig(stages=[{"step": 8, "seq_len": 128}])
+    whole = read(corpus, stream, data, 24)
+    for place in (3, 7, 15):
+        saved = whole[place].cursor.to_dict()
+        del saved["steps"], saved["part"]
+        if not saved["batch"]:  # it did not know of the next window
+            saved["window"] = saved["shape"] = 0
+        cursor = Cursor.from_dict(saved)
+        assert same(read(corpus, stream, data, 1, cursor)[0], whole[place + 1])
+    changed = dataclasses.replace(stream, accumulate=4)
+    (first, second) = (read(corpus, changed, data, 30, whole[at].cursor) for at in (3, 15))
+    longest = [int(np.diff(batch.cu_seqlens).max()) > 64 for batch in first]
+    assert longest == [False] * 24 + [True] * 6  # six steps more of four batches
+    assert all(np.diff(batch.cu_seqlens).max() > 64 for batch in second)
 
 
 def test_stages_begin_at_their_step(corpus: Corpus) -> None:
@@ -299,13 +361,69 @@ def test_an_error_while_reading_ahead_reaches_the_reader(
     [
         ({"step": 1, "seqlen": 4}, "seqlen: no such key"),
         ({"seq_len": 4}, "step must be given"),
-        ({"step": 1, "seq_len": "4"}, "wrong type"),
+        ({"step": 1, "seq_len": "4"}, "must be a whole number, 2 or more"),
         ({"step": 1, "long_weight": 4}, "needs data.long_tokens"),
+        ({"step": -1}, "step is -1; it must be a whole number, 0 or more"),
+        ({"step": True}, "step is true; it must be a whole number"),
+        ({"step": None}, "step must be given"),
+        ({"step": 10**400}, "step is .*; it must be a whole number"),
+        ({"step": 1, "seq_len": 1}, "seq_len is 1; it must be a whole number, 2 or more"),
+        ({"step": 1, "seq_len": 2.5}, "seq_len is 2.5; it must be a whole number"),
+        ({"step": 1, "long_weight": -1}, "long_weight is -1; it must be a number"),
+        ({"step": 1, "weights": [1]}, "weights is .1.; it must be a mapping of sources"),
+        ({"step": 1, "weights": {}}, "all weights are 0"),
+        ({"step": 1, "weights": {"a": 0, "b": "0"}}, "all weights are 0"),
+        *[
+            ({"step": 1, "weights": {"a": 1, "b": bad}}, "weights: b is .*; it must be a number")
+            for bad in (-1, "much", float("inf"), float("nan"), True, None, [1], 10**400, 1e300)
+        ],
     ],
 )
 def test_a_wrong_stage_is_named(stage: dict[str, Any], line: str) -> None:
-    with pytest.raises(ConfigError, match=line):
+    with pytest.raises(ConfigError, match=line) as raised:
         DataConfig(stages=[stage])
+    assert len(str(raised.value)) < 300
+    assert "\n" not in str(raised.value)
+
+
+def test_stages_of_recall_are_refused_not_passed_over() -> None:
+    with pytest.raises(ConfigError, match=r"with data.source: recall there are no stages"):
+        DataConfig(source="recall", stages=[{"step": 1, "seq_len": 64}])
+
+
+def test_a_dozen_sources_of_one_file_name_have_the_weights_asked_for(tmp_path: Path) -> None:
+    """The last of 12 at 7: seven eighteenths of the tokens."""
+    paths = []
+    for number in range(12):
+        (tmp_path / str(number)).mkdir()
+        paths.append(tmp_path / str(number) / "train.txt")
+        paths[-1].write_text(f"{number} " * 400)
+    (tmp_path / "tokenizer.model").write_bytes(small_tokenizer().model)
+    entries = [{"path": str(path), "weight": 7 if path == paths[-1] else 1} for path in paths]
+    data = DataConfig(
+        source=entries,
+        root=str(tmp_path / "corpora"),
+        tokenizer=str(tmp_path / "tokenizer.model"),
+        validation=0,
+        workers=1,
+    )
+    corpus = prepare(data)
+    names = [source.name for source in corpus.sources]
+    assert len(set(names)) == 12
+    stream = StreamConfig(batch_tokens=512, seq_len=128)
+    plan = Plan(corpus, stream, data)
+    assert len({deck.key for deck in plan.decks}) == 12
+    window = plan.window(Cursor())
+    tokens = np.bincount(window.deck, window.documents.length)
+    # Each share is rounded to whole tokens.
+    wanted = tokens.sum() * np.array([1] * 11 + [7]) / 18
+    assert tokens == pytest.approx(wanted, abs=12)
+    # Another stage turns it round, by these names.
+    later = [{"step": 0, "weights": {names[-1]: 1, names[0]: 3}}]
+    plan = Plan(corpus, stream, dataclasses.replace(data, stages=later))
+    window = plan.window(Cursor())
+    tokens = np.bincount(window.deck, window.documents.length, 12)
+    assert tokens == pytest.approx(tokens.sum() * np.array([3] + [0] * 10 + [1]) / 4, abs=1)
 
 
 def test_a_stage_with_an_unknown_source_or_too_long_sequences_is_named(corpus: Corpus) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def test_a_model_that_loses_text_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "lossy.model")
 
 
+def test_a_tokenizer_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Made
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "</s>"])}
+    made = Made(models.BPE(vocabulary, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    (tmp_path / "tokenizer.json").write_text("\ufeff" + made.to_str(), encoding="utf-8")
+    check(load(tmp_path / "tokenizer.json"), "a b\n")
+
+
 @pytest.mark.parametrize("name", ["broken.model", "broken.json", "absent.model"])
 def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path: Path, name: str) -> None:
     if not name.startswith("absent"):
@@ -121,6 +135,41 @@ def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path: Path, name: str) -> N
     with pytest.raises(ConfigError, match="cannot be read") as raised:
         load(tmp_path / name)
     assert "\n" not in str(raised.value)
+
+
+DRAW = random.Random(0)
+PLAIN = {
+    "DNA": ["".join(DRAW.choices("ACGT", k=2000)) for _ in range(20)],
+    "proteins": ["".join(DRAW.choices("ACDEFGHIKLMNPQRSTVWY", k=400)) for _ in range(50)],
+    "words": [f"w{number}" for number in range(500)],
+    "digits": ["".join(DRAW.choices("0123456789", k=300)) for _ in range(20)],
+    "line ends": ["\n" * 100] * 50,
+    "spaces": [" " * 100] * 50,
+    "CR LF": ["\r\n" * 5] * 50,
+    "tabs": ["\t" * 50] * 50,
+    "NUL": ["\0" * 30] * 30,
+    "a letter": ["a"],
+    "one letter": ["a" * 1000] * 20,
+    "emoji": ["🙂👩‍👩‍👧🇩🇪"] * 50,
+    "漢字": ["漢字仮名"] * 30,
+    "reserved": ["▁▁"] * 10,
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_text_of_any_kind_makes_a_tokenizer(name: str, kind: str) -> None:
+    """Whatever a text lacks, spaces above all, the model can spell."""
+    made = train(PLAIN[name], 600, kind)
+    for text in (*PLAIN[name], *HERE[:2], "\n\n    a b\t漢 ▁ \r\n"):
+        check(made, text)
+
+
+def test_too_few_pieces_for_the_letters_say_how_many_are_needed() -> None:
+    letters = "".join(chr(0x4E00 + number) for number in range(700))
+    with pytest.raises(ConfigError, match=r"letters alone are 9\d\d pieces: raise it"):
+        train([letters] * 20, 512)
 
 
 def test_what_is_raised_while_text_is_read_comes_out_as_it_was():

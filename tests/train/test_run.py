@@ -57,6 +57,22 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert last == [row for row in rows(undisturbed) if "val_bpb" in row][-1]
 
 
+def test_a_stage_holds_for_what_is_left_of_a_run_and_for_its_validation(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is added where the run stands, with another `accumulate`, and begins at its step."""
+    words = [str(config), f"run.root={tmp_path}", "eval.every=1", "data.packing=sequential"]
+    assert main([*words, "train.steps=2"]) == 0
+    stages = "data.stages=[{step: 2, seq_len: 64}, {step: 4, seq_len: 24}]"
+    assert main([*words, "train.steps=3", stages]) == 0
+    assert "tokens are passed over" in capsys.readouterr().out
+    assert main([*words, "train.steps=5", stages, "train.accumulate=1"]) == 0
+    evaluated = [row for row in rows(tmp_path / "tiny") if "val_bpb" in row]
+    last_octave = [max(map(int, row["val_loss_by_position"])) for row in evaluated]
+    # Sequences of 192, 64 and 24 tokens; the octave of the last position with a target.
+    assert last_octave == [128, 128, 128, 32, 32, 16]
+
+
 def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(
     config: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

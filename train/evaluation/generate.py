@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from data.batch import IGNORED
 from data.settings import ConfigError
 from data.spelling import spell
-from data.stream import IGNORED
 from data.tokenizer import Tokenizer
 from parallel import shard
 from train.evaluation.sampling import Sampling

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -50,7 +50,7 @@ def summarise(
     step: int,
     tokens: int,
     first: str,
-    bar: tuple[str, str, float],
+    bar: Callable[[], tuple[str, str, float] | None],
     sample: str,
     command: list[str],
     root: str,
@@ -60,21 +60,23 @@ def summarise(
     Args:
         step, tokens: how far the run has come.
         first: what the model is called before its first step.
-        bar: a key of `METRICS`, and who reaches which value of it without this model.
+        bar: asked where something was evaluated: a key of `METRICS`, and who reaches which
+            value of it without this model; None if nobody can say.
         sample: text that the model wrote; "" for none.
         command: the words that started this run.
         root: the folder of all runs.
     """
-    metric, who, value = bar
-    rows = [row for row in recorder.evaluations() if metric in row]
+    evaluations = recorder.evaluations()
+    known = bar() if evaluations else None
+    bytes_told = any("val_bpb" in row for row in evaluations)
+    metric = known[0] if known else "val_bpb" if bytes_told else "val_loss"
+    rows = [row for row in evaluations if metric in row]
     if rows:
-        recorder.say(
-            f"validation, {METRICS[metric]}\n"
-            f"  {first:<9}  {rows[0][metric]:.3f}\n"
-            f"  {who:<9}  {value:.3f}\n"
-            f"  trained    {rows[-1][metric]:.3f}"
-            f"  after {step} steps, {tokens:,} tokens"
-        )
+        lines = [f"validation, {METRICS[metric]}", f"  {first:<9}  {rows[0][metric]:.3f}"]
+        if known:
+            lines.append(f"  {known[1]:<9}  {known[2]:.3f}")
+        lines.append(f"  trained    {rows[-1][metric]:.3f}  after {step} steps, {tokens:,} tokens")
+        recorder.say("\n".join(lines))
     if sample:
         recorder.say(f"a sample\n{sample}")
         recorder.text("sample", sample, step)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import data
 from data import tokenizer as tokenizers
-from data.recall import SOURCE as RECALL
+from data.config import RECALL
 from data.settings import ConfigError, build, override
 from data.tokenizer import Tokenizer
 from train.config import Config, read
@@ -184,7 +184,7 @@ def _of_description(folder: Path, overrides: Sequence[str], say: Say) -> Stored:
     values["run.name"] = (folder.resolve().name, where)
     if (tokenizer := files.find(folder)) is not None:
         values["data.tokenizer"] = (str(tokenizer), where)
-    override(values, overrides)
+    override(Config, values, overrides)
     config = build(Config, values, where)
     mixers.check(config.model)
     model = skeleton(config.model, found.model.embedding.num_embeddings)

@@ -24,7 +24,7 @@ TEXTS = [
 
 def packed(path: Path, content: bytes) -> str:
     """Write `content` as the suffix says, and give the path."""
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         path.write_bytes(gzip.compress(content))
     elif path.suffix == ".zst":
         with pa.output_stream(str(path), compression="zstd") as out:
@@ -62,7 +62,7 @@ def test_jsonl_gives_its_field_and_names_bad_lines(tmp_path: Path, suffix: str) 
     assert [(name.rpartition(":")[2], why) for name, why in problems(path)] == [
         ("3", "not JSON"),
         ("5", "not UTF-8"),
-        ("6", "no text in field text"),
+        ("6", "no text in field text (it is of type int)"),
         ("7", "no text in field text"),
         ("8", "empty"),
         ("12", "not UTF-8"),
@@ -158,6 +158,20 @@ def test_the_standard_library_is_there_and_in_a_fixed_order() -> None:
         ([{"weight": 1}], "one of path and hub"),
         ([{"path": "stdlib", "weight": -1}], "weight is -1"),
         ([{"path": "stdlib", "weight": 1}, "stdlib"], "have a weight and the others none"),
+        ([{"path": "stdlib", "weight": float("inf")}], "weight is .inf; it must be a number"),
+        ([{"path": "stdlib", "weight": float("nan")}], "weight is .nan; it must be a number"),
+        ([{"path": "stdlib", "weight": True}], "weight is true; it must be a number"),
+        ([{"path": "stdlib", "weight": "much"}], "weight is much; it must be a number"),
+        ([{"path": "stdlib", "weight": 10**400}], "it must be a number"),
+        ([{"path": "stdlib", "weight": 0}] * 2, "all weights are 0"),
+        ([{"path": "stdlib", "name": "a"}] * 2, "2 sources are named a"),
+        ([{"path": "stdlib", "name": "a/b"}], "name is a/b; it must be a word without /"),
+        ([{"path": "stdlib", "name": 3}], "name is 3; it must be text"),
+        ([{"path": ["a", "b"]}], "path is .a, b.; it must be text"),
+        ([{"hub": "x", "streaming": "no"}], "streaming is 'no'; it must be true or false"),
+        ([None], "null is no source"),
+        ([3], "3 is no source"),
+        ("", "'' is no source|no file|path is"),
     ],
 )
 def test_a_wrong_source_is_one_line(source: object, line: str) -> None:
@@ -166,10 +180,105 @@ def test_a_wrong_source_is_one_line(source: object, line: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_two_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_text("x")
-    found = resolve([str(tmp_path / "x.txt")] * 3, "text")
-    assert [one.name for one in found] == ["x", "x-2", "x-3"]
+@pytest.mark.parametrize(
+    ("entries", "wanted"),
+    [
+        (["x.txt"] * 14, ["x", *[f"x-{n}" for n in range(2, 15)]]),
+        (["x.txt", "x-2.txt", "x.txt"], ["x", "x-2", "x-3"]),
+        (["x-2.txt", "x.txt", "x.txt"], ["x-2", "x", "x-3"]),
+        (["x.txt", "x.txt", "x-2.txt"], ["x", "x-2", "x-2-2"]),
+        (["xab.txt", "x.txt"], ["xab", "x"]),
+        (
+            ["x.txt", "x-10.txt", *["x.txt"] * 9],
+            ["x", "x-10", *[f"x-{n}" for n in range(2, 10)], "x-11"],
+        ),
+        ([("x.txt", "y"), "y.txt", ("y.txt", "x"), "x.txt"], ["y", "y-2", "x", "x-2"]),
+    ],
+)
+def test_sources_of_one_name_are_told_apart(
+    tmp_path: Path, entries: list[object], wanted: list[str]
+) -> None:
+    """The second has a 2, and so on; a name that was given is taken before all others."""
+    listed = []
+    for entry in entries:
+        file, name = entry if isinstance(entry, tuple) else (entry, None)
+        (tmp_path / str(file)).write_text("x")
+        listed.append({"path": str(tmp_path / str(file))} | ({"name": name} if name else {}))
+    found = resolve(listed, "text")
+    assert [one.name for one in found] == wanted
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".GZ"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, suffix: str) -> None:
+    packed(tmp_path / f"a.txt{suffix}", BOM + "one \ufeff two".encode())
+    packed(tmp_path / f"b.txt{suffix}", BOM)
+    packed(tmp_path / f"c.txt{suffix}", BOM[:2])
+    rows = b'{"text": "first"}\n{"text": "second"}\n'
+    packed(tmp_path / f"d.jsonl{suffix}", BOM + rows + BOM + rows)  # two files, joined
+    assert texts(str(tmp_path)) == ["one \ufeff two", *["first", "second"] * 2]
+    assert [why for _, why in problems(str(tmp_path))] == ["empty", "not UTF-8"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("coding", ["UTF-16", "UTF-32"])
+def test_another_unicode_is_named(tmp_path: Path, name: str, coding: str) -> None:
+    path = packed(tmp_path / name, '{"text": "x"}'.encode(coding))
+    assert [why for _, why in problems(path)] == [
+        f"not UTF-8 ({coding}; convert it: iconv -f {coding} -t UTF-8)"
+    ]
+
+
+def test_a_corpus_made_when_marks_were_text_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"text")
+    assert resolve(str(path), "text")[0].recipe()[-1][0][2:] == []
+    path.write_bytes(BOM + b"text")
+    assert resolve(str(path), "text")[0].recipe()[-1][0][2:] == ["BOM"]
+
+
+@pytest.mark.parametrize("content", ['[{"text": "x"}]', '[\n{"text": "x"},\n{"text": "y"}\n]'])
+def test_a_json_array_deserves_its_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert [why for _, why in problems(str(tmp_path / "a.json"))] == [
+        "a JSON array (JSONL is wanted, one object a line)"
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"text": "x"}, indent=1))
+    assert [why for _, why in problems(str(tmp_path / "a.json"))] == [
+        "a JSON object over several lines (JSONL is wanted, one object a line)"
+    ]
+
+
+def test_a_parquet_file_without_rows_is_not_broken(tmp_path: Path) -> None:
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")
+    with pq.ParquetWriter(tmp_path / "c.parquet", empty.schema) as writer:
+        for texts_of_group in ([], ["y"], []):
+            writer.write_table(pa.table({"text": pa.array(texts_of_group, pa.string())}))
+    assert texts(str(tmp_path)) == ["x", "y"]
+    assert problems(str(tmp_path)) == []
+    with pytest.raises(ConfigError, match="must be one of text"):
+        texts(str(tmp_path / "a.parquet"), text_field="content")
+
+
+@pytest.mark.parametrize(
+    "kind", [".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".jsonl"]
+)
+def test_whatever_is_cut_short_is_named_or_given(tmp_path: Path, kind: str) -> None:
+    plain = tmp_path / "plain"
+    pq.write_table(pa.table({"text": ["x" * 50] * 20}), plain)
+    content = plain.read_bytes() if kind == ".parquet" else b'{"text": "some words"}\n' * 50
+    whole = Path(packed(tmp_path / f"whole{kind}", content)).read_bytes()
+    for size in (0, 1, 3, 10, len(whole) // 2, len(whole) - 1):
+        path = tmp_path / f"cut{kind}"
+        path.write_bytes(whole[:size])
+        (one,) = resolve(str(path), "text")
+        for document in one.documents():
+            assert (document.text is None) == bool(document.problem)
+            assert "\n" not in document.problem
 
 
 def test_the_recipe_changes_with_every_byte(tmp_path: Path) -> None:

@@ -244,8 +244,9 @@ def test_a_folder_without_text_asks_for_one(
     [
         ("gone.txt", None, "no file matches it"),
         ("empty.txt", b"", "holds no text (1 empty)"),
-        ("bytes.txt", b"\xff\xfe\x00", "holds no text (1 not UTF-8)"),
-        ("other.jsonl", b'{"body": "a"}\n', "holds no text (1 no text in field text)"),
+        ("bytes.txt", b"\xff\x00\xfe", "holds no text (1 not UTF-8)"),
+        ("utf16.txt", b"\xff\xfea\x00", "holds no text (1 not UTF-8 (UTF-16; convert it: iconv"),
+        ("other.jsonl", b'{"body": "a"}\n', "holds no text (1 no text in field text (fields: body"),
         ("broken.parquet", b"PAR1", "holds no text"),
     ],
 )

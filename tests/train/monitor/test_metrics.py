@@ -216,7 +216,8 @@ def test_evaluations_are_rows_with_numbers(tmp_path: Path) -> None:
     )
     recorder = Recorder(tmp_path, 8, 10)
     assert [held["step"] for held in recorder.evaluations()] == [1, 4]
-    summarise(recorder, 8, 1, "untrained", ("val_bpb", "xz", 1.0), "", ["python"], "runs")
+    bar = "val_bpb", "xz", 1.0
+    summarise(recorder, 8, 1, "untrained", lambda: bar, "", ["python"], "runs")
     recorder.close()
     assert "untrained  0.500" in (tmp_path / "log.txt").read_text()
 
