@@ -101,6 +101,7 @@ class Numbers:
     """
 
     bos_id, eos_id = 0, -1
+    end_ids: frozenset[int] = frozenset()
     file = "numbers.json"
 
     def __init__(self, vocab_size: int) -> None:

@@ -44,6 +44,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    end_ids: frozenset[int]  # eos, and what else ends a text or a turn: generation stops there
     file: str  # its name inside a corpus
     model: bytes  # what that file holds
 
@@ -74,6 +75,7 @@ class SentencePiece:
         self.vocab_size: int = self._pieces.get_piece_size()
         self.eos_id: int = self._pieces.eos_id()
         self.bos_id: int = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else self.eos_id
+        self.end_ids = frozenset({self.eos_id} - {-1})
         names = [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
         self._folds = any(NEWLINE in name for name in names)
         self._bytes = [self._spelling(i, name) for i, name in enumerate(names)]
@@ -138,6 +140,7 @@ class HuggingFace:
             self.eos_id = self.bos_id
         if self.bos_id < 0:
             self.bos_id = self.eos_id
+        self.end_ids = frozenset({self.eos_id} - {-1})
         self._controls = {
             i for i, token in self._loaded.get_added_tokens_decoder().items() if token.special
         }
