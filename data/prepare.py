@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from data import tokenizer as tokenizers
+from data.beside import gather
 from data.config import DataConfig
 from data.corpus import MANIFEST, Corpus
 from data.encode import pieces
@@ -96,7 +97,9 @@ def _recipe(config: DataConfig, sources: list[Source]) -> str:
         path = Path(config.tokenizer)
         if not path.is_file():
             raise ConfigError(f"data.tokenizer is {path}; there is no such file")
-        recipe += [digest(path)]
+        beside = gather(path.parent).items()
+        marks = {name: hashlib.blake2b(content).hexdigest() for name, content in beside}
+        recipe += [digest(path), *([marks] if marks else [])]
     return hashlib.blake2b(json.dumps(recipe).encode(), digest_size=6).hexdigest()
 
 
@@ -137,7 +140,14 @@ def publish(
     names = [shard_name(i) for i in range(len(journal.shards))]
     digests = {
         name: digest(part / name)
-        for name in (*names, tokenizer.file, "offsets.bin", "by_length.bin", "validation.bin")
+        for name in (
+            *names,
+            tokenizer.file,
+            *tokenizer.beside,
+            "offsets.bin",
+            "by_length.bin",
+            "validation.bin",
+        )
     }
     documents = sum(journal.documents)
     manifest = {
@@ -188,6 +198,8 @@ def _tokenizer(
     else:
         log(f"training a tokenizer of {config.vocab_size} pieces")
         tokenizer = tokenizers.train(sample(sources), config.vocab_size, config.model_type)
+    for name, content in tokenizer.beside.items():
+        (part / name).write_bytes(content)
     partial = part / "tokenizer.part"
     partial.write_bytes(tokenizer.model)
     partial.replace(part / tokenizer.file)
