@@ -11,7 +11,7 @@ pieces lie in, `stream` gives out the batches. `recall` makes batches of a synth
 instead; `material` is whichever a run names. `python -m data` shows it at work.
 """
 
-from data.config import DataConfig, StreamConfig
+from data.config import DataConfig, StreamConfig, longest_seq_len, seq_len_at
 from data.corpus import Corpus
 from data.material import Material, material
 from data.prepare import prepare
@@ -27,7 +27,9 @@ __all__ = [
     "DataConfig",
     "Material",
     "StreamConfig",
+    "longest_seq_len",
     "material",
     "prepare",
+    "seq_len_at",
     "validation_batches",
 ]

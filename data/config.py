@@ -139,3 +139,16 @@ class StreamConfig:
                 f"train.batch_tokens is {self.batch_tokens}, less than train.seq_len = "
                 f"{self.seq_len}; raise the one or lower the other"
             )
+
+
+def seq_len_at(data: DataConfig, stream: StreamConfig, step: int) -> int:
+    """The longest sequence in tokens that optimiser step `step`, counted from 0, trains on."""
+    begun = [stage for stage in data.stages if stage["step"] <= step and "seq_len" in stage]
+    in_order = sorted(begun, key=lambda stage: stage["step"])
+    return in_order[-1]["seq_len"] if begun else stream.seq_len
+
+
+def longest_seq_len(data: DataConfig, stream: StreamConfig, steps: int | None = None) -> int:
+    """The longest sequence in tokens of the first `steps` optimiser steps (None: of all)."""
+    begins = [stage["step"] for stage in data.stages if steps is None or stage["step"] < steps]
+    return max(seq_len_at(data, stream, step) for step in (0, *begins))
