@@ -19,6 +19,7 @@ from torch import Tensor
 
 import data
 from data import tokenizer as tokenizers
+from data.config import longest_seq_len
 from data.settings import ConfigError
 from data.tokenizer import Tokenizer
 from train.config import Config
@@ -64,10 +65,10 @@ def export(
         written = _of_family(model, family, tensors)
     description |= {
         "vocab_size": model.embedding.num_embeddings,
-        "max_position_embeddings": config.train.seq_len,
+        "max_position_embeddings": _positions(config, source),
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
-        "pad_token_id": None,
+        "eos_token_id": _ends(tokenizer),
+        "pad_token_id": tokenizer.pad_id,
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
     }
     with weights.making(to) as folder:
@@ -139,6 +140,23 @@ def _of_family(
 ) -> Iterator[tuple[str, Tensor]]:
     for link in links(model, family):
         yield from link.to_theirs(tensors.read)
+
+
+def _positions(config: Config, source: Path) -> int:
+    """The longest sequence that the weights in `source` were trained on."""
+    before = config.model.max_positions
+    step = manifest.step_of(source) if source.parent.name == manifest.CHECKPOINTS else 0
+    if before and not step:
+        return before
+    return max(before or 0, longest_seq_len(config.data, config.train, step))
+
+
+def _ends(tokenizer: Tokenizer) -> int | list[int] | None:
+    """Where generation stops, as transformers writes it: eos first."""
+    ends = [tokenizer.eos_id, *sorted(tokenizer.end_ids - {tokenizer.eos_id})]
+    if tokenizer.eos_id < 0:
+        return None
+    return ends if len(ends) > 1 else tokenizer.eos_id
 
 
 def _weights(run: Path, step: int | None, say: Say) -> Path:
