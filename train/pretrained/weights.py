@@ -189,27 +189,25 @@ def write(
 
 
 @contextmanager
-def making(to: str | Path) -> Iterator[Path]:
+def making(to: Path) -> Iterator[Path]:
     """A folder to write in, whose content is at `to` when all is written.
 
     It lies in a new folder of its own beside `to`, or inside of it where `to` is an empty folder
     already. That one is all that is ever removed, and only what is made here is in it.
 
     Raises:
-        ConfigError: `to` is no name for a folder, is there already, or cannot be written.
+        ConfigError: `to` is there already, or cannot be written.
     """
-    if not str(to).strip():
-        raise ConfigError("--to is empty; name the folder to write")
     folder = Path(os.path.abspath(to))  # of `.` and `..` too
     holder, parents, done = None, [], False
     try:
+        inside = folder.is_dir()
+        if os.path.lexists(folder) and not (inside and not any(folder.iterdir())):
+            raise ConfigError(f"{folder} is there already; name another folder")
         parents = [parent for parent in folder.parents if not parent.exists()]
         above = folder.parents[len(parents)]
         if not above.is_dir():
             raise ConfigError(f"{above} is no folder; {folder} cannot be in it")
-        inside = folder.is_dir()
-        if os.path.lexists(folder) and not (inside and not any(folder.iterdir())):
-            raise ConfigError(f"{folder} is there already; name another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = folder if inside else folder.parent
         holder = Path(tempfile.mkdtemp(prefix=".headrace-", suffix=".partial", dir=place))

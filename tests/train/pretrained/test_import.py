@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,151 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     export(model, tmp_path / "hf")
     with pytest.raises(ConfigError, match="is there already"):
         adopt.adopt(tmp_path / "hf", tmp_path / "hf-run", print)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of two layers as transformers has it, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    export(make(SHAPES["llama"], 620), folder)
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line with which a command is refused."""
+    assert main([str(word) for word in words]) == 2
+    heard = capsys.readouterr().err.strip()
+    assert heard
+    assert "\n" not in heard
+    return heard
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("to", "said"),
+    [
+        ("", "--to is empty"),
+        ("  ", "--to is empty"),
+        (".", "is there already"),
+        ("..", "is there already"),
+        ("/", "is there already"),
+        ("file", "is there already"),
+        ("dangling", "is there already"),
+        ("full", "is there already"),
+        ("full/", "is there already"),
+        ("hf", "is there already"),
+        ("file/below", "is no folder"),
+        ("file/below/deep", "is no folder"),
+        ("n" * 300, "File name too long"),
+        ("locked/below", "Read-only file system"),
+    ],
+)
+def test_where_nothing_can_be_written_one_line_says_so(
+    to: str,
+    said: str,
+    hf: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing that was there is touched, whatever it is called."""
+    shutil.copytree(hf, tmp_path / "hf")
+    for name in ("full", "full.partial", "x.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    if "locked" in to:
+        to = "/proc/locked/below"
+        said = "/proc"
+    monkeypatch.chdir(tmp_path)
+    before = listing(tmp_path)
+    assert said in refused(capsys, "import", "hf", "--to", to)
+    assert said in refused(capsys, "convert", "hf", "--to", to, "--pattern", "liger")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ["x", "./a/b/../x", "deep/er/x", "empty", "linked", "hf/inside"])
+def test_a_folder_is_written_beside_what_is_there(
+    to: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(hf, tmp_path / "hf")
+    for name in ("empty", "elsewhere", "x.partial", "empty.partial", "a"):
+        (tmp_path / name).mkdir()
+    for name in ("x.partial", "empty.partial"):
+        (tmp_path / name / "mine").write_text("precious")
+    (tmp_path / "linked").symlink_to("elsewhere")
+    monkeypatch.chdir(tmp_path)
+    before, inode = listing(tmp_path), (tmp_path / "empty").stat().st_ino
+    assert main(["import", "hf", "--to", to]) == 0
+    made = Path(os.path.abspath(to))
+    after = listing(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert (tmp_path / "empty").stat().st_ino == inode
+    assert "config.yaml" in {path.name for path in made.iterdir()}
+    assert not list(tmp_path.rglob(".headrace-*"))
+    assert made.stat().st_mode & 0o777 == (tmp_path / "empty").stat().st_mode & 0o777
+    # What it names is found from any other folder.
+    monkeypatch.chdir("/")
+    settings = read(made / "config.yaml")
+    assert settings.run.start_from == str(made)
+    assert Path(str(settings.data.tokenizer)).is_file()
+
+
+def test_an_import_that_fails_leaves_nothing(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(hf, tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"nothing")
+    before = listing(tmp_path)
+    refused(capsys, "import", tmp_path / "hf", "--to", tmp_path / "new" / "er" / "x")
+    (tmp_path / "empty").mkdir()
+    refused(capsys, "import", tmp_path / "hf", "--to", tmp_path / "empty")
+    (tmp_path / "empty").rmdir()
+    assert listing(tmp_path) == before
+
+
+def test_the_command_to_train_on_has_a_rate_for_weights_that_have_learned(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", str(hf), "--to", str(tmp_path / "my model")]) == 0
+    said = capsys.readouterr().out
+    assert f"python -m train '{tmp_path}/my model/config.yaml'" in said
+    assert "optim.lr=3e-05 is a tenth of the peak" in said
+    words = ["convert", str(hf), "--to", str(tmp_path / "y"), "--pattern", "[liger, attention]"]
+    assert main(words) == 0
+    assert "optim.lr=0.0001 is a third of the peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["model.gguf", "config.json"], "holds only model.gguf, a GGUF file; save it"),
+        (["q4.gguf"], "gguf_file='q4.gguf').save_pretrained(DIR)"),
+        (["pytorch_model.bin", "config.json"], "holds only pytorch_model.bin, pickled weights"),
+        (["consolidated.00.pth"], "holds only consolidated.00.pth, pickled weights"),
+        (["config.json"], "holds no model.safetensors"),
+        ([], "config.json: there is no such file"),
+    ],
+)
+def test_weights_in_other_formats_are_named(
+    files: list[str], said: str, hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hf").mkdir()
+    for name in files:
+        (tmp_path / "hf" / name).write_bytes(b"GGUF")
+    if "config.json" in files:
+        shutil.copy(hf / "config.json", tmp_path / "hf")
+    assert said in refused(capsys, "import", tmp_path / "hf", "--to", tmp_path / "x")
+
+
+def test_what_is_no_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for name in ("a.gguf", "none"):
+        assert "is no folder" in refused(capsys, "import", tmp_path / name, "--to", tmp_path / "x")
