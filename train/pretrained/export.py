@@ -65,7 +65,7 @@ def export(
         written = _of_family(model, family, tensors)
     description |= {
         "vocab_size": model.embedding.num_embeddings,
-        "max_position_embeddings": _positions(config, source),
+        "max_position_embeddings": positions(config, source),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": _ends(tokenizer),
         "pad_token_id": tokenizer.pad_id,
@@ -142,7 +142,7 @@ def _of_family(
         yield from link.to_theirs(tensors.read)
 
 
-def _positions(config: Config, source: Path) -> int:
+def positions(config: Config, source: Path) -> int:
     """The longest sequence that the weights in `source` were trained on."""
     before = config.model.max_positions
     step = manifest.step_of(source) if source.parent.name == manifest.CHECKPOINTS else 0
