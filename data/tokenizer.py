@@ -78,6 +78,8 @@ class SentencePiece:
     def __init__(self, model: bytes, beside: dict[str, bytes] | None = None) -> None:
         import sentencepiece
 
+        if not model:
+            raise ConfigError("it is empty")  # of which sentencepiece complains line by line
         self.model, self.beside = model, beside or {}
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._pieces.get_piece_size()

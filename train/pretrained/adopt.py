@@ -29,6 +29,7 @@ from train.pretrained import families, weights
 from train.pretrained import tokenizer as files
 from train.pretrained.described import MOST_LAYERS, Described, settings
 from train.pretrained.export import OWN, Say, check, skeleton
+from train.pretrained.families import Family
 from train.pretrained.links import Link, links
 
 # Models of these families are pretrained at peaks of 1.5e-4 to 4e-4 and end far below. Much above
@@ -37,6 +38,7 @@ CONTINUED = 3e-5
 WHY = "is a tenth of the peak that such models are pretrained at; the default is for random weights"
 
 
+_LONGEST = 400  # characters of what is wrong; a value may be a page
 # Of weights as safetensors names them; whole numbers are quantised ones.
 DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -82,6 +84,30 @@ def read(source: Path) -> Pretrained:
     Raises:
         ConfigError: it is of no family here, has what our layers have not, or lacks tensors.
     """
+    config, rows, family = description(source)
+    try:
+        model = skeleton(config, rows)
+    except (RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{source / 'config.json'}: there is no model of such sizes ({reason})"
+        ) from None
+    tensors = weights.of_family(source)
+    own = (Link({name: -1}, {name: -1}) for name, _ in model.named_parameters())
+    linked = [link.found(tensors) for link in (links(model, family) if family else own)]
+    _check_names(linked, tensors, config, source)
+    _check_shapes(linked, tensors, model, source)
+    return Pretrained(source, model, tensors, linked)
+
+
+def description(source: Path) -> tuple[ModelConfig, int, Family | None]:
+    """What the config.json in `source` says: our settings, rows of the embedding, and the family.
+
+    The family is None where the format is our own.
+
+    Raises:
+        ConfigError: as `read`.
+    """
     path = source / "config.json"
     if not path.is_file():
         raise ConfigError(weights.elsewhere(source) or f"{path}: there is no such file")
@@ -90,23 +116,14 @@ def read(source: Path) -> Pretrained:
         said = Described(held)
         kind, rows = said.text("model_type"), said.whole("vocab_size")
         family = families.named(kind)
-        if family is not None:
-            config = _settings(settings(family, held))
-        elif kind == OWN:
-            config = _settings(said.mapping("model").held)
-        else:
+        if family is None and kind != OWN:
             known = ", ".join(family.name for family in families.FAMILIES)
             raise ConfigError(f"model_type is {shown(kind)}; known are {known} and {OWN}")
-        model = _skeleton(config, rows)
+        given = settings(family, held) if family else said.mapping("model").held
+        return _settings(given), rows, family
     except ConfigError as error:
-        reason = str(error).removeprefix("config.json: ")
-        raise ConfigError(f"{path}: {reason}") from None
-    tensors = weights.of_family(source)
-    own = (Link({name: -1}, {name: -1}) for name, _ in model.named_parameters())
-    linked = [link.found(tensors) for link in (links(model, family) if family else own)]
-    _check_names(linked, tensors, config, source)
-    _check_shapes(linked, tensors, model, source)
-    return Pretrained(source, model, tensors, linked)
+        reason = " ".join(str(error).removeprefix("config.json: ").split())
+        raise ConfigError(f"{path}: {reason[:_LONGEST]}") from None
 
 
 def write(
@@ -163,14 +180,6 @@ def _settings(given: dict[str, Any]) -> ModelConfig:
         raise ConfigError(f"layers is {config.layers}; the limit is {MOST_LAYERS}")
     mixers.check(config)
     return config
-
-
-def _skeleton(config: ModelConfig, rows: int) -> Model:
-    try:
-        return skeleton(config, rows)
-    except (RuntimeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"there is no model of such sizes ({reason})") from None
 
 
 def _check_names(

@@ -65,7 +65,7 @@ def export(
         written = _of_family(model, family, tensors)
     description |= {
         "vocab_size": model.embedding.num_embeddings,
-        "max_position_embeddings": positions(config, source),
+        "max_position_embeddings": positions(config, _step(source)),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": _ends(tokenizer),
         "pad_token_id": tokenizer.pad_id,
@@ -142,13 +142,20 @@ def _of_family(
         yield from link.to_theirs(tensors.read)
 
 
-def positions(config: Config, source: Path) -> int:
-    """The longest sequence that the weights in `source` were trained on."""
+def positions(config: Config, step: int | None) -> int:
+    """The longest sequence that weights were trained on.
+
+    Args:
+        step: of the run's checkpoint; None for weights that were not trained on since their import.
+    """
     before = config.model.max_positions
-    step = manifest.step_of(source) if source.parent.name == manifest.CHECKPOINTS else 0
-    if before and not step:
+    if before and step is None:
         return before
-    return max(before or 0, longest_seq_len(config.data, config.train, step))
+    return max(before or 0, longest_seq_len(config.data, config.train, step or 0))
+
+
+def _step(source: Path) -> int | None:
+    return manifest.step_of(source) if source.parent.name == manifest.CHECKPOINTS else None
 
 
 def _ends(tokenizer: Tokenizer) -> int | list[int] | None:

@@ -45,7 +45,9 @@ class Link:
             if all(name in tensors for name in theirs)
         ]
         for theirs in named:
-            if all(rows in (-1, tensors.shape(name)[0]) for name, rows in theirs.items()):
+            if all(
+                rows == -1 or tensors.shape(name)[:1] == [rows] for name, rows in theirs.items()
+            ):
                 return replace(self, theirs=theirs)
         return replace(self, theirs=named[0]) if named else self
 

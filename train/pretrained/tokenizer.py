@@ -70,7 +70,11 @@ def find(source: Path, rows: int, say: Callable[[str], None]) -> Tokenizer | Non
 
     Of two it is the SentencePiece model, from which the other was made. One that loses
     characters, or has more pieces than the model has rows, is passed over with a line.
+
+    Raises:
+        ConfigError: a file beside it is malformed.
     """
+    beside.gather(source)
     for name in FILES:
         if not (source / name).exists():
             continue

@@ -25,6 +25,7 @@ THEIRS = "model"  # what such files are called in Hugging Face's format
 OURS = "weights"  # and in a folder that a run starts from
 # A checkpoint keeps more than the weight of each parameter; so does its naming.
 _ENTRY = f"|{WEIGHT}"
+_FILE = re.compile(r"[^/\\]+\.safetensors")
 
 
 class Tensors:
@@ -119,7 +120,7 @@ def _indexed(index: Path) -> Tensors:
         raise ConfigError(f"{index}: weight_map must be a mapping of tensors to files")
     for file in where.values():
         # A name with a separator would be another folder's.
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+        if not isinstance(file, str) or not _FILE.fullmatch(file) or not file.isprintable():
             raise ConfigError(
                 f"{index}: {shown(file)} is no name of a safetensors file in its folder"
             )

@@ -143,18 +143,17 @@ def test_a_chat_survives_a_run_whose_import_is_gone(
         (96, [{"step": 4, "seq_len": 200}], 300, 8, 300),
         (96, [{"step": 4, "seq_len": 400}], 300, 8, 400),
         # Not trained on, an import is as long as it was.
-        (96, [{"step": 4, "seq_len": 400}], 50, 0, 50),
-        (96, [], None, 0, 96),
+        (96, [{"step": 4, "seq_len": 400}], 50, None, 50),
+        (96, [], None, None, 96),
     ],
 )
 def test_an_export_says_the_longest_sequence_that_its_weights_have_seen(
-    trained: int, stages: list[Any], imported: int | None, step: int, wanted: int
+    trained: int, stages: list[Any], imported: int | None, step: int | None, wanted: int
 ) -> None:
     config = Config()
     config.train.seq_len, config.data.stages = trained, stages
     config.model.max_positions = imported
-    source = Path("run/checkpoints") / f"step-{step:08d}" if step else Path("import")
-    assert exported.positions(config, source) == wanted
+    assert exported.positions(config, step) == wanted
 
 
 def test_a_sentencepiece_model_keeps_its_chat_as_a_fast_one(tmp_path: Path) -> None:
