@@ -23,7 +23,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -40,7 +40,7 @@ _INDENTED = re.compile(NEWLINE + " +")
 _SEGMENT = 1 << 12
 _BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]")
 _EOS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[EOS]", "[SEP]")
-_PROBE = "\n\tif a ▁ b:  # \x00 ﬁ é 漢字 🙂\r\n        return 1234\n"
+_PROBE = "\n\tif a ▁ b:  # \x00 ﬁ é e\u0301 漢字 🙂\r\n        return 1234\n"
 
 
 class Tokenizer(Protocol):
@@ -136,11 +136,17 @@ class HuggingFace:
     Args:
         model: the file's content.
         beside: the files that belong to it, by name.
+        settings: what of the content to go by, if not by all of it.
     """
 
     file = "tokenizer.json"
 
-    def __init__(self, model: bytes, beside: dict[str, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        beside: dict[str, bytes] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
         try:
             from tokenizers import Tokenizer as Loaded
         except ImportError:
@@ -148,12 +154,12 @@ class HuggingFace:
                 "data.tokenizer is a tokenizer.json; reading it needs `pip install tokenizers`"
             ) from None
         self.model, self.beside = model, beside or {}
-        self._loaded = Loaded.from_str(model.decode("utf-8"))
+        content = json.loads(model) if settings is None else settings
+        self._loaded = Loaded.from_str(json.dumps(content))
         self._loaded.no_truncation()
         self._loaded.no_padding()
         # Text that spells a control piece is text.
         self._loaded.encode_special_tokens = True
-        content = json.loads(model)
         named = self._mark()
         added = self._loaded.get_added_tokens_decoder()
         controls = {token for token, held in added.items() if held.special} | named
@@ -259,8 +265,8 @@ def parse(model: bytes, name: str, beside: dict[str, bytes] | None = None) -> To
     made = HuggingFace(model, beside) if json_like else SentencePiece(model, beside)
     if made.decode(made.encode(_PROBE)) == _PROBE:
         return made
-    if json_like:
-        return HuggingFace(files.dumped(pieces.plain(json.loads(model))), beside)
+    if json_like:  # the file itself stays: what is exported is what was imported
+        return HuggingFace(model, beside, pieces.plain(json.loads(model)))
     return SentencePiece(_plain(model), beside)
 
 

@@ -43,6 +43,13 @@ def byte_level(**options: Any) -> Made:
     return made
 
 
+def composed() -> Made:
+    """As Qwen 2 has it: text is brought to NFC first, which is not the text."""
+    made = byte_level()
+    made.normalizer = normalizers.NFC()
+    return made
+
+
 def byte_fallback() -> Made:
     """As Gemma has it: spaces are ▁, whatever has no piece is spelled in bytes."""
     made = Made(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -87,6 +94,7 @@ def unspecial(made: Made) -> Made:
 
 KINDS = {
     "byte-level": byte_level,
+    "NFC": composed,
     "byte fallback": byte_fallback,
     "dummy prefix": with_dummy_prefix,
     "metaspace": metaspace,
@@ -115,6 +123,14 @@ def test_the_bytes_of_pieces_add_up_to_those_of_the_text(kind: Tokenizer, text: 
     assert kind.byte_lengths()[tokens].sum() == len(TEXTS[text].encode())
     assert kind.decode(tokens) == TEXTS[text]
     assert not {kind.bos_id, kind.eos_id} & set(tokens)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_stays_what_it_was(name: str, tmp_path: Path) -> None:
+    """Whatever is switched off while it is used: what is exported is what was imported."""
+    KINDS[name]().save(str(tmp_path / "tokenizer.json"))
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    assert load(tmp_path / "tokenizer.json").model == content
 
 
 def test_every_kind_of_piece_counts_for_what_it_is(kind: Tokenizer) -> None:
