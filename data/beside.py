@@ -18,6 +18,7 @@ from data.settings import ConfigError
 TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 SPECIAL, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 FILES = (TOKENIZER, SPECIAL, GENERATION, TEMPLATE)
+TEMPLATES = "additional_chat_templates/*.jinja"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -41,13 +42,14 @@ def gather(folder: Path) -> dict[str, bytes]:
         ConfigError: one is no file, or is no JSON mapping where it should be.
     """
     found: dict[str, bytes] = {}
-    for name in FILES:
-        path = folder / name
+    others = sorted(folder.glob(TEMPLATES))
+    for path in (*(folder / name for name in FILES), *others):
+        name = str(path.relative_to(folder))
         if path.is_file():
             found[name] = _bytes(path)
         elif path.exists():
             raise ConfigError(f"{path} is no file; remove it, or put the model's own there")
-    for name in set(found) - {TEMPLATE}:
+    for name in {TOKENIZER, SPECIAL, GENERATION} & set(found):
         mapping(found[name], folder / name)
     if (folder / "config.json").is_file():
         path = folder / "config.json"
@@ -57,6 +59,13 @@ def gather(folder: Path) -> dict[str, bytes]:
         if more:
             found[GENERATION] = dumped(said | more)
     return found
+
+
+def write(beside: dict[str, bytes], folder: Path) -> None:
+    """Put the files where `gather` finds them."""
+    for name, content in beside.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def marks(beside: dict[str, bytes], piece: Callable[[str], int | None], size: int) -> Marks:
@@ -76,7 +85,7 @@ def marks(beside: dict[str, bytes], piece: Callable[[str], int | None], size: in
     def said(key: str) -> list[int]:
         """The ids of one mark, what counts most first."""
         found = [_piece(held.get(key), f"{file}: {key}", piece) for file, held in names]
-        ids = _ids(generation.get(f"{key}_id"), f"{GENERATION}: {key}_id", size)
+        ids = _ids(generation.get(f"{key}_id"), f"{GENERATION} or config.json: {key}_id", size)
         return [token for token in found if token is not None] + ids
 
     bos, eos = said("bos_token"), said("eos_token")

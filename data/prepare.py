@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from data import beside
 from data import tokenizer as tokenizers
-from data.beside import gather
 from data.config import DataConfig
 from data.corpus import MANIFEST, Corpus
 from data.encode import pieces
@@ -97,8 +97,8 @@ def _recipe(config: DataConfig, sources: list[Source]) -> str:
         path = Path(config.tokenizer)
         if not path.is_file():
             raise ConfigError(f"data.tokenizer is {path}; there is no such file")
-        beside = gather(path.parent).items()
-        marks = {name: hashlib.blake2b(content).hexdigest() for name, content in beside}
+        held = beside.gather(path.parent).items()
+        marks = {name: hashlib.blake2b(content).hexdigest() for name, content in held}
         recipe += [digest(path), *([marks] if marks else [])]
     return hashlib.blake2b(json.dumps(recipe).encode(), digest_size=6).hexdigest()
 
@@ -198,8 +198,7 @@ def _tokenizer(
     else:
         log(f"training a tokenizer of {config.vocab_size} pieces")
         tokenizer = tokenizers.train(sample(sources), config.vocab_size, config.model_type)
-    for name, content in tokenizer.beside.items():
-        (part / name).write_bytes(content)
+    beside.write(tokenizer.beside, part)
     partial = part / "tokenizer.part"
     partial.write_bytes(tokenizer.model)
     partial.replace(part / tokenizer.file)

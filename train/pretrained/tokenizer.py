@@ -61,8 +61,7 @@ def write(tokenizer: Tokenizer, folder: Path, say: Callable[[str], None]) -> Non
 
 def copy(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a tokenizer's file and those that belong to it."""
-    for name, content in {**tokenizer.beside, tokenizer.file: tokenizer.model}.items():
-        (folder / name).write_bytes(content)
+    beside.write({**tokenizer.beside, tokenizer.file: tokenizer.model}, folder)
 
 
 def find(source: Path, rows: int, say: Callable[[str], None]) -> Tokenizer | None:

@@ -28,9 +28,9 @@ TALK = [{"role": "user", "content": "if x: return 漢字"}, {"role": "assistant"
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 
 
-@pytest.fixture(scope="module", params=["in the config", "in a file"])
+@pytest.fixture(scope="module", params=["in the config", "in a file", "several"])
 def instruct(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small chat model as transformers saves it, its template in either of two places."""
+    """A small chat model as transformers saves it; its template is in one of three places."""
     import transformers
 
     made = Made(models.BPE())
@@ -47,9 +47,11 @@ def instruct(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         model_max_length=300,
     )
     fast.chat_template = TEMPLATE
+    if request.param == "several":
+        fast.chat_template = {"default": TEMPLATE, "tools": "{{ tools }}"}
     folder = tmp_path_factory.mktemp("instruct")
-    fast.save_pretrained(folder, save_jinja_files=request.param == "in a file")
-    assert (folder / "chat_template.jinja").exists() == (request.param == "in a file")
+    fast.save_pretrained(folder, save_jinja_files=request.param != "in the config")
+    assert (folder / "chat_template.jinja").exists() == (request.param != "in the config")
     config = transformers.LlamaConfig(
         vocab_size=512,
         hidden_size=32,
