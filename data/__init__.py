@@ -9,12 +9,14 @@ picks what the `tokenizer` learns from (one made elsewhere is `pieces` and what 
 that nothing is lost, `prepare` runs these; `corpus` maps what is stored, `order` says
 which document is next, `mixture` from which source, `packing` and `balance` which batch its
 pieces lie in, `stream` gives out the batches. `recall` makes batches of a synthetic task
-instead; `material` is whichever a run names. `python -m data` shows it at work.
+instead; `material` is whichever a run names. `held_out` is what a model is measured on, and
+`spelling` turns tokens into text as they come. `python -m data` shows it at work.
 """
 
 from data.config import DataConfig, StreamConfig, longest_seq_len, seq_len_at
 from data.corpus import Corpus
-from data.material import Material, material
+from data.held_out import CodedText
+from data.material import HeldOut, HeldOutText, Material, material
 from data.prepare import prepare
 from data.settings import ConfigError
 from data.stream import Batch, Batches, Cursor, validation_batches
@@ -22,10 +24,13 @@ from data.stream import Batch, Batches, Cursor, validation_batches
 __all__ = [
     "Batch",
     "Batches",
+    "CodedText",
     "ConfigError",
     "Corpus",
     "Cursor",
     "DataConfig",
+    "HeldOut",
+    "HeldOutText",
     "Material",
     "StreamConfig",
     "longest_seq_len",

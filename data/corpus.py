@@ -158,12 +158,7 @@ class Corpus:
     def validation_spans(self, max_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Starts and lengths of the validation documents, the last one cut at `max_tokens`."""
         starts = self.offsets[self.validation]
-        lengths = self.offsets[self.validation + 1] - starts
-        if max_tokens is not None:
-            before = np.cumsum(lengths) - lengths
-            lengths = np.minimum(lengths, max_tokens - before)
-            starts, lengths = starts[lengths > 0], lengths[lengths > 0]
-        return starts, lengths
+        return first_tokens(starts, self.offsets[self.validation + 1] - starts, max_tokens)
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
         path = self.path / name
@@ -182,3 +177,14 @@ class Corpus:
             return np.empty(0, dtype=dtype)
         # A plain array over the map: slicing np.memmap itself costs microseconds.
         return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+
+
+def first_tokens(
+    starts: np.ndarray, lengths: np.ndarray, max_tokens: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of the first `max_tokens` tokens of some spans (None: of all)."""
+    if max_tokens is not None:
+        before = np.cumsum(lengths) - lengths
+        lengths = np.minimum(lengths, max_tokens - before)
+        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    return starts, lengths

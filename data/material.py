@@ -16,10 +16,11 @@ import numpy as np
 
 from data.config import DataConfig, StreamConfig
 from data.corpus import Corpus
+from data.held_out import HeldOutDocuments
 from data.prepare import Log, prepare
 from data.probes import TextProbes
 from data.recall import SOURCE, Recall
-from data.stream import Batch, Batches, Cursor, validation_batches
+from data.stream import Batch, Batches, Cursor, Plan, validation_batches
 from data.tokenizer import Tokenizer
 
 
@@ -37,23 +38,15 @@ class Stream(Protocol):
         """Let go of what is held; the iterator cannot be used afterwards."""
 
 
-class Material(Protocol):
+class HeldOut(Protocol):
+    """What a model is measured on, and training never sees."""
+
     @property
     def tokenizer(self) -> Tokenizer: ...
-
-    def batches(self, start: Cursor) -> Stream:
-        """The training batches that follow `start`.
-
-        Raises:
-            ConfigError: `start` belongs to another stream.
-        """
 
     def validation(self, max_tokens: int, seq_len: int | None = None) -> Iterator[Batch]:
         """Up to `max_tokens` that training never sees, in sequences of up to `seq_len` tokens
         (None: those of training)."""
-
-    def bar(self, max_tokens: int) -> tuple[str, str, float]:
-        """What a known bar makes of `validation`: the metric, who, and how much."""
 
     def recall_probe(
         self, random: np.random.Generator, count: int, length: int, pairs: int, queries: int
@@ -74,24 +67,38 @@ class Material(Protocol):
             As `recall_probe`.
         """
 
+
+class Material(HeldOut, Protocol):
+    """What a run trains on, and what is held out of it."""
+
+    @property
+    def key(self) -> int:
+        """`Cursor.corpus` of the cursors of its stream."""
+
+    def batches(self, start: Cursor) -> Stream:
+        """The training batches that follow `start`.
+
+        Raises:
+            ConfigError: `start` belongs to another stream.
+        """
+
+    def bar(self, max_tokens: int) -> tuple[str, str, float]:
+        """What a known bar makes of `validation`: the metric, who, and how much."""
+
     def report(self) -> tuple[str, Any]:
         """What there is to learn from, in words and as a matplotlib figure, if there is one."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """A prepared corpus under given settings."""
+class HeldOutText:
+    """The held-out documents of a corpus, or of a text in memory, under given settings."""
 
-    corpus: Corpus
+    corpus: HeldOutDocuments
     stream: StreamConfig
-    data: DataConfig
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.corpus.tokenizer
-
-    def batches(self, start: Cursor) -> Batches:
-        return Batches(self.corpus, self.stream, self.data, start)
 
     def validation(self, max_tokens: int, seq_len: int | None = None) -> Iterator[Batch]:
         length = seq_len or self.stream.seq_len
@@ -99,11 +106,6 @@ class Text:
         return validation_batches(
             self.corpus, replace(self.stream, batch_tokens=size, seq_len=length), max_tokens
         )
-
-    def bar(self, max_tokens: int) -> tuple[str, str, float]:
-        """Bits a byte of the validation text under `xz -9`, which everyone knows."""
-        text = self.corpus.validation_text(max_tokens).encode()
-        return "val_bpb", "xz -9", 8 * len(lzma.compress(text, preset=9)) / max(len(text), 1)
 
     def recall_probe(
         self, random: np.random.Generator, count: int, length: int, pairs: int, queries: int
@@ -120,6 +122,26 @@ class Text:
     @cached_property
     def _probes(self) -> TextProbes:
         return TextProbes(self.corpus)
+
+
+@dataclass(frozen=True)
+class Text(HeldOutText):
+    """A prepared corpus under given settings."""
+
+    corpus: Corpus
+    data: DataConfig
+
+    @property
+    def key(self) -> int:
+        return Plan(self.corpus, self.stream, self.data).key
+
+    def batches(self, start: Cursor) -> Batches:
+        return Batches(self.corpus, self.stream, self.data, start)
+
+    def bar(self, max_tokens: int) -> tuple[str, str, float]:
+        """Bits a byte of the validation text under `xz -9`, which everyone knows."""
+        text = self.corpus.validation_text(max_tokens).encode()
+        return "val_bpb", "xz -9", 8 * len(lzma.compress(text, preset=9)) / max(len(text), 1)
 
     def report(self) -> tuple[str, Any]:
         from data import stats

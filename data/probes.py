@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.corpus import Corpus
+from data.held_out import HeldOutDocuments
 from data.stream import IGNORED
 
 _HAYSTACK = 1 << 20  # held-out tokens to cut text from
@@ -18,7 +18,7 @@ class TextProbes:
     by turns, so that a value never looks like a key.
     """
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: HeldOutDocuments) -> None:
         tokenizer = corpus.tokenizer
         long = np.flatnonzero(tokenizer.byte_lengths() >= 3).tolist()
         found = [token for token in long if tokenizer.decode([token]).strip().isalpha()]

@@ -57,13 +57,22 @@ def load(
     values: dict[str, tuple[Any, str]] = {}
     for name, value in _read(Path(path), ()):
         values[name] = value
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    override(values, overrides)
+    return build(schema, values, str(path), partial)
+
+
+def override(values: dict[str, tuple[Any, str]], overrides: Sequence[str]) -> None:
+    """Set in `values`, as `build` takes them, what `key=value` words say.
+
+    Raises:
+        ConfigError: a word is not of that form, or its value is no YAML.
+    """
+    for word in overrides:
+        key, equals, text = word.partition("=")
         if not equals:
-            raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form key=value")
+            raise ConfigError(f"{COMMAND_LINE}: {word!r} is not of the form key=value")
         for name, leaf in _flatten(_parse(text, f"{COMMAND_LINE}: {key}"), key.strip()):
             values[name] = (leaf, COMMAND_LINE)
-    return build(schema, values, str(path), partial)
 
 
 def build(

@@ -20,6 +20,7 @@ import numpy as np
 
 from data.config import DataConfig, StreamConfig
 from data.corpus import Corpus
+from data.held_out import HeldOutDocuments
 from data.mixture import Spans, Stage, decks, stages, take
 from data.packing import Packer, sequential
 from data.settings import ConfigError
@@ -129,6 +130,11 @@ class Plan:
         self._packers: dict[Stage, Packer] = {}
         # A deck's key is made from the corpus's fingerprint, the seed and the source.
         self._corpus = _number([(deck.key, deck.first, deck.last) for deck in self.decks])
+
+    @property
+    def key(self) -> int:
+        """`Cursor.corpus` of the cursors of this stream."""
+        return self._corpus
 
     def window(self, cursor: Cursor) -> Window:
         """The window that `cursor` stands in.
@@ -297,9 +303,10 @@ class Batches:
 
 
 def validation_batches(
-    corpus: Corpus, stream: StreamConfig, max_tokens: int | None = None
+    corpus: HeldOutDocuments, stream: StreamConfig, max_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """The held-out documents in their fixed order, cut at seq_len; the last batch is shorter."""
+    """The held-out documents in their fixed order, cut at seq_len; the last batch is shorter, and
+    left out if it has nothing to predict."""
     starts, lengths = corpus.validation_spans(max_tokens)
     total = int(lengths.sum())
     if not total:
@@ -309,7 +316,9 @@ def validation_batches(
     begin = _begin(Spans(starts, lengths), rows)
     edges = np.searchsorted(rows[:, 0], np.arange(-(-total // size) + 1))
     for first, last in pairwise(edges):
-        yield _batch(corpus, begin[first:last], rows[first:last, 2], Cursor())
+        batch = _batch(corpus, begin[first:last], rows[first:last, 2], Cursor())
+        if batch.targets:
+            yield batch
 
 
 def _begin(documents: Spans, rows: np.ndarray) -> np.ndarray:
@@ -323,7 +332,9 @@ def _begin(documents: Spans, rows: np.ndarray) -> np.ndarray:
     return begin
 
 
-def _batch(corpus: Corpus, begin: np.ndarray, length: np.ndarray, cursor: Cursor) -> Batch:
+def _batch(
+    corpus: HeldOutDocuments, begin: np.ndarray, length: np.ndarray, cursor: Cursor
+) -> Batch:
     tokens = corpus.gather(begin, length)
     cu_seqlens = np.zeros(len(length) + 1, dtype=np.int64)
     np.cumsum(length, out=cu_seqlens[1:])

@@ -1,4 +1,21 @@
-"""Numerics on one device. Knows tensors; never ranks, models or files."""
+"""Numerics on one device. Knows tensors; never ranks, models or files.
+
+The front has one file for each op: its signature, its checks, and its torch form if that is short.
+
+    linear_attention     every linear mixer: one recurrence with parts switched off
+    reference            that recurrence, token by token: the definition
+    segments             what a run of tokens does to the state that enters it
+    diagonal_scan        the recurrence with an element-wise state
+    convolution          the short causal convolution before a mixer
+    softmax_attention    full attention, or in a sliding window; on a GPU by `flash`
+    norm, rotary, cross_entropy
+
+Shared by them: `packing` (where sequences begin and end, dtypes of sums), `backend` (Triton or
+torch), `flops` (work of an op). Beneath: `chunked/` in torch, `triton/` on a GPU; `tools/` checks,
+compiles and times. Symbols everywhere: B batch rows, T tokens of one, N sequences, H heads (Hq of
+queries, Hk of keys, Hv of values), D channels of a head (Dk of keys, Dv of values), C tokens of a
+chunk, W taps of a filter, V vocabulary.
+"""
 
 from kernels.convolution import short_convolution
 from kernels.cross_entropy import linear_cross_entropy, token_cross_entropy

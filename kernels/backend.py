@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: Triton kernels on a GPU, torch anywhere."""
+"""Choosing an op's implementation: Triton kernels on a GPU, torch on any device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ Backend = Literal["auto", "triton", "torch"]
 
 
 def use_triton(backend: Backend, x: Tensor) -> bool:
-    """Whether an op on x runs in Triton; "auto" prefers it on a GPU.
+    """Whether an op on x runs in Triton.
 
-    fp64 is for checking gradients and stays with torch.
+    "auto" takes Triton for a tensor on a GPU if it is installed, but torch for fp64, in which
+    gradients are checked.
+
+    Raises:
+        ValueError: backend is none of the three.
     """
     if backend == "auto":
         return x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None

@@ -11,9 +11,9 @@ from torch import Tensor
 from kernels.backend import Backend, use_triton
 from kernels.packing import accumulation_dtype
 
-# Logits held at a time: 2²² in fp32 are 16 MB, near a CPU's last cache. A GPU wants larger
-# products (256 MB), and with a wide model up to half as many logits as the weight has
-# elements, since every chunk reads and writes the weight's gradient once.
+# Logits held at a time: on a CPU 2²² (16 MB in fp32), about the size of its last cache; on a GPU
+# 2²⁶ (256 MB), since small products do not fill it. With a wide model a GPU holds up to half as
+# many logits as the weight has elements: every chunk reads and writes the weight's gradient once.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 IGNORED = -100
@@ -27,7 +27,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Sum over target tokens of the cross-entropy of `hidden @ weight.T`.
+    """The sum over target tokens of the cross-entropy of `hidden @ weight.T`.
 
         logits_t = W · hidden_t,   lse_t = log Σ_v exp logits_tv,   ce_t = lse_t − logits_t,label
         loss = Σ_t (ce_t + z_loss · lse_t²)
@@ -35,23 +35,22 @@ def linear_cross_entropy(
     Args:
         hidden: (T, D), floating point.
         weight: (V, D), the dtype of hidden.
-        labels: (T,) int64; −100 marks a token without a target, whose row of hidden has no
-            part in anything, whatever it holds.
+        labels: (T,) int64; −100 marks a token without a target, whose row of hidden is ignored,
+            even if it is not finite.
         z_loss: factor on the squared log normaliser (PaLM, arXiv 2204.02311, section 5).
         backend: "triton" (GPU), "torch" (any device), or "auto"; the matrix products are
             torch's either way.
 
     Returns:
-        loss, and Σ ce_t without a gradient, both fp32 scalars (fp64 for fp64 inputs). Sums,
-        not means: the caller knows how many targets the whole step has. Without any target
+        loss, and Σ ce_t without a gradient, both fp32 scalars (fp64 for fp64 inputs). They are
+        sums because only the caller knows how many targets the whole step has. Without any target
         both are 0 and all gradients zeros.
 
-    The gradients are made in the forward, while a chunk's logits are there: the backward
-    would have to make the logits again, one of four products of T × V × D. The price is
-    that the gradients (T × D in the dtype of hidden, V × D in fp32) are held between
-    forward and backward; beside them only a chunk of logits, 16 MB on a CPU, 256 MB on a
-    GPU (or half as many as the weight has elements, if that is more), whatever T × V is.
-    Without grad mode, no gradient is computed.
+    Gradients are computed in the forward pass, while a chunk's logits exist. In the backward pass
+    the logits would have to be computed again: four products of T × V × D instead of three. In
+    return the gradients, T × D in the dtype of hidden and V × D in fp32, are held from forward to
+    backward. Beside them only one chunk of logits exists at a time (`CHUNK_LOGITS`), whatever
+    T × V is. Without grad mode, no gradient is computed.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -67,9 +66,9 @@ def linear_cross_entropy(
 def token_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Each token's cross-entropy, (T,) fp32, and whether its label is the likeliest, (T,) bool.
+    """Each token's cross-entropy (T,) fp32, and whether its label has the largest logit (T,) bool.
 
-    Where the label is −100 they are 0 and false. No gradient. Arguments and memory as in
+    Tokens with label −100 have 0 and false. No gradient. Arguments and memory as in
     `linear_cross_entropy`.
     """
     _check(hidden, weight, labels)
@@ -126,10 +125,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunks(
     hidden: Tensor, projection: Tensor, labels: Tensor, triton: bool
 ) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
-    """Rows of hidden, what they hold, their logits and labels, a chunk at a time.
+    """For each chunk of n tokens: their rows, hidden (n, D), logits (n, V) and labels (n,).
 
-    The torch path looks at rows with a target only. The Triton path takes all, the others as
-    zeros: to find out which they are, the CPU would have to wait for the GPU.
+    torch takes the tokens with a target only. Triton takes all, with zeros in place of the others:
+    to find out which those are, the CPU would have to wait for the GPU.
     """
     V = max(len(projection), 1)
     limit = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cpu"])
@@ -151,11 +150,11 @@ def _chunks(
 def _losses(
     logits: Tensor, labels: Tensor, z_loss: float, gradient: bool, dtype: torch.dtype, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lse and ce of each row, and with `gradient` that of Σ ce + z_loss · lse² for the logits,
+    """lse and ce (n,) of logits (n, V), and if `gradient` the gradient of Σ ce + z_loss · lse²,
 
         softmax · (1 + 2 · z_loss · lse) − onehot(label),
 
-    which takes the place of the logits where its dtype allows.
+    (n, V), which overwrites the logits if it has their dtype.
     """
     if triton:
         from kernels.triton import cross_entropy as compiled
@@ -174,8 +173,8 @@ def _losses(
 
 
 def _operand(x: Tensor) -> Tensor:
-    """x as the products want it: as it is on a GPU, whose tensor cores sum in fp32; in fp32
-    on a CPU, whose products of bf16 round their sums."""
+    """x in the dtype to multiply: its own on a GPU, whose tensor cores sum in fp32; fp32 (fp64) on
+    a CPU, where sums of a bf16 product are rounded to bf16."""
     return x if x.is_cuda else x.to(accumulation_dtype(x.dtype))
 
 
@@ -197,7 +196,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """Shapes and dtypes; label values too where no device must be waited for."""
+    """Check shapes and dtypes; values of labels too if these are on the CPU."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "hidden must be (T, D) and weight (V, D); "

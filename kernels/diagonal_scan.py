@@ -12,8 +12,8 @@ from torch import Tensor
 from kernels.backend import Backend, use_triton
 from kernels.packing import accumulation_dtype, blocks, check_cu_seqlens, host_bounds
 
-# Elements of a block of rows. A block is passed over a few times, so its fp32 decays and
-# states should fit a core's second cache together.
+# Elements of a block of rows, 1 MB in fp32. A block is read several times, so its decays and states
+# should fit a core's second cache together.
 BLOCK_ELEMENTS = 1 << 18
 
 
@@ -110,7 +110,7 @@ class _DiagonalScan(torch.autograd.Function):
         dx, ddecay = torch.empty_like(h), torch.empty_like(decay)
         dx[bounds[-1] :] = 0
         ddecay[bounds[-1] :] = 0
-        # What reaches a block's last state from the rows after it.
+        # (N, D): the gradient of each sequence's last state so far, from the rows after it.
         carried = torch.zeros(len(bounds) - 1, h.shape[1], dtype=dtype, device=h.device)
         if dfinal is not None:
             carried += dfinal
@@ -119,7 +119,8 @@ class _DiagonalScan(torch.autograd.Function):
             arriving = torch.zeros_like(h[start:end]) if dh is None else dh[start:end]
             gradient = arriving.flip(0).to(dtype)
             gradient[0] += carried[n]
-            # Row t takes the factor of row t + 1: one place on, in reversed order.
+            # Row t takes the factor of row t + 1: shift by one, then reverse. The last row takes
+            # that of the first, which `_scan` does not use.
             gradient = _scan(factor.roll(-1, 0).flip(0), gradient).flip(0)
             carried[n] = factor[0] * gradient[0]
             dx[start:end] = gradient
@@ -141,23 +142,24 @@ def _rows(x: Tensor) -> int:
 def _scan(factor: Tensor, x: Tensor) -> Tensor:
     """h_t = factor_t · h_{t−1} + x_t over the rows of (L, D), L ≥ 1, with h_0 = x_0.
 
-    √L chunks of √L rows are walked side by side, each from zero, with the products of
-    their factors; then one after the other they learn the state that enters them. Products
-    only ever shrink, and nothing is divided by them. Overwrites both arguments.
+    A prefix scan in two levels. The rows are cut into about √L chunks of √L rows. All chunks are
+    scanned side by side, each from a state of zero, together with the products of their factors;
+    then, chunk after chunk, the state that enters is added. Factors are at most 1 and nothing is
+    divided by their products. Overwrites both arguments.
     """
     L, D = x.shape
     rows = math.isqrt(L - 1) + 1
     chunks = -(-L // rows)
     pad = (0, 0, 0, chunks * rows - L)
-    product = F.pad(factor, pad).view(chunks, rows, D)
+    product = F.pad(factor, pad).view(chunks, rows, D)  # (L, D) -> (chunks, rows, D)
     h = F.pad(x, pad).view(chunks, rows, D)
-    # Unbound views: indexing in the loop would cost as much as the arithmetic.
-    steps, factors = h.unbind(1), product.unbind(1)
+    # Views made beforehand: indexing in the loop would take as long as the arithmetic.
+    steps, factors = h.unbind(1), product.unbind(1)  # `rows` views of (chunks, D) each
     for t in range(1, rows):
         steps[t].addcmul_(factors[t], steps[t - 1])
         factors[t].mul_(factors[t - 1])
-    ends = steps[-1].unbind(0)
+    ends = steps[-1].unbind(0)  # `chunks` views of (D,)
     for c, (states, share) in enumerate(zip(h.unbind(0), product.unbind(0), strict=True)):
         if c:
             states.addcmul_(share, ends[c - 1])
-    return h.view(chunks * rows, D)[:L]
+    return h.view(chunks * rows, D)[:L]  # (chunks, rows, D) -> (L, D)

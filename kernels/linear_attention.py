@@ -1,4 +1,4 @@
-"""One recurrence: the single entry point of every linear mixer."""
+"""Linear attention: the one recurrence that every linear mixer calls."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def linear_attention(
         beta: None or (B, T, Hv), in [0, 2); with it the update is the delta rule, which
             wants k of length at most one.
         scale: factor on o, `Dk ** -0.5` unless given.
-        initial_state: (N, Hv, Dk, Dv), fp32; N is the number of sequences (B without
-            `cu_seqlens`). Zero unless given.
+        initial_state: (N, Hv, Dk, Dv), fp32, for N sequences (N = B without `cu_seqlens`). Zeros
+            unless given.
         output_final_state: return the state after the last token of each sequence too.
         cu_seqlens: (N + 1,) int, rising from 0: sequence n is rows
             `cu_seqlens[n]:cu_seqlens[n + 1]` of the one batch row (B must be 1). A state
@@ -72,6 +72,11 @@ def linear_attention(
 
 
 def resolve(backend: Backend, q: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
+    """The function that computes `linear_attention` for these tensors.
+
+    Raises:
+        ValueError: the backend is unknown, or cannot take these tensors.
+    """
     widest = max(q.shape[-1], v.shape[-1])
     if backend == "auto":
         fits = q.is_cuda and q.dtype != torch.float64 and widest <= 256
@@ -92,7 +97,7 @@ def resolve(backend: Backend, q: Tensor, v: Tensor):  # type: ignore[no-untyped-
                 f"backend 'triton' needs tensors on a GPU, not on {q.device}: use 'torch', or set "
                 "TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"
             )
-        # Importing Triton takes a second, and it is not there on every system.
+        # Imported here: it takes a second, and Triton is not installed on every system.
         from kernels.triton import linear_attention as triton_backend
 
         return triton_backend.linear_attention
@@ -108,7 +113,7 @@ def check_arguments(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    """Shapes and dtypes only: no value is read, so no device is waited for."""
+    """Check shapes and dtypes. No value is read, so no device is waited for."""
     if q.dim() != 4 or q.shape != k.shape:
         raise ValueError(
             f"q and k must share a shape (B, T, Hk, Dk); got {tuple(q.shape)} and {tuple(k.shape)}"

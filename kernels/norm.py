@@ -11,8 +11,8 @@ from torch import Tensor
 from kernels.backend import Backend, use_triton
 from kernels.packing import accumulation_dtype
 
-# Elements of a block of rows: small enough that the passes over a block after the first
-# one find it in a core's cache.
+# Elements of a block of rows, 512 KB in fp32: a block is read several times, and stays in a core's
+# cache meanwhile.
 BLOCK_ELEMENTS = 1 << 17
 
 
@@ -61,7 +61,7 @@ def rms_norm(
 
         if D <= compiled.MAX_WIDTH:
             return compiled.rms_norm(x, weight, gate, eps)
-    rows = x.reshape(-1, D)
+    rows = x.reshape(-1, D)  # (…, D) -> (rows, D)
     gates = None if gate is None else gate.reshape(-1, D)
     return _RMSNorm.apply(rows, weight, gates, eps).view(x.shape)
 
@@ -112,7 +112,7 @@ class _RMSNorm(torch.autograd.Function):
                 active = F.silu(g)
                 dout = dout * active
                 shared.mul_(active)
-            # d(x · rstd)/dx takes out of the gradient what points along the row itself.
+            # dx = rstd · (dout − x̂ · mean(dout · x̂)): the part along the row itself drops out.
             if scale is None or dscale is None:
                 along = shared.mean(1, keepdim=True)
             else:
@@ -124,5 +124,6 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _blocks(x: Tensor) -> list[slice]:
+    """The rows of x (rows, D) in blocks of about `BLOCK_ELEMENTS` elements."""
     step = max(BLOCK_ELEMENTS // x.shape[1], 1)
     return [slice(start, start + step) for start in range(0, len(x), step)]

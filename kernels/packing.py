@@ -1,8 +1,8 @@
-"""Where sequences begin and end in the rows of a batch: one rule for every op of the room.
+"""Where sequences begin and end in a batch: the same rule for every op.
 
-A batch (B, T, …) without `cu_seqlens` is B sequences of T rows; with it, the one batch row
-holds N sequences end to end, and rows at or past `cu_seqlens[-1]` belong to nobody. Either
-way the ops see one stream of B·T rows and N + 1 bounds.
+Without `cu_seqlens` a batch (B, T, …) is B sequences of T rows. With it, B is 1 and the T rows hold
+N sequences end to end; rows at or past `cu_seqlens[-1]` belong to no sequence. Either way the ops
+see one stream of B · T rows and N + 1 bounds: (B, T, …) -> (B · T, …).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 
 
 def check_cu_seqlens(batch: int, cu_seqlens: Tensor | None) -> int:
-    """The number of sequences; raises ValueError for a `cu_seqlens` of the wrong form.
+    """The number of sequences. Reads no value, so no device is waited for.
 
-    Reads no value, so no device is waited for.
+    Raises:
+        ValueError: `cu_seqlens` has the wrong shape or dtype, or the batch is not 1.
     """
     if cu_seqlens is None:
         return batch
@@ -32,9 +33,12 @@ def check_cu_seqlens(batch: int, cu_seqlens: Tensor | None) -> int:
 
 
 def host_bounds(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
-    """Bounds of the N sequences in the stream, as ints: sequence n is rows b[n] to b[n + 1].
+    """N + 1 bounds as ints: sequence n is rows [b[n], b[n + 1]) of the stream.
 
     Waits for the device that holds `cu_seqlens`.
+
+    Raises:
+        ValueError: `cu_seqlens` does not rise from 0 to at most `length`.
     """
     if cu_seqlens is None:
         return [b * length for b in range(batch + 1)]
@@ -58,7 +62,10 @@ def device_bounds(
 
 
 class Block(NamedTuple):
-    """Rows start:end of the stream, all of one sequence: what a CPU path works on at a time."""
+    """Rows [start, end) of the stream, all of one sequence: what a CPU path computes at a time.
+
+    `first` and `last` say whether they begin, and end, the sequence.
+    """
 
     sequence: int
     start: int
@@ -76,5 +83,5 @@ def blocks(bounds: list[int], rows: int) -> Iterator[Block]:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, else fp32: what statistics, states and sums are kept in."""
+    """The dtype of statistics, states and sums: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

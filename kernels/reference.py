@@ -18,7 +18,7 @@ def linear_attention(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `kernels.linear_attention` one token after the other.
+    """Compute `kernels.linear_attention` one token after the other; shapes as there.
 
     S_t = (I − β_t k_t k_tᵀ) · Diag(exp decay_t) · S_{t−1} + β_t k_t v_tᵀ     (delta rule)
     S_t =                      Diag(exp decay_t) · S_{t−1} +     k_t v_tᵀ     (without β)
@@ -29,6 +29,7 @@ def linear_attention(
     B, T, Hk, Dk = q.shape
     Hv, Dv = v.shape[2:]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # (B, T, Hk, Dk) -> (B, T, Hv, Dk): value head h reads key head h // (Hv / Hk).
     q, k = (x.to(dtype).repeat_interleave(Hv // Hk, dim=2) for x in (q, k))
     values = v.to(dtype)
     if decay is None:
@@ -37,8 +38,8 @@ def linear_attention(
     if decay.dim() == 1:
         decay = decay.expand(B, T, Hv)
     if decay.dim() == 3:
-        decay = decay.unsqueeze(-1)
-    a = decay.exp().expand(B, T, Hv, Dk)
+        decay = decay.unsqueeze(-1)  # (B, T, Hv) -> (B, T, Hv, 1)
+    a = decay.exp().expand(B, T, Hv, Dk)  # (B, T, Hv, 1 | Dk) -> (B, T, Hv, Dk)
 
     # (batch row, first token, end) of each sequence.
     if cu_seqlens is None:
@@ -62,6 +63,7 @@ def linear_attention(
         final.append(S)
 
     empty_o = values.new_zeros(B, T, Hv, Dv)
+    # B · T of (Hv, Dv) -> (B, T, Hv, Dv); N of (Hv, Dk, Dv) -> (N, Hv, Dk, Dv)
     o = torch.stack([torch.stack(row) for row in rows]) if T and B else empty_o
     state = torch.stack(final) if final else values.new_zeros(0, Hv, Dk, Dv)
     return o.to(v.dtype), state

@@ -21,10 +21,10 @@ def rotary_embedding(
     rotary_dim: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Turn pairs of channels by angles proportional to the token's position.
+    """Rotate pairs of channels by angles proportional to the token's position.
 
     Channels i and i + R/2 (i < R/2, R = `rotary_dim`: the half-split convention of NeoX and
-    Llama) turn by position · theta^(−2i/R). Channels from R on pass unchanged.
+    Llama) are rotated by position · theta^(−2i/R). Channels from R on are unchanged.
 
     Args:
         x: (B, T, H, D), floating point.
@@ -34,9 +34,9 @@ def rotary_embedding(
         backend: "triton" (GPU), "torch" (any device), or "auto".
 
     Returns:
-        The shape and dtype of x. Whole turns are taken off an angle in fp64 before it is
-        rounded to fp32, so that far positions are turned as exactly as near ones; products
-        are fp32 (fp64 for fp64 inputs). The backward keeps the positions alone.
+        The shape and dtype of x. Angles are reduced modulo one turn in fp64 before they are rounded
+        to fp32, so that far positions are as exact as near ones; products are fp32 (fp64 for
+        fp64 inputs). The backward keeps the positions alone.
 
     Raises:
         ValueError: shapes or arguments do not fit together.
@@ -69,13 +69,13 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (positions,) = ctx.saved_tensors
-        # A rotation's transpose is the rotation back.
+        # The transpose of a rotation is the rotation by the opposite angle.
         return _rotated(dy, positions, -1, *ctx.arguments), *[None] * 4
 
 
 @lru_cache(maxsize=64)
 def _frequencies(theta: float, R: int, device: torch.device) -> Tensor:
-    """Turns a token, θ^(−2i/R) / 2π: (R / 2,) fp64."""
+    """Turns for each position, θ^(−2i/R) / 2π: (R / 2,) fp64."""
     exponents = torch.arange(0, R, 2, dtype=torch.float64, device=device) / max(R, 1)
     return theta**-exponents / (2 * math.pi)
 
@@ -87,9 +87,9 @@ def _rotated(x: Tensor, positions: Tensor, sign: int, theta: float, R: int, trit
         from kernels.triton import rotary as compiled
 
         return compiled.rotated(x, positions, frequencies, sign)
-    turns = positions.double().unsqueeze(-1) * frequencies
+    turns = positions.double().unsqueeze(-1) * frequencies  # (T,) or (B, T) -> (…, R / 2)
     angles = turns.sub_(turns.round()).mul_(2 * math.pi).to(dtype)
-    cos = angles.cos().unsqueeze(-2)  # (T, 1, R / 2) or (B, T, 1, R / 2)
+    cos = angles.cos().unsqueeze(-2)  # (…, R / 2) -> (…, 1, R / 2), over the heads
     sin = angles.sin().mul_(sign).unsqueeze(-2)
     y = torch.empty_like(x)
     first, second = x[..., : R // 2].to(dtype), x[..., R // 2 : R].to(dtype)

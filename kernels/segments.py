@@ -1,15 +1,15 @@
 """What a run of tokens does to the state that enters it: S_out = M · S_in + E.
 
-A segment is a sequence, or a fragment of one. M and E follow from its own tokens, so each holder
-of a fragment can compute them before it knows its S_in, and neighbours' maps compose:
-(M₂, E₂) ∘ (M₁, E₁) = (M₂M₁, M₂E₁ + E₂). M is no larger than it need be:
+A segment is a sequence, or a fragment of one. M and E depend on its own tokens only, so they can be
+computed before S_in is known, and maps of neighbours compose:
+(M₂, E₂) ∘ (M₁, E₁) = (M₂M₁, M₂E₁ + E₂). M has the smallest shape that holds it:
 
     (N, Hv)          no decay, or one a head: a factor
-    (N, Hv, Dk)      decay a channel: a diagonal
+    (N, Hv, Dk)      a decay a channel: a diagonal
     (N, Hv, Dk, Dk)  with the delta rule: a matrix
 
-All of it is fp32 (fp64 for fp64 inputs), whatever the dtype of the tokens or an autocast around:
-a chain of bf16 maps drifts away from the state. Everything is differentiable.
+All is fp32 (fp64 for fp64 inputs), whatever the dtype of the tokens, and under autocast too, since
+errors of bf16 maps would grow with every composition. Everything is differentiable.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def segment_state(
 ) -> tuple[Tensor, Tensor]:
     """The maps (M, E) of N segments, for the arguments of `kernels.linear_attention`.
 
-    For every S_in, `M · S_in + E` is its final state with `initial_state=S_in`. An empty segment
-    is the identity. Costs about half of the op, with Dk more columns in the state under the
-    delta rule and one more without.
+    For every S_in, `M · S_in + E` is the op's final state with `initial_state=S_in`. An empty
+    segment is the identity. The cost is that of a final state (no outputs) with Dk more columns in
+    the state under the delta rule, or one more without.
 
     Returns:
         M, shaped as above, and E (N, Hv, Dk, Dv).
@@ -46,15 +46,17 @@ def segment_state(
     check_arguments(k, k, v, decay, beta, None, cu_seqlens)
     (*_, Dk), (B, T, Hv, Dv) = k.shape, v.shape
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    # M is what becomes of columns that start as its own unit and are never written to: of the
-    # identity under the delta rule, of a single column of ones where channels stay apart.
+    # M is the final value of extra state columns to which no values are written: with the delta
+    # rule Dk columns that start as the identity; without, one column of ones, since channels of
+    # keys do not mix.
     unit = torch.ones(Dk, 1, dtype=accumulation_dtype(k.dtype), device=k.device)
     if beta is not None:
-        unit = unit.squeeze(1).diag()
+        unit = unit.squeeze(1).diag()  # (Dk, 1) -> (Dk, Dk)
     columns = unit.shape[1]
-    state = torch.cat([unit.new_zeros(Dk, Dv), unit], dim=1)
-    values = torch.cat([v, v.new_zeros(B, T, Hv, columns)], dim=-1)
+    state = torch.cat([unit.new_zeros(Dk, Dv), unit], dim=1)  # (Dk, Dv + columns)
+    values = torch.cat([v, v.new_zeros(B, T, Hv, columns)], dim=-1)  # (B, T, Hv, Dv + columns)
     final = final_state(k, values, decay, beta, state.expand(N, Hv, -1, -1), cu_seqlens, backend)
+    # (N, Hv, Dk, Dv + columns) -> E (N, Hv, Dk, Dv), M (N, Hv, Dk, columns)
     E, M = final.split([Dv, columns], dim=-1)
     if beta is not None:
         return M, E
@@ -71,7 +73,7 @@ def final_state(
     cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The final states of `kernels.linear_attention` alone: (N, Hv, Dk, Dv), as `initial_state`."""
+    """The final states of `kernels.linear_attention`, without outputs: (N, Hv, Dk, Dv)."""
     compute = resolve(backend, k, v)
     if compute is chunked.linear_attention:
         return chunked.final_state(k, v, decay, beta, initial_state, cu_seqlens)
@@ -95,7 +97,7 @@ def final_state(
 
 
 def apply_segment(M: Tensor, E: Tensor, state: Tensor) -> Tensor:
-    """M · state + E, (N, Hv, Dk, Dv): the state that leaves, given the one that enters."""
+    """M · state + E, (N, Hv, Dk, Dv): the state after the segment, given the one before."""
     return _times(M, state) + E
 
 
@@ -109,6 +111,7 @@ def compose_segments(
 
 
 def _times(M: Tensor, x: Tensor) -> Tensor:
+    """M · x for a factor (N, Hv), a diagonal (N, Hv, Dk) or a matrix (N, Hv, Dk, Dk)."""
     if M.dim() == x.dim():
         with torch.autocast(x.device.type, enabled=False):
             return M @ x

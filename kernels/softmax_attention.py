@@ -1,4 +1,8 @@
-"""Softmax attention for packed sequences that can return its log-sum-exp."""
+"""Softmax attention for packed sequences, with its log-sum-exp if wanted.
+
+On a GPU in bf16 or fp16 it calls FlashAttention (`kernels.flash`), elsewhere it works tile by tile
+(`kernels.chunked.softmax_attention`).
+"""
 
 from __future__ import annotations
 
@@ -45,14 +49,14 @@ def softmax_attention(
         window: number of tokens seen, at least 1; needs `causal`.
         scale: factor on the scores, `D ** -0.5` unless given.
         return_lse: return the log-sum-exp too.
-        max_seqlen, max_seqlen_k: the longest sequence of q, and of k, or any number above. On
-            a GPU these spare a wait for the device, which knows `cu_seqlens`.
+        max_seqlen, max_seqlen_k: tokens of the longest sequence of q, and of k, or more. Unless
+            given, they are computed from `cu_seqlens`, for which the CPU waits for a GPU.
 
     Returns:
         o (B, Tq, Hq, Dv) in the dtype of v; with `return_lse` also lse (B, Tq, Hq), fp32
         (fp64 for fp64 inputs), the natural logarithm. A row that sees nothing has o = 0 and
-        lse = −inf. Gradients flow through both, so that parts of one softmax can be merged
-        outside. Memory is linear in Tq + Tk; the backward keeps q, k, v, o, lse.
+        lse = −inf. Both are differentiable, so that the caller can merge parts of one softmax.
+        Memory is linear in Tq + Tk; the backward keeps q, k, v, o, lse.
 
     Raises:
         ValueError: shapes or arguments do not fit together.
@@ -72,7 +76,7 @@ def softmax_attention(
     else:
         tiling = _tiling(q, k, cu_seqlens, cu_seqlens_k, causal, window)
         o, lse = attention_tiles.TiledAttention.apply(*_rows(q, k, v), tiling, scale)
-    o = o.view(B, Tq, Hq, Dv)
+    o = o.view(B, Tq, Hq, Dv)  # (B · Tq, Hq, Dv) -> (B, Tq, Hq, Dv)
     return (o, lse.view(B, Tq, Hq)) if return_lse else o
 
 
@@ -92,13 +96,14 @@ def softmax_attention_backward(
     max_seqlen: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the keys given here add to the gradients of a softmax over these and others.
+    """The terms that the given keys contribute to the gradients of a softmax over more keys.
 
         p_ij = exp(s_ij − lse_i)        ds_ij = scale · p_ij · (⟨do_i, v_j⟩ − ⟨do_i, o_i⟩)
         dq_i = Σ_j ds_ij k_j        dk_j = Σ_i ds_ij q_i        dv_j = Σ_i p_ij do_i
 
-    With o and lse of whole rows, and keys that are all or some of those that the rows saw: sums
-    over parts of the keys are the whole gradients. So a ring of ranks needs no part's own o.
+    o and lse are those of whole rows; k and v are all or some of the keys that the rows saw. Summed
+    over disjoint parts of the keys, the results are the gradients of the whole softmax. So ranks of
+    a ring need not keep o and lse of each part.
 
     Args:
         do, o: (B, Tq, Hq, Dv), in the dtype of v.
@@ -136,7 +141,7 @@ def softmax_attention_backward(
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
-    """(B, T, …) as the one stream (B · T, …)."""
+    """(B, T, …) -> (B · T, …), one stream."""
     return [x.reshape(-1, *x.shape[2:]) for x in tensors]
 
 
@@ -191,7 +196,7 @@ def _check(
     causal: bool,
     window: int | None,
 ) -> None:
-    """Shapes and arguments only: no value is read, so no device is waited for."""
+    """Check shapes and arguments. No value is read, so no device is waited for."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v must have 4 dims; got {q.dim()}, {k.dim()}, {v.dim()}")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):

@@ -1,32 +1,36 @@
 """Numerics across ranks. Knows process groups and plans; wraps the kernels.
 
-The whole idea. There is no grid of data- and sequence-parallel ranks. A batch is one stream of
-sequences, shared out over all ranks: each holds about as many tokens (a *shard*), in a few
-*fragments* of sequences. What a fragment needs from elsewhere depends on the layer:
+There is no grid of data- and sequence-parallel ranks. A batch is one *stream* of sequences, divided
+over all P ranks. A rank's part is its *shard*; the part of a sequence in one shard is a *fragment*.
+What a fragment needs from other ranks depends on the layer:
 
     embedding, norm, MLP, loss   nothing
-    convolution, window          the last tokens before it (`stream.View.halo`, `reaching`)
-    linear attention, scan       the state that enters it, whatever its length (`chain`)
-    full attention               the keys of its sequence: quadratic work, which has an even
-                                 layout of its own, to which q, k and v move and from which o
-                                 comes back (`attention`, `rings`)
+    convolution, window          the last tokens before it (`View.halo`, `View.with_preceding`)
+    linear attention, scan       the state that enters it, whatever its length (`travel.chain`)
+    full attention               the keys of its sequence. The work is quadratic, so it has a
+                                 layout of its own, in which it is even: q, k and v move there and
+                                 o moves back (`travel.attention`, `travel.rings`)
 
-A *plan* says where every token lies in both layouts. It follows from the lengths alone, so each
-rank makes it for itself, beside the step before (`planner`). First come the ranks that attend to
-each sequence: few for a short one, a ring over nodes for a long one, and quadratic work is even
-(`placing`). Then the stream, near them: tokens stay on their node but for what evens shards out
-(`ordering`). Where that would move many, a node with more of attention's work keeps fewer tokens
-instead, as far as memory allows, and all work is even rather than each kind of it; or nothing
-moves, and every rank keeps what it attends to (`owners`). The cheapest of several such plans is
-taken (`plan`), by what attention and the rest cost (`cost`) and what the states of linear layers do
-(`states`). Layers see a shard and call the functions below; gradients come back the way that their
-tensors went (`exchange`).
+A *plan* says where every token lies in both layouts. It follows from the lengths alone, so that
+every rank makes it by itself, while the step before runs (`planning.planner`):
 
-What travels does so beside what needs none of it: one wave of heads beside the attention of others
-and their projections, states beside pieces of the output's gate (`layers`).
+    placing     which ranks attend to each sequence: one for a short one, a ring inside a node for
+                a middle one, a ring over nodes for a long one, so that quadratic work is even
+    ordering    the stream near them: tokens stay on their node, but for what makes shards even
 
-Names are imported when they are first used, so that settings and plans, which know no torch,
-come without it.
+Two variants move fewer tokens. Shards may be uneven, within memory: a node with more attention
+work gets fewer tokens, and the sum of all work is even (`Limits.uneven`). Or nothing moves, and
+each rank keeps the tokens it attends to (`owners.on_fewest_ranks`). The plan is the cheapest of
+several (`planning.plan`) by the price of attention and the other work (`planning.cost`) and of the
+states of linear layers (`planning.states`).
+
+A model calls the functions below with a shard and never sees a plan. Gradients return the way that
+their tensors went. Transfers overlap work that does not depend on them: a wave of heads overlaps
+the attention and the projections of other waves, states overlap pieces of the output's gate.
+
+The front: `layers` (what a model calls), `stream` (a batch to shards), `world` (the ranks), `peers`
+(who is lost), `config`. Under it `planning`, `travel` and `simulation`. Names are imported when
+first used, so that settings and plans come without torch.
 """
 
 from importlib import import_module

@@ -11,7 +11,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     simulate = commands.add_parser(
-        "simulate", help="price a training step on a described cluster, beside the alternatives"
+        "simulate", help="price a training step on a described cluster, by strategy"
     )
     simulate.add_argument("--cluster", default="h800", help="a800, h800, h200 or a YAML file")
     simulate.add_argument(
@@ -19,17 +19,19 @@ def main() -> int:
     )
     simulate.add_argument("--lengths", default="arxiv", help=_LENGTHS)
     simulate.add_argument("--gpus", type=int, default=64, help="ranks, 1 to 4096")
-    simulate.add_argument("--tokens-per-gpu", type=int, default=4096)
+    simulate.add_argument("--tokens-per-gpu", type=int, default=4096, help="of one batch")
     simulate.add_argument(
         "--longest", type=int, default=65536, help="longer sequences are cut to this"
     )
-    simulate.add_argument("--batches", type=int, default=8, help="over which figures are means")
+    simulate.add_argument(
+        "--batches", type=int, default=8, help="batches that figures are averaged over"
+    )
     simulate.add_argument("--seed", type=int, default=0)
     simulate.add_argument(
         "--routing",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="our traffic between nodes goes over all ranks of a node",
+        help="headrace's traffic between nodes goes over all ranks of a node",
     )
     simulate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     simulate.add_argument("--figure", metavar="PATH", help="a picture with a timeline of the ranks")
@@ -40,9 +42,11 @@ def main() -> int:
     show.add_argument(
         "--lengths",
         default="20000,9000,6000,4000,3000,2500,1500,1200,900,700,500,300",
-        help=f"lengths with commas between, or {_LENGTHS}",
+        help=f"lengths separated by commas, or {_LENGTHS}",
     )
-    show.add_argument("--tokens-per-gpu", type=int, default=4096, help="for a distribution")
+    show.add_argument(
+        "--tokens-per-gpu", type=int, default=4096, help="if lengths are a distribution"
+    )
     show.add_argument(
         "--strategy", default="balanced", choices=["balanced", "ring", "even", "allgather"]
     )

@@ -1,4 +1,4 @@
-"""Settings of the room. Light: nothing here imports torch."""
+"""Settings of `parallel`. Imports no torch, so that a config is read and checked at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class ParallelConfig:
     attention: Attention = field(
         default="balanced",
         metadata={
-            "help": "how full attention crosses ranks: balanced plans whole sequences and rings "
-            "by length; ring shares a sequence among the ranks that hold it; ulysses splits "
+            "help": "how full attention is divided over ranks: balanced plans whole sequences and "
+            "rings by length; ring takes the ranks that hold a sequence in order; ulysses divides "
             "heads; allgather fetches all earlier keys and values of a sequence"
         },
     )

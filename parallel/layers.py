@@ -1,8 +1,8 @@
 """The layers that mix tokens, over a shard of the stream.
 
-A model calls these and never the kernels beneath: what a layer needs from other ranks is
-this room's business. Generation calls them with a shard that no other rank shares
-(`parallel.shard`), and nothing is exchanged.
+A model calls these instead of the kernels; they fetch what a layer needs from other ranks.
+Generation calls them with a shard that no other rank shares (`parallel.shard`): then nothing is
+exchanged. Shapes are those of the kernels with B = 1 and T = t, the tokens of this rank's shard.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kernels.segments import final_state, segment_state
 from parallel.planning.heads import Waves
 from parallel.planning.passing import TURNS
 from parallel.travel import attention
-from parallel.travel.chain import Passage, Recurrence, Shapes, depart
+from parallel.travel.chain import Recurrence, Shapes, StateTransfer, begin_states
 from parallel.travel.exchange import move
 from parallel.travel.view import Shard, View
 
-# Computes the i-th of n pieces of what is wanted later: of something that no state enters.
+# A function of (i, n) that computes the i-th of n pieces of work which needs no state.
 Meanwhile = Callable[[int, int], None]
 
 
@@ -43,11 +43,17 @@ def linear_attention(
     output_final_state: bool = False,
     meanwhile: Meanwhile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`kernels.linear_attention` over the sequences of `shard`; shapes are given there.
+    """`kernels.linear_attention` over the sequences of `shard`; arguments and shapes as there.
 
-    A sequence that began on other ranks enters with their state. `initial_state` and
-    `output_final_state` are for a shard that no other rank shares. `meanwhile` is called while
-    states travel, piece by piece, or once if none do.
+    A fragment that continues a sequence starts from the state of the ranks before.
+
+    Args:
+        initial_state, output_final_state: only for a shard that no other rank shares.
+        meanwhile: called with (i, n) for i < n while states travel; with (0, 1) if none do.
+
+    Raises:
+        ValueError: a state is given or wanted, and other ranks share the stream.
+        LostRankError: another rank is gone.
     """
     view = _view(shard, initial_state, output_final_state)
     if view is None:
@@ -64,9 +70,9 @@ def linear_attention(
             output_final_state=output_final_state,
             cu_seqlens=shard.cu_seqlens,
         )
-    passage = depart(_LINEAR_ATTENTION, view.chains, k, v, decay, beta)
+    transfer = begin_states(_LINEAR_ATTENTION, view.chains, k, v, decay, beta)
     op = partial(kernels.linear_attention, scale=scale)
-    return _run(op, view, shard, passage, meanwhile, q, k, v, decay, beta), None
+    return _run(op, view, shard, transfer, meanwhile, q, k, v, decay, beta), None
 
 
 def diagonal_scan(
@@ -78,7 +84,7 @@ def diagonal_scan(
     output_final_state: bool = False,
     meanwhile: Meanwhile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`kernels.diagonal_scan` over the sequences of `shard`, as `linear_attention` here."""
+    """`kernels.diagonal_scan` over the sequences of `shard`; the rest as in `linear_attention`."""
     view = _view(shard, initial_state, output_final_state)
     if view is None:
         if meanwhile is not None:
@@ -90,13 +96,14 @@ def diagonal_scan(
             output_final_state=output_final_state,
             cu_seqlens=shard.cu_seqlens,
         )
-    passage = depart(_DIAGONAL_SCAN, view.chains, x, decay)
+    transfer = begin_states(_DIAGONAL_SCAN, view.chains, x, decay)
 
     def op(x: Tensor, decay: Tensor, initial_state: Tensor | None = None, **more: Any) -> Any:
+        # (N, D, 1, 1) -> (N, D)
         state = None if initial_state is None else initial_state[..., 0, 0]
         return kernels.diagonal_scan(x, decay, initial_state=state, **more)
 
-    return _run(op, view, shard, passage, meanwhile, x, decay), None
+    return _run(op, view, shard, transfer, meanwhile, x, decay), None
 
 
 def short_convolution(
@@ -108,16 +115,18 @@ def short_convolution(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`kernels.short_convolution` with SiLU over the sequences of `shard`.
+    """`kernels.short_convolution` with SiLU over the sequences of `shard`; arguments as there.
 
-    The last W − 1 tokens before a fragment come from the ranks that hold them.
+    For a fragment that continues a sequence, the W − 1 tokens before it are fetched from the ranks
+    that hold them (a halo exchange). States and errors as in `linear_attention`.
     """
     view = _view(shard, initial_state, output_final_state)
     if view is not None:
         reach = weight.shape[1] - 1
+        # (1, t, D) -> (continued · (W − 1), D) -> (continued, W − 1, D) -> (N, W − 1, D)
         (halo,) = move([x[0]], [view.halo(reach)], view.rank, view.group)
-        others = len(shard.lengths) - view.entering
-        initial_state = halo.reshape(view.entering, reach, x.shape[2])
+        others = len(shard.lengths) - view.continued
+        initial_state = halo.reshape(view.continued, reach, x.shape[2])
         initial_state = F.pad(initial_state, (0, 0, 0, 0, 0, others))
     return kernels.short_convolution(
         x,
@@ -138,10 +147,16 @@ def softmax_attention(
     window: int | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.softmax_attention`, causal, over the sequences of `shard`.
+    """`kernels.softmax_attention`, causal, over the sequences of `shard`; shapes as there.
 
-    `cu_seqlens_k` is given where k and v hold more than this shard's tokens: those of the
-    same sequences that came before. Such a shard is one that no other rank shares.
+    Args:
+        window: how many tokens a query sees, its own included; all unless given.
+        cu_seqlens_k: bounds of the sequences in k and v, if these also hold earlier tokens (a
+            cache). Only for a shard that no other rank shares.
+
+    Raises:
+        ValueError: `cu_seqlens_k` is given, and other ranks share the stream.
+        LostRankError: another rank is gone.
     """
     if shard.view is not None:
         _refuse_generation(cu_seqlens_k)
@@ -161,7 +176,7 @@ def softmax_attention(
 
 
 class SoftmaxAttention:
-    """`softmax_attention` in waves of heads, for a caller that projects tokens wave by wave too.
+    """`softmax_attention` in waves of heads, for a caller that projects wave by wave too.
 
         attention = SoftmaxAttention(shard, heads, kv_heads)
         for waves in attention.leaving:
@@ -169,12 +184,13 @@ class SoftmaxAttention:
         for waves in attention.arriving:
             y += project_back(attention.receive(waves), waves)
 
-    So the first wave to leave travels while the others are projected, and the last to arrive
-    while the others are projected back; backward, what comes last and goes first likewise. Where
-    nothing travels there is one wave, of all heads.
+    `leaving` is the first wave, then all others: the first one travels while the others are
+    projected. `arriving` is all waves but the last, then the last: it travels while the others are
+    projected back. In the backward pass gradients travel likewise. If nothing travels, there is
+    one wave with all heads.
 
     Attributes:
-        leaving, arriving: the waves to send, and to receive, in this order.
+        leaving, arriving: the waves to send and to receive, in this order.
     """
 
     def __init__(self, shard: Shard, heads: int, kv_heads: int, window: int | None = None) -> None:
@@ -188,21 +204,21 @@ class SoftmaxAttention:
         )
 
     def send(self, waves: Waves, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Their heads of q, k and v; shapes as in `kernels.softmax_attention`."""
+        """Send these waves' heads: q (1, t, hq, D), k (1, t, hk, D), v (1, t, hk, Dv)."""
         if self._planned:
-            self._planned.send(waves, q[0], k[0], v[0])
+            self._planned.send(waves, q[0], k[0], v[0])  # (1, t, h, D) -> (t, h, D)
         else:
             self._kept.append((q, k, v))
 
     def receive(self, waves: Waves) -> Tensor:
-        """Their heads of o."""
+        """These waves' heads of o, (1, t, hq, Dv); each wave once, after all were sent."""
         if self._planned:
             return self._planned.receive(waves).unsqueeze(0)
         return softmax_attention(*self._kept.pop(), self._shard, window=self._window)
 
 
 def _view(shard: Shard, initial_state: Tensor | None, output_final_state: bool) -> View | None:
-    """The shard among those of other ranks, if any sequence lies on more than one."""
+    """The plan seen from this rank if any sequence is cut; None if nothing has to be exchanged."""
     if shard.view is None:
         return None
     _refuse_generation(initial_state, output_final_state or None)
@@ -211,24 +227,28 @@ def _view(shard: Shard, initial_state: Tensor | None, output_final_state: bool) 
 
 def _refuse_generation(*arguments: object) -> None:
     if any(argument is not None for argument in arguments):
-        raise ValueError("states and caches go with a shard made by parallel.shard alone")
+        raise ValueError(
+            "states and caches are for a shard that no other rank shares: make it by parallel.shard"
+        )
 
 
 def _run(
     op: Callable[..., tuple[Tensor, Tensor | None]],
     view: View,
     shard: Shard,
-    passage: Passage,
+    transfer: StateTransfer,
     meanwhile: Meanwhile | None,
     *inputs: Tensor | None,
 ) -> Tensor:
-    """`op` over the shard: what begins here while states travel, then what they enter.
+    """`op` over the shard: first the fragments that start a sequence, while states travel; then
+    those that continue one, from the states that came.
 
-    Two calls, for zeros for a state a fragment would be more memory than the tokens of many
-    short ones.
+    Two calls, not one: for a shard of many short sequences, a state of zeros for each would take
+    more memory than their tokens.
     """
-    begun = sum(shard.lengths[: view.entering])
+    begun = sum(shard.lengths[: view.continued])
     sizes = [begun, shard.tokens - begun]
+    # (1, t, …) -> (1, tokens of the fragments that continue, …) and (1, tokens of the others, …)
     heads, tails = zip(
         *(
             (x, x) if x is None or x.dim() == 1 else x.split(sizes, dim=1)  # a constant or rows
@@ -236,22 +256,23 @@ def _run(
         ),
         strict=True,
     )
-    through = passage.like
-    if view.entering < len(shard.lengths):
-        through, _ = op(*tails, cu_seqlens=shard.later)
+    through = transfer.like
+    if view.continued < len(shard.lengths):
+        through, _ = op(*tails, cu_seqlens=shard.cu_seqlens_starting)
     if meanwhile is not None:
         for turn in range(TURNS):
             if turn:
-                passage.advance()
+                transfer.advance()
             meanwhile(turn, TURNS)
-    o, states = passage.arrive(through)
-    if not view.entering:
+    o, states = transfer.arrive(through)
+    if not view.continued:
         return o
-    first, _ = op(*heads, initial_state=states, cu_seqlens=shard.begun)
-    return torch.cat([first, o], dim=1) if view.entering < len(shard.lengths) else first
+    first, _ = op(*heads, initial_state=states, cu_seqlens=shard.cu_seqlens_continued)
+    return torch.cat([first, o], dim=1) if view.continued < len(shard.lengths) else first
 
 
 def _shapes(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> Shapes:
+    """Shapes of the map of one fragment (N = 1): see `kernels.segments`."""
     Dk, (Hv, Dv) = k.shape[3], v.shape[2:]
     per_channel = decay is not None and decay.dim() == 4
     M = (1, Hv, Dk, Dk) if beta is not None else (1, Hv, Dk) if per_channel else (1, Hv)
@@ -267,7 +288,7 @@ def _final_state(
     return final_state(k, v, decay, beta, entering)
 
 
-# Of k, v, decay and beta.
+# Inputs are k, v, decay and beta.
 _LINEAR_ATTENTION = Recurrence(_shapes, segment_state, _final_state)
 
 
@@ -276,7 +297,7 @@ def _scan_shapes(x: Tensor, decay: Tensor) -> Shapes:
 
 
 def _scan_segment(x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    M = decay.sum(1, dtype=accumulation_dtype(x.dtype)).exp()
+    M = decay.sum(1, dtype=accumulation_dtype(x.dtype)).exp()  # (1, T, D) -> (1, D)
     return M, _scan_final_state(None, x, decay)
 
 
@@ -284,8 +305,8 @@ def _scan_final_state(entering: Tensor | None, x: Tensor, decay: Tensor) -> Tens
     state = None if entering is None else entering[..., 0, 0]
     _, final = kernels.diagonal_scan(x, decay, initial_state=state, output_final_state=True)
     assert final is not None
-    return final[..., None, None]
+    return final[..., None, None]  # (1, D) -> (1, D, 1, 1)
 
 
-# Of x and decay; each channel is a head with a state of one number.
+# Inputs are x and decay. Each of the D channels is a head whose state is 1 × 1.
 _DIAGONAL_SCAN = Recurrence(_scan_shapes, _scan_segment, _scan_final_state)

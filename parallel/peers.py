@@ -1,12 +1,13 @@
-"""When a rank is gone: who it is, told by those that waited for it.
+"""Which rank is lost, when an exchange fails.
 
-A rank whose exchange fails knows only whom it waited for itself, who may have waited in turn. So
-each writes down whom it blames, gives the others time to do the same, until all but one have, and
-reads: missing is who is blamed and has not written. Where no one can be asked, the blame stays
-where it was.
+A rank whose exchange fails knows only which rank it waited for; that one may itself have waited for
+another. So each rank writes to the common store which rank it waited for (*blames*), waits until
+all others but one have written or `_GRACE_S` seconds are over, and reads. Lost are the ranks that
+are blamed and have not written, or if none is both, all that have not written. If the store does
+not answer, the rank that was waited for is named.
 
-This ends exchanges that torch ends: those of gloo, by the timeout of `join`. NCCL ends the process
-by itself, and names no rank; a run's watchdog sees such hangs from outside.
+This works for exchanges that fail with an error: gloo's, after the timeout given to `join`. NCCL
+ends the process without naming a rank; such hangs are seen by the run's watchdog.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-_GRACE_S = 10.0  # for the others to write: they may have begun to wait that much later
-_LOOK_S = 0.1
-_ANSWER_S = 5.0  # for the store to answer
+_GRACE_S = 10.0  # seconds to wait for the others to write: they may time out that much later
+_LOOK_S = 0.1  # seconds between two looks at the store
+_ANSWER_S = 5.0  # seconds for the store itself to answer, beside two times _GRACE_S
 
 
 class LostRankError(RuntimeError):
-    """A rank is gone, or does not answer; the message names it, and the step."""
+    """A rank is gone or does not answer. The message names it, and the step if it is known."""
 
 
 class _Here:
-    """This process, as far as a message about others goes."""
+    """This process: its rank, its step, and the store that all ranks reach."""
 
     store: dist.Store | None = None
     rank = 0
@@ -37,19 +38,19 @@ class _Here:
     step: int | None = None
 
 
-def meet(store: dist.Store, rank: int, size: int) -> None:
-    """The world that this process has joined, and the store that all its ranks reach."""
+def join_store(store: dist.Store, rank: int, size: int) -> None:
+    """Note this process's rank and the world's size, and the store that all ranks reach."""
     _Here.store, _Here.rank, _Here.size = dist.PrefixStore("lost", store), rank, size
 
 
 def at_step(step: int) -> None:
-    """Say which step begins, for messages."""
+    """Note which step begins, for error messages."""
     _Here.step = step
 
 
 @contextmanager
 def waiting_for(peer: int | None) -> Iterator[None]:
-    """Turn the fault of an exchange with a rank (None: with all of them) into `LostRankError`."""
+    """Turn a failed exchange with `peer` (None: with all ranks) into a `LostRankError`."""
     began = time.monotonic()
     try:
         yield
@@ -61,7 +62,7 @@ def _told(peer: int | None, seconds: float, error: RuntimeError) -> str:
     missing = _missing(peer)
     who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "a rank"
     has, is_ = ("have", "are") if len(missing) > 1 else ("has", "is")
-    if peer is not None and peer not in missing:  # another's word, which does not say how
+    if peer is not None and peer not in missing:  # blamed by others, who do not say how it failed
         late = f"{is_} gone or {'do' if len(missing) > 1 else 'does'} not answer"
     elif "imed out" in str(error):
         late = f"{has} not answered for {seconds:.0f} s"
@@ -74,9 +75,9 @@ def _told(peer: int | None, seconds: float, error: RuntimeError) -> str:
 
 
 def _missing(peer: int | None) -> list[int]:
-    """Who is blamed and blames nobody, as far as the store tells."""
+    """The ranks that are blamed and have blamed nobody, else `peer`."""
     found: list[list[int]] = []
-    # A store that is gone with its rank may not answer at all: it is asked beside.
+    # A store whose process is gone may never answer: ask it in a thread, and wait for that long.
     asking = threading.Thread(target=lambda: found.append(_ask(peer)), daemon=True)
     asking.start()
     asking.join(2 * _GRACE_S + _ANSWER_S)
@@ -99,7 +100,7 @@ def _ask(peer: int | None) -> list[int]:
         wrote = _until(lambda: those_who("blames"), len(others) - 1)
         blames = {rank: json.loads(store.get(f"blames{rank}")) for rank in wrote}
         store.set(f"read{_Here.rank}", "")
-        if _Here.rank == 0:  # which may be where the store lives
+        if _Here.rank == 0:  # it may host the store: stay until the others have read
             _until(lambda: those_who("read"), len(wrote))
     except RuntimeError:
         return []
@@ -109,7 +110,7 @@ def _ask(peer: int | None) -> list[int]:
 
 
 def _until(those: Callable[[], list[int]], enough: int) -> list[int]:
-    """Those, once there are enough of them, or when the time is up."""
+    """The ranks that `those` returns, once there are `enough` or after `_GRACE_S` seconds."""
     end = time.monotonic() + _GRACE_S
     while len(found := those()) < enough and time.monotonic() < end:
         time.sleep(_LOOK_S)

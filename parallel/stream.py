@@ -1,7 +1,7 @@
-"""One stream: the sequences of a batch, shared out over the ranks.
+"""One stream: the sequences of a batch, divided over the ranks.
 
-A cut may fall anywhere. What a layer then needs from other ranks follows from the batch's
-plan, which every rank has made for itself from the lengths alone (`parallel.planning.plan`).
+A sequence may be cut anywhere. Which rank holds which tokens, and what its layers need from others,
+is in the batch's plan, which every rank computes from the lengths alone (`parallel.planning.plan`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ import torch
 from torch import Tensor
 
 from parallel.config import ParallelConfig
-from parallel.planning.planner import Planner, filled
+from parallel.planning.planner import Planner, pad_to_ranks
 from parallel.travel.exchange import to_device
 from parallel.travel.view import Shard, View
 from parallel.world import World
 
 
 def shard(lengths: Sequence[int] | np.ndarray, device: torch.device | str, start: int = 0) -> Shard:
-    """A shard of whole sequences; `start` is the position of each one's first token."""
+    """A shard that no other rank shares: whole sequences, or their continuations from a cache.
+
+    Args:
+        lengths: (N,) int, tokens of each.
+        start: position of the first token of every one of them; 0 unless they are continued.
+    """
     each = np.asarray(lengths, dtype=np.int64)
     return _shard(each, np.full(len(each), start), torch.device(device), None)
 
@@ -47,19 +52,20 @@ def distribute(
     config: ParallelConfig | None = None,
     planner: Planner | None = None,
 ) -> tuple[Tensor, Tensor, Shard]:
-    """This rank's part of a stream, on its device.
+    """This rank's shard of a stream, on its device.
 
     Args:
-        tokens, labels: (T,) int64, the whole stream; labels are shifted already, −100 for none.
-        cu_seqlens: (N + 1,) int.
-        planner: that has the batch's plan, or makes it; one for `config` unless given.
+        tokens, labels: (T,) int64, the whole stream, the same on every rank. Labels are shifted
+            already; −100 marks a token without a target.
+        cu_seqlens: (N + 1,) int, bounds of the sequences.
+        config: settings of a planner made for this call; the defaults unless given.
+        planner: makes the plan, or has begun it; unless given, one is made from `config`.
 
     Returns:
-        tokens and labels (t,) int64 of this rank's shard, and the shard; t differs by at most
-        one over the ranks. Where there are fewer tokens than ranks, sequences of one token
-        without a label are added, so that every rank holds something.
+        tokens and labels (t,) int64 of this rank, and the shard. With fewer tokens than ranks,
+        sequences of one token without a label are appended, so that every rank holds a token.
     """
-    lengths = filled(np.diff(cu_seqlens), world.size)
+    lengths = pad_to_ranks(np.diff(cu_seqlens), world.size)
     missing = int(lengths.sum()) - len(tokens)
     tokens = np.concatenate([tokens, np.zeros(missing, tokens.dtype)])
     labels = np.concatenate([labels, np.full(missing, -100, labels.dtype)])
@@ -81,6 +87,7 @@ def distribute(
     )
     first = made.cu_seqlens[sequence] + starts
     sizes = ends - starts
+    # (fragments,) -> (t,): the place in the batch of each of this rank's tokens.
     here = np.arange(sizes.sum()) + np.repeat(first - np.cumsum(sizes) + sizes, sizes)
     return (
         to_device(tokens[here], world.device),

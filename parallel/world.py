@@ -1,4 +1,4 @@
-"""The ranks of a run: one flat world, whatever started it."""
+"""The ranks of a run: one flat world, whether torchrun, srun or a plain command started it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from parallel.peers import meet, waiting_for
+from parallel.peers import join_store, waiting_for
 from parallel.planning.layout import Topology
 
 Result = TypeVar("Result")
 
-# Of the world that this process has joined, for a `join` inside it.
+# The layers' group of each `join` that is open, innermost last, for a `join` inside it.
 _layer_groups: list[dist.ProcessGroup | None] = []
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process and its place among the ranks.
 
     Attributes:
+        rank, size: this process's number, and how many there are.
+        local_rank: its number on its node, and the number of its GPU.
+        device: where its tensors are.
         ranks_per_node: rank r is on node r // ranks_per_node.
-        group: all ranks once more, for the messages of layers: they need not queue behind
-            the optimiser's. None: the default group.
+        group: a second group of all ranks, for the messages of layers, so that these do not queue
+            behind the optimiser's. None: the default group.
     """
 
     rank: int
@@ -60,7 +63,8 @@ class World:
                 dist.barrier()
 
     def on_first(self, work: Callable[[], Result]) -> Result:
-        """Do `work` on rank 0; its (picklable) result, or its fault, comes to every rank."""
+        """Run `work` on rank 0 only; every rank returns its picklable result, or raises its
+        exception."""
         if self.size == 1:
             return work()
         box: list[Any] = [None, None]
@@ -76,7 +80,7 @@ class World:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """The picklable `value` of every rank, in the order of ranks, on every rank."""
+        """All-gather: the picklable `value` of every rank, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -91,13 +95,15 @@ def join(
 ) -> Iterator[World]:
     """Join the ranks that torchrun or srun started, or make a world of one.
 
-    A rank that waits for another longer than `timeout`, or in a layer than `layers`, gives up:
-    see `parallel.peers`. The first is longer since ranks may wait for one that prepares a corpus.
+    NCCL on GPUs, gloo on CPUs. Rank and size come from RANK, WORLD_SIZE and LOCAL_RANK, or from
+    SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID if MASTER_ADDR is set, which says that a rendezvous
+    was prepared for srun's tasks. Inside another `join` the world is the same one: DeepSpeed keeps
+    the first one's groups for as long as the process lives.
 
-    NCCL on GPUs, gloo on CPUs. Rank and size come from RANK, WORLD_SIZE and LOCAL_RANK, or
-    from SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID where MASTER_ADDR says that a
-    rendezvous was prepared for srun's tasks. Inside another `join` it is the same world:
-    DeepSpeed keeps the first one's groups for as long as the process lives.
+    Args:
+        timeout: how long a rank waits for another before it gives up (`parallel.peers`). Long,
+            since ranks may wait for the one that prepares a corpus.
+        layers: the same for waiting inside a layer.
     """
     environment = os.environ
     rank, size, local_rank, ranks_per_node = 0, 1, 0, 1
@@ -126,7 +132,7 @@ def join(
     if size > 1:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         store.set_timeout(timeout)
-        meet(store, rank, size)
+        join_store(store, rank, size)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("world", store),
@@ -136,7 +142,7 @@ def join(
     )
     group = dist.new_group(timeout=layers) if size > 1 else None
     if group is not None:
-        # NCCL sets a group up at its first use, which must be one of all ranks together.
+        # NCCL sets a group up when it is first used, and all ranks must take part in that use.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
     _layer_groups.append(group)
     try:

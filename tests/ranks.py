@@ -1,4 +1,4 @@
-"""Ranks for tests: processes that join one world once and then run case after case.
+"""Ranks for tests: processes that join one world and then run one case after the other.
 
 Joining a world costs seconds, a case costs a fraction of one.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
     for line in block.splitlines()
 ]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 # What is made smaller so that a command ends soon; everything else is as written.
 SMALL = [
     "train.steps=2",
@@ -75,6 +78,23 @@ def test_a_command_of_the_readme_works(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_the_python_of_the_readme_works(
+    snippet: str, place: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the run that the commands before it have trained."""
+    names: dict[str, Any] = {}
+    runs = place[0].partition("=")[2]
+    exec(snippet.replace('"runs/', f'"{runs}/'), names)
+    assert capsys.readouterr().out
+    wanted = -names["logits"].double().log_softmax(-1)
+    ids = names["ids"]
+    assert names["nats"] == pytest.approx(
+        sum(float(wanted[i, token]) for i, token in enumerate(ids[1:])), rel=1e-5
+    )
+    assert names["bits"] == pytest.approx(names["nats"] / math.log(2) / len("import os\n"))
 
 
 def check_tensorboard(words: list[str], place: list[str]) -> None:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "evaluate": "loss by position, recall and a needle, up to four times the training length",
-    "generate": "text from a run's newest checkpoint",
+    "generate": "text from a model, printed while it is made",
     "table": "compare the last evaluations of runs, by mixer and ratio to attention",
     "checkpoints": "list, verify and prune what a run has saved",
     "replay": "make a step of a run again on one device, to see what was wrong with it",
-    "export": "write a run's model in Hugging Face's format",
+    "export": "write a model in Hugging Face's format",
     "import": "make a model in Hugging Face's format one that a run can start from",
     "convert": "make a hybrid of a pretrained Transformer, for a run to start from",
 }
@@ -34,14 +34,19 @@ COMMANDS = {
 def main(arguments: list[str]) -> int:
     """Run what the words ask for; the exit code: 0 done or stopped as told, with a checkpoint;
     1 a fault; 2 something the user can mend; 70 a rank hangs; 75 stopped in time and saved:
-    start again.
+    start again; 130 another command than training was interrupted.
     """
     try:
         if arguments and arguments[0] in COMMANDS:
             from train import commands
 
             name = arguments[0]
-            return getattr(commands, f"{name}_" if iskeyword(name) else name)(arguments[1:])
+            try:
+                return getattr(commands, f"{name}_" if iskeyword(name) else name)(arguments[1:])
+            except BrokenPipeError:
+                return 0  # who reads has seen enough
+            except KeyboardInterrupt:
+                return 130
         return _train(arguments)
     except ConfigError as error:
         return _told(error)

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from data.settings import ConfigError
 from train.config import Config, read
@@ -69,25 +70,26 @@ def replay(arguments: list[str]) -> int:
 
 
 def export(arguments: list[str]) -> int:
-    """Write a run's model in Hugging Face's format."""
+    """Write a model in Hugging Face's format."""
     parser = argparse.ArgumentParser(
         prog="python -m train export",
-        description="Write a run's model in Hugging Face's format. One that transformers has "
+        description="Write a model in Hugging Face's format. One that transformers has "
         "loads there with AutoModelForCausalLM, any other with `python -m train import`.",
     )
-    _add_run(parser)
+    _add_model_folder(parser)
     parser.add_argument("--to", metavar="DIR", required=True, help="the folder to write")
-    parser.add_argument("--step", type=int, help="of the checkpoint (the newest)")
+    parser.add_argument("--step", type=int, help="of a run's checkpoint (the newest)")
     parser.add_argument(
         "--as", dest="style", default="auto", help="a model_type, or headrace for our own (auto)"
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     options = parser.parse_intermixed_args(arguments)
-    run, config = _find(options)
 
     from train.pretrained.export import export as write
+    from train.pretrained.folder import find
 
-    write(run, config, _to(options), options.step, options.style, options.dtype, print)
+    found = find(Path(options.folder), options.overrides, options.step, print)
+    write(found, _to(options), options.style, options.dtype, print)
     return 0
 
 
@@ -148,63 +150,75 @@ def _to(options: argparse.Namespace) -> Path:
 
 
 def generate(arguments: list[str]) -> int:
-    """Print text that a run's model writes."""
+    """Print text that a model writes, while it writes it."""
     parser = argparse.ArgumentParser(
         prog="python -m train generate",
-        description="Text from the newest good checkpoint of a run.",
+        description="Text from a model, printed while it is made.",
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or its YAML file")
-    parser.add_argument("prompt", metavar="PROMPT", help="text to go on from")
-    parser.add_argument("--tokens", type=int, default=200, help="most tokens to write")
+    _add_model_folder(parser, "prompt", metavar="PROMPT", help='text to go on from; "" begins one')
+    parser.add_argument("--tokens", type=int, default=200, help="most tokens to write (200)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, with a file")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another text (0)")
     options = parser.parse_intermixed_args(arguments)
-    _require(options.tokens >= 0, f"--tokens is {options.tokens}; it must not be negative")
-    _require(
-        options.temperature >= 0,
-        f"--temperature is {options.temperature}; it must not be negative",
-    )
 
-    from train.evaluation.generate import show
-    from train.evaluation.trained import trained
+    from train.evaluation.sampling import Sampling
 
-    show(
-        trained(*_find(options)), options.prompt, options.tokens, options.temperature, options.seed
-    )
+    try:
+        sampling = Sampling(options.tokens, options.temperature, options.seed)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from None
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"PROMPT is {options.prompt!r}; it must be UTF-8 text") from None
+
+    from train.evaluation.trained import load, show
+
+    model = load(options.folder, options.overrides, say=_tell)
+    show(model, options.prompt, sampling)
     return 0
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Measure what a run's model makes of long contexts."""
+    """Measure what a model makes of long contexts."""
     parser = argparse.ArgumentParser(
         prog="python -m train evaluate",
-        description="Loss by position and by length of document, at the training length and "
-        "past it; recall of pairs; a needle at depths and lengths. Tables here, JSON, figures "
-        "and TensorBoard events in the run's folder.",
+        description="Loss by position and by length of document, at the training length "
+        "(train.seq_len) and past it; recall of pairs; a needle at depths and lengths. Tables "
+        "here, JSON, figures and TensorBoard events in the folder's evaluation/.",
     )
-    _add_run(parser)
+    _add_model_folder(parser)
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="text to measure on, instead of what the run holds out: plain, or of a kind that "
+        "data.source may be; its figures get a folder of their own",
+    )
     parser.add_argument("--json", type=Path, help="where to write the JSON")
     parser.add_argument(
-        "--tokens", type=int, help="of the validation set, at most, at each length (eval.tokens)"
+        "--tokens", type=int, help="of the text, at most, at each length (eval.tokens)"
     )
     parser.add_argument(
-        "--samples", type=int, default=2, help="sequences behind each number, at least"
+        "--samples", type=int, default=2, help="sequences behind each number, at least (2)"
     )
     options = parser.parse_intermixed_args(arguments)
-    run, config = _find(options)
-    tokens = config.eval.tokens if options.tokens is None else options.tokens
-    _require(tokens >= 1, f"--tokens is {tokens}; it must be at least 1")
+    _require(
+        options.tokens is None or options.tokens >= 2,
+        f"--tokens is {options.tokens}; it must be at least 2, one and the one it predicts",
+    )
     _require(options.samples >= 1, f"--samples is {options.samples}; it must be at least 1")
 
     from train.evaluation import longcontext
-    from train.evaluation.trained import trained
+    from train.evaluation.trained import load
 
-    report = longcontext.measure(trained(run, config), tokens, options.samples, _progress)
+    model = load(options.folder, options.overrides, say=_tell)
+    tokens = model.config.eval.tokens if options.tokens is None else options.tokens
+    on, name = longcontext.held_out(model, options.text, tokens)
+    report = longcontext.measure(model, on, name, tokens, options.samples, _progress)
     print(longcontext.text(report), end="\n\n")
-    for path in longcontext.save(report, run, options.json):
+    for path in longcontext.save(report, model.stored.folder, options.json):
         print(path)
     return 0
 
@@ -229,7 +243,11 @@ def table(arguments: list[str]) -> int:
 
 
 def _progress(line: str) -> None:
-    print(f"{line} …", file=sys.stderr, flush=True)
+    _tell(f"{line} …")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _require(good: bool, otherwise: str) -> None:
@@ -251,9 +269,25 @@ def _describe(path: Path, verify: bool) -> bool:
     return wrong is not None
 
 
+def _add_model_folder(parser: argparse.ArgumentParser, *second: str, **facts: Any) -> None:
+    """FOLDER, a second word if there is one, and settings."""
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="a run's, or what import, convert or export wrote; or a run's YAML file",
+    )
+    if second:
+        parser.add_argument(*second, **facts)
+    _add_overrides(parser)
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder, or its YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, with a file")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     # The words of a training command may stand here too: scripts pass them on.
     for word in ("--fresh", "--overwrite"):
         parser.add_argument(word, action="store_true", help=argparse.SUPPRESS)

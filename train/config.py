@@ -75,9 +75,12 @@ class EvalConfig:
     temperature: float = setting(0.8, "of that sample; 0 takes the likeliest token")
 
     def __post_init__(self) -> None:
-        for key in ("every", "tokens"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"eval.{key} is {getattr(self, key)}; it must be at least 1")
+        # Two tokens: one, and the one that it predicts.
+        for key, least in (("every", 1), ("tokens", 2), ("sample_tokens", 0), ("temperature", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(
+                    f"eval.{key} is {getattr(self, key)}; it must be at least {least}"
+                )
 
 
 @dataclass

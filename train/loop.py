@@ -108,13 +108,16 @@ class Trainer:
         config, sample = self.config.eval, ""
         if config.sample_tokens:
             self.engine.eval()
-            sample = generate(
-                self.engine.model,
-                self.material.tokenizer,
-                config.prompt,
-                config.sample_tokens,
-                config.temperature,
-            )
+            try:
+                sample = generate(
+                    self.engine.model,
+                    self.material.tokenizer,
+                    config.prompt,
+                    config.sample_tokens,
+                    config.temperature,
+                )
+            except ConfigError as error:  # the run is done all the same
+                self.say(f"no sample: {error}")
         if self.recorder:
             summarise(
                 self.recorder,

@@ -1,5 +1,13 @@
-"""The ops in torch, a chunk or a tile at a time: time and memory grow linearly with the tokens.
+"""Chunked: the recurrence and softmax attention in torch, a chunk or a tile at a time.
 
-The backend of machines without Triton, and the fast path of a CPU. Imports `kernels.packing` and
-torch. Every file is tested against the definition in `kernels.reference`, or dense attention.
+Memory grows linearly with the tokens. This is the backend of machines without Triton, and the fast
+path of a CPU. Read in this order:
+
+    decay               how a decay weighs pairs of tokens inside a chunk
+    plan                where the chunks of packed sequences lie, and the order they are computed in
+    linear_attention    the recurrence over these chunks, forward and backward
+    softmax_attention   attention over tiles of queries and keys; by itself
+
+May import `kernels.packing` and torch. Tests compare every file with the definition in
+`kernels.reference`, or with dense attention.
 """

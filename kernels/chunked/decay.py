@@ -1,19 +1,20 @@
-"""Decays inside a chunk: what weighs each pair of tokens, and each token against the chunk's edges.
+"""Decays inside a chunk: the weights of pairs of tokens, and of tokens against the chunk's edges.
 
-With x_t the log decay of token t, everything a chunk needs is the exponential of a sum of x
-over a run of tokens, so no exponent is positive:
+With x_t ≤ 0 the log decay of token t, each weight is the exponential of a sum of x over a run of
+tokens, so no exponent is positive:
 
-    prefix_i = exp Σ_{t ≤ i} x_t         the entering state, as token i sees it
-    suffix_j = exp Σ_{t > j} x_t         token j, as the leaving state sees it
-    total    = exp Σ_t x_t               the entering state, as the leaving state sees it
+    prefix_i = exp Σ_{t ≤ i} x_t         weight of the entering state at token i
+    suffix_j = exp Σ_{t > j} x_t         weight of token j in the leaving state
+    total    = exp Σ_t x_t               weight of the entering state in the leaving state
     scores_ij = ⟨left_i, k_j ⊙ exp Σ_{j < t ≤ i} x_t⟩   for j ≤ i, else 0
 
-Sums run over the tokens between the two ends and are never the small difference of two large
-ones: a token that wipes the state (x = −1e4) costs its neighbours no precision, and a gradient
-that is truly tiny is not drowned in rounding.
+A sum runs over the tokens between its two ends. It is not the difference of two cumulative sums in
+fp32, whose rounding would be that of the larger sums: so a token that clears the state (x = −1e4)
+costs its neighbours no precision, and tiny gradients are not lost in rounding.
 
-Shapes: tensors are (G, C, D) for G chunks of C = CHUNK tokens; x is (G, C, 1) for a decay a head,
-(G, C, Dk) for a decay a channel. Each class here is one kind of decay, with the same members.
+Shapes: (G, C, D) for G chunks of C = CHUNK tokens; x is (G, C, 1) for one decay a token and head,
+(G, C, Dk) for one a channel; scores are (G, C, C). Each class is one kind of decay; all have the
+same members.
 """
 
 from __future__ import annotations
@@ -25,42 +26,43 @@ from functools import cache
 import torch
 from torch import Tensor
 
-CHUNK = 32
+CHUNK = 32  # tokens; a power of two, since `ChannelDecay` halves it
 
 
-def decay_in_chunks(x: Tensor | None) -> Undecayed | HeadDecay | ChannelDecay:
-    """The decay of chunks (G, C, 1 | Dk), or none."""
+def decay_in_chunks(x: Tensor | None) -> NoDecay | HeadDecay | ChannelDecay:
+    """The weights of chunks with log decays x (G, C, 1 | Dk); None: no decay."""
     if x is None:
-        return Undecayed()
-    x = x.clamp(min=2 * _least(x.dtype))  # weighs nothing all the same, and is finite
+        return NoDecay()
+    x = x.clamp(min=2 * _least(x.dtype))  # −∞ becomes finite; the weight is zero either way
     return HeadDecay(x) if x.shape[-1] == 1 else ChannelDecay(x)
 
 
-class Undecayed:
+class NoDecay:
     """Every weight is one."""
 
     prefix = suffix = total = None
 
     def scores(self, lefts: Sequence[Tensor], k: Tensor) -> list[Tensor]:
+        """(G, C, C) for each of `lefts` (G, C, Dk)."""
         return [(left @ k.mT).tril_() for left in lefts]
 
     def scores_grad(
         self, grads: Sequence[Tensor], scores: Sequence[Tensor], lefts: Sequence[Tensor], k: Tensor
     ) -> tuple[list[Tensor], Tensor, None]:
-        """Gradients of `lefts`, k and x, given those of `scores` (zero above the diagonal)."""
+        """Gradients of `lefts`, k and x, given those of `scores`, zero above the diagonal."""
         return [grad @ k for grad in grads], _sum_of_products(grads, lefts, k), None
 
 
 class HeadDecay:
-    """One decay a token: the weights of pairs are a (C, C) matrix."""
+    """One decay a token and head: the weights of pairs are a matrix, (G, C, C)."""
 
     def __init__(self, x: Tensor) -> None:
-        # Differences of fp64 sums are as good as sums over the tokens between.
+        # Differences of cumulative sums in fp64 are as exact as fp32 sums over the tokens between.
         g = x.double().squeeze(-1).cumsum(-1)
         self.prefix = _exp(g.to(x.dtype, copy=True)).unsqueeze(-1)
         self.suffix = _exp((g[..., -1:] - g).to(x.dtype)).unsqueeze(-1)
         self.total = self.prefix[..., -1:, :]
-        pairs = (g.unsqueeze(-1) - g.unsqueeze(-2)).to(x.dtype)
+        pairs = (g.unsqueeze(-1) - g.unsqueeze(-2)).to(x.dtype)  # (G, C) -> (G, C, C)
         self.pairs = _exp(pairs.clamp_(max=0)).tril_()
 
     def scores(self, lefts: Sequence[Tensor], k: Tensor) -> list[Tensor]:
@@ -72,25 +74,27 @@ class HeadDecay:
         dlog = torch.zeros_like(self.pairs)
         for grad, score in zip(grads, scores, strict=True):
             dlog.addcmul_(grad, score)
-        # The decay of t is in every pair with j < t ≤ i.
+        # x_t is in the weight of every pair with j < t ≤ i: sum dlog (G, C, C) over these.
         _, after = _edge_sums(k.dtype, k.device)
-        dx = (dlog @ after).tril_().sum(-2).unsqueeze(-1)
+        dx = (dlog @ after).tril_().sum(-2).unsqueeze(-1)  # (G, C, C) -> (G, C, 1)
         grads = [grad * self.pairs for grad in grads]
         return [grad @ k for grad in grads], _sum_of_products(grads, lefts, k), dx
 
     def edges_grad(self, dprefix: Tensor, dsuffix: Tensor) -> Tensor:
-        """Gradient of x given those of log prefix and log suffix, (G, C, Dk)."""
+        """Gradient of x (G, C, 1), given those of log prefix and of log suffix, (G, C, Dk) each."""
         upto, after = _edge_sums(dprefix.dtype, dprefix.device)
         dprefix, dsuffix = dprefix.sum(-1, keepdim=True), dsuffix.sum(-1, keepdim=True)
         return upto.mT @ dprefix + after.mT @ dsuffix
 
 
 class ChannelDecay:
-    """A decay a token and channel: pairs are factored, halving the chunk again and again.
+    """One decay a token and channel. The weight of a pair is in the product over channels, so it is
+    split into a factor of left_i and one of k_j, neither larger than 1.
 
-    For a block of 2b tokens, the pairs (i in its second half, j in its first) split at the
-    second half's first token n: exp Σ_{n < t ≤ i} x_t goes to left_i, exp Σ_{j < t ≤ n} x_t
-    to k_j. Every pair i > j belongs to just one such block, so b = C/2, …, 2, 1 covers them all.
+    The chunk is halved again and again. In a block of 2b tokens, let n be the first token of the
+    second half. For i in the second half and j in the first, left_i takes exp Σ_{n < t ≤ i} x_t and
+    k_j takes exp Σ_{j < t ≤ n} x_t. Every pair i > j is in exactly one such block of the sizes
+    b = C/2, …, 2, 1.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -146,19 +150,19 @@ class ChannelDecay:
 
 
 def _least(dtype: torch.dtype) -> float:
-    """The log of the least weight that is told from zero: 1e-30, or 1e-290 in fp64."""
+    """Log of the smallest weight that counts; smaller ones are zero: 1e-30, in fp64 1e-290."""
     return -668.0 if dtype == torch.float64 else -69.0
 
 
 def _exp(log_weight: Tensor) -> Tensor:
-    """exp in place. What would be denormal, or breed denormals, becomes zero: a CPU takes a
-    hundred times as long over each."""
+    """exp, in place. Weights below `_least` become zero: they would be denormal numbers, or make
+    some in products, and a CPU takes about a hundred times as long for those."""
     least = _least(log_weight.dtype)
     return torch.threshold_(log_weight.clamp_(min=least).exp_(), 1.01 * math.exp(least), 0.0)
 
 
 def _sum_of_products(grads: Sequence[Tensor], lefts: Sequence[Tensor], k: Tensor) -> Tensor:
-    """Σ gradᵀ left: the gradient of k, the right side of `scores`."""
+    """Σ gradᵀ left, (G, C, Dk): the gradient of k, the right operand of `scores`."""
     total = torch.zeros_like(k)
     for grad, left in zip(grads, lefts, strict=True):
         total.baddbmm_(grad.mT, left)
@@ -166,27 +170,29 @@ def _sum_of_products(grads: Sequence[Tensor], lefts: Sequence[Tensor], k: Tensor
 
 
 def _halves(x: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """Views (G, C / 2b, b, D) of the first and second halves of x's blocks of 2b rows."""
+    """(G, C, D) -> two views (G, C / 2b, b, D): first and second half of each block of 2b rows."""
     first, second = x.unflatten(-2, (-1, 2, b)).unbind(-3)
     return first, second
 
 
 def _blocks(scores: Tensor, b: int) -> Tensor:
-    """View (G, C / 2b, b, b): second half against first half, in each block of 2b tokens."""
+    """(G, C, C) -> view (G, C / 2b, b, b): of each block of 2b tokens, the rows of its second half
+    and the columns of its first."""
+    # (G, C/2b, 2, b, C/2b, 2, b) at second, first half -> (G, C/2b, b, C/2b, b), then its diagonal
     tiles = scores.unflatten(-1, (-1, 2, b)).unflatten(-4, (-1, 2, b))[..., 1, :, :, 0, :]
     return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 @cache
 def _edge_sums(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(C, C) matrices of zeros and ones that sum x up to each token, and after it."""
+    """Two (C, C) matrices of zeros and ones: sums over t ≤ i, and over t > i."""
     ones = torch.ones(CHUNK, CHUNK, dtype=dtype, device=device)
     return ones.tril(), ones.triu(1)
 
 
 @cache
 def _level_sums(dtype: torch.dtype, device: torch.device) -> list[tuple[int, Tensor]]:
-    """(b, (C, C) matrix of zeros and ones): the sums of `ChannelDecay` for each block size."""
+    """(b, matrix) for each block size: (C, C) zeros and ones, the sums of `ChannelDecay`."""
     levels = []
     token = torch.arange(CHUNK, device=device)
     row, t = token[:, None], token[None, :]

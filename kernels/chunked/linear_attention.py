@@ -1,15 +1,15 @@
 """The torch backend of `kernels.linear_attention`: chunk by chunk, with its own backward.
 
-Inside a chunk (rows q, k, v; S the state that enters; prefix, suffix, total and the weighted
-scores as in `kernels.chunked.decay`), with q already scaled:
+Inside a chunk, with rows q (scaled already), k, v; S the state that enters, S' the one that leaves;
+prefix, suffix, total and the weighted scores as in `kernels.chunked.decay`:
 
     A = scores(q, k)           Q = q·prefix     V' = (I + βP)⁻¹ β(v − K̂S) = U − W S
     P = scores(k, k), i > j    K̂ = k·prefix     o  = Q S + A V'
                                K = k·suffix     S' = total·S + Kᵀ V'
 
-and V' = v without β. Only V' and S' wait for the chunk before; all else is done for a slab of
-chunks at once (`kernels.chunked.plan`). The backward runs the slabs from the other end, each from
-the state that entered it, which is all that is kept beside the inputs.
+and V' = v without β. Only V' and S' depend on the chunk before. All else is computed for a *slab*,
+many chunks at once (`kernels.chunked.plan`). The backward pass takes the slabs from the last to the
+first, each from the state that entered it: these states are all that is kept beside the inputs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.chunked.decay import CHUNK, Undecayed, decay_in_chunks
+from kernels.chunked.decay import CHUNK, NoDecay, decay_in_chunks
 from kernels.chunked.plan import Plan, Slab, make_plan
 from kernels.packing import accumulation_dtype, host_bounds
 
-# Tokens times heads in a slab. A temporary of 64 columns then has 1 MB in fp32.
+# Tokens times heads in a slab. A temporary of 64 channels then has 1 MB in fp32, which a core's
+# cache holds.
 SLAB = 4096
 
 
@@ -40,11 +41,11 @@ def linear_attention(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `kernels.linear_attention` in chunks; time and memory are linear in T.
+    """Compute `kernels.linear_attention` in chunks; shapes as there, time and memory linear in T.
 
-    All products are fp64 when q is fp64, else fp32. Kept for the backward: the inputs, and the
-    state that enters each slab, 4·Dk·Dv·Hv² / SLAB bytes a token of a long sequence in fp32
-    (64 bytes at Hv = 4, Dk = Dv = 64); of short sequences, at most the state of each chunk.
+    All products are fp64 when q is fp64, else fp32. The backward keeps the inputs and the state
+    that enters each slab: for a long sequence in fp32 4·Dk·Dv·Hv² / SLAB bytes a token (64 bytes at
+    Hv = 4, Dk = Dv = 64), for short ones at most a state a chunk.
     """
     o, final_state = _run(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
     assert o is not None
@@ -59,7 +60,7 @@ def final_state(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """The final state of `linear_attention` alone, for about half the work."""
+    """The final states (N, Hv, Dk, Dv), without outputs."""
     return _run(None, k, v, decay, beta, 1.0, initial_state, cu_seqlens)[1]
 
 
@@ -75,13 +76,14 @@ def _run(
 ) -> tuple[Tensor | None, Tensor]:
     B, T, Hv, _ = v.shape
     if decay is not None and decay.dim() == 1:
-        decay = decay.expand(B, T, Hv)
+        decay = decay.expand(B, T, Hv)  # (Hv,) -> (B, T, Hv)
     if decay is not None and decay.dim() == 3:
-        decay = decay.unsqueeze(-1)
+        decay = decay.unsqueeze(-1)  # (B, T, Hv) -> (B, T, Hv, 1)
     if beta is not None:
-        beta = beta.unsqueeze(-1)
+        beta = beta.unsqueeze(-1)  # (B, T, Hv) -> (B, T, Hv, 1)
     bounds = tuple(host_bounds(B, T, cu_seqlens))
     plan = make_plan(bounds, max(1, SLAB // (CHUNK * Hv)), v.device)
+    # (B, T, H, D) -> (B · T, H, D)
     tokens = [None if x is None else x.flatten(0, 1) for x in (q, k, v, decay, beta)]
     with torch.autocast(v.device.type, enabled=False):
         o, state = _Chunked.apply(*tokens, initial_state, scale, plan)
@@ -89,7 +91,7 @@ def _run(
 
 
 class _Chunked(torch.autograd.Function):
-    """Tokens (T, H, ...), all sequences end to end; the plan knows which is which."""
+    """Tensors are (tokens, H, D), all sequences end to end; the plan has their bounds."""
 
     @staticmethod
     def forward(
@@ -107,6 +109,7 @@ class _Chunked(torch.autograd.Function):
         state = _states(initial_state, k, v, plan)
         entered = []
         for slab in plan.slabs:
+            # (sequences, H, Dk, Dv) -> (sequences · H, Dk, Dv), here and below
             entered.append(state[slab.sequences].flatten(0, 1).clone())
             terms = _Terms(slab, q, k, v, decay, beta, scale)
             states = terms.recur(state[slab.sequences].flatten(0, 1))
@@ -142,13 +145,13 @@ class _Chunked(torch.autograd.Function):
 
 
 def _rows_like(x: Tensor, plan: Plan) -> Tensor:
-    """Room for a result a token; rows of no sequence are zero."""
-    make = torch.empty_like if plan.covered == len(x) else torch.zeros_like
+    """An empty tensor like x, one row a token, with zeros if some rows belong to no sequence."""
+    make = torch.empty_like if plan.tokens_in_sequences == len(x) else torch.zeros_like
     return make(x, memory_format=torch.contiguous_format)
 
 
 def _states(x: Tensor | None, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    """A copy of the states x (N, H, Dk, Dv) in plan order, zeros if there are none."""
+    """A copy of the states x (N, H, Dk, Dv) in the order of the plan; zeros for None."""
     dtype = accumulation_dtype(k.dtype)
     if x is None:
         N, (H, Dv), Dk = len(plan.order), v.shape[1:], k.shape[-1]
@@ -157,11 +160,15 @@ def _states(x: Tensor | None, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
 
 
 class _Terms:
-    """A slab of chunks, each tensor (chunks · H, C, D), named as at the top of this file.
+    """The terms of a slab's chunks, named as at the top of this file; (chunks · H, C, D) each.
 
-    Queries read the state, and so do the keys of the delta rule, to erase what they find: `lefts`
-    are those readers, with their `scores`, and `edges` are Q and K̂. V is U until `recur` has
-    made it V'.
+    Attributes:
+        lefts: the rows that read the state: q, and with the delta rule k, which reads what is to
+            be erased.
+        scores: A and P, (chunks · H, C, C), of `lefts` with k.
+        edges: Q and K̂, of `lefts`.
+        inverse: (I + βP)⁻¹, (chunks · H, C, C).
+        V: U at first; `recur` turns it into V' in place.
     """
 
     def __init__(
@@ -191,7 +198,7 @@ class _Terms:
         self.V, self.W = self.v, None
         if self.beta is not None:
             L = self.scores[-1].tril_(-1) * self.beta
-            # Transposed, it is laid out as the solver wants it.
+            # Transposed, since the solver wants column-major matrices.
             identity = torch.eye(CHUNK, dtype=L.dtype, device=L.device).expand_as(L)
             self.inverse = torch.linalg.solve_triangular(
                 L.mT, identity, upper=True, unitriangular=True
@@ -202,7 +209,8 @@ class _Terms:
     def recur(self, state: Tensor) -> Tensor:
         """Step `state` (sequences · H, Dk, Dv) through the chunks, in place.
 
-        Returns the states that enter the chunks.
+        Returns:
+            the state that enters each chunk, (chunks · H, Dk, Dv).
         """
         total = self.weights.total
         states = self.k.new_empty(len(self.k), *state.shape[1:])
@@ -217,41 +225,49 @@ class _Terms:
             S.baddbmm_(K[i].mT, V[i])
         return states
 
-    def recur_back(self, dstate: Tensor, dV: Tensor, asked: Tensor | None) -> Tensor:
+    def recur_back(self, dstate: Tensor, dV: Tensor, d_entering: Tensor | None) -> Tensor:
         """Step `dstate` (sequences · H, Dk, Dv) back through the chunks, in place.
 
-        dV and `asked` are what the outputs ask of V' and of the entering states; dV gets what the
-        leaving states ask of V' as well. Returns the gradients of the leaving states.
+        Args:
+            dV: gradient of V' from the outputs; that from the leaving states is added in place.
+            d_entering: gradient of the entering states from the outputs, (chunks · H, Dk, Dv).
+
+        Returns:
+            the gradient of each chunk's leaving state, (chunks · H, Dk, Dv).
         """
         total = self.weights.total
         dstates = self.k.new_empty(len(self.k), *dstate.shape[1:])
         leaving, dv, K, W, a = map(self._by_step, (dstates, dV, self.K, self.W, total))
-        entering = self._by_step(asked)
+        entering = self._by_step(d_entering)
         for i in reversed(range(len(self.steps))):
             dS = dstate[self.steps[i]]
             leaving[i].copy_(dS)
             dv[i].baddbmm_(K[i], dS)
             if total is not None:
                 dS.mul_(a[i].mT)
-            if asked is not None:
+            if d_entering is not None:
                 dS.add_(entering[i])
             if self.W is not None:
                 dS.baddbmm_(W[i].mT, dv[i], alpha=-1)
         return dstates
 
     def _by_step(self, x: Tensor | None) -> Sequence[Tensor]:
+        """(chunks · H, …) -> one (sequences of the step · H, …) for each step."""
         return () if x is None else x.split([step.stop - step.start for step in self.steps])
 
     def gradients(
         self, state: Tensor, dstate: Tensor, do: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of the slab's q, k, v, decay and beta; steps `dstate` back, in place.
+        """Gradients of the slab's q, k, v, decay and beta, (chunks · H, C, D) each.
 
-        `state` entered the slab; `do` (tokens, H, Dv) is the gradient of all outputs.
+        Args:
+            state: that entered the slab, (sequences · H, Dk, Dv).
+            dstate: gradient of the state that leaves the slab; becomes that of `state`, in place.
+            do: gradient of all outputs, (tokens, H, Dv).
         """
         states = self.recur(state.clone())
         if do is None:
-            dreads = []  # for each of `lefts`
+            dreads = []  # gradients of what each of `lefts` reads, (chunks · H, C, Dv)
             dstates = self.recur_back(dstate, dV := torch.zeros_like(self.v), None)
         else:
             dreads = [self.load(do)]
@@ -260,7 +276,8 @@ class _Terms:
 
         dbeta = None
         if self.beta is not None:
-            # V' = β(v − K̂S − PV'): the reading key finds K̂S + PV', and gets −dv for it.
+            # V' = β(v − K̂S − PV'). `found` is v less what the keys read, K̂S + PV', whose gradient
+            # is −dv.
             found = torch.baddbmm(self.v, self.edges[-1], states, alpha=-1)
             found.baddbmm_(self.scores[-1], self.V, alpha=-1)
             dV = self.inverse.mT @ dV
@@ -279,10 +296,11 @@ class _Terms:
         _add_weighed(dk, dK, self.weights.suffix)
         if self.beta is not None:
             dk += dlefts[-1]
-        if dx is not None and not isinstance(self.weights, Undecayed):
-            dprefix = torch.zeros_like(dK)  # of the weights' logarithms, as dK · K below
+        if dx is not None and not isinstance(self.weights, NoDecay):
+            dprefix = torch.zeros_like(dK)  # gradient of log prefix; dK · K is that of log suffix
             for dedge, edge in zip(dedges, self.edges, strict=True):
                 dprefix.addcmul_(dedge, edge)
+            # (chunks · H, Dk, Dv) -> (chunks · H, 1, Dk), on the last row
             dprefix[:, -1:] += (states * dstates).sum(-1).unsqueeze(1) * self.weights.total
             dx = self.weights.edges_grad(dprefix, dK * self.K).add_(dx)
         dq = None if do is None else dlefts[0] * self.scale
@@ -290,10 +308,12 @@ class _Terms:
 
 
 def _weigh(x: Tensor, weight: Tensor | None) -> Tensor:
+    """x · weight; None is 1."""
     return x if weight is None else x * weight
 
 
 def _add_weighed(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
+    """out += x · weight; None is 1."""
     if weight is None:
         out.add_(x)
     else:

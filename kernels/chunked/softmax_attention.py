@@ -1,4 +1,8 @@
-"""Softmax attention tile by tile, on any device: torch's flash kernel for CPUs, or products."""
+"""Softmax attention tile by tile, on any device.
+
+A tile is some queries by some keys of one sequence. On a CPU torch's flash kernel computes it,
+elsewhere plain matrix products do. Tiles with the same queries are merged by their log-sum-exp.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +15,34 @@ from torch import Tensor
 
 from kernels.packing import accumulation_dtype
 
-# Query rows that share one mask under a sliding window: each block of them looks at
-# window + WINDOW_ROWS − 1 keys.
+# Queries of one tile in a sliding window, or without the flash kernel. They share a mask over
+# window + WINDOW_ROWS − 1 keys: more rows waste products, fewer make small ones.
 WINDOW_ROWS = 256
 
 
 class Tiling(NamedTuple):
     """Where the sequences of q and of k begin and end, and which keys a query sees."""
 
-    q_bounds: list[int]
-    k_bounds: list[int]
+    q_bounds: list[int]  # N + 1 rows
+    k_bounds: list[int]  # N + 1 rows
     causal: bool
     window: int | None
 
 
 class _Tile(NamedTuple):
-    """Query rows × key rows of one sequence that are computed at once."""
+    """Query rows and key rows of one sequence that are computed at once."""
 
     q: slice
     k: slice
-    causal: bool = False  # square: query i sees the keys up to i, counted inside the tile
-    lead: int | None = None  # band: query i sees the last `window` keys up to lead + i
-    merge: bool = False  # an earlier tile has the same queries
+    causal: bool = False  # the tile is square; its query i sees its keys 0 to i
+    lead: int | None = None  # its query i sees keys up to lead + i, the last `window` of them
+    merge: bool = False  # an earlier tile has the same queries: merge the two
 
 
 def _tiles(tiling: Tiling, flash_tiles: bool) -> Iterator[_Tile]:
-    """Tiles that together cover what may be seen; no query of a tile sees nothing in it.
+    """Tiles that together hold every visible pair. Every query of a tile sees a key in it.
 
-    With `flash_tiles` a tile may have any number of queries, since no scores are stored.
+    With `flash_tiles` a tile may have any number of queries, since scores are not stored.
     """
     q_bounds, k_bounds, causal, window = tiling
     for n in range(len(q_bounds) - 1):
@@ -50,8 +54,8 @@ def _tiles(tiling: Tiling, flash_tiles: bool) -> Iterator[_Tile]:
             for start in range(q0, q1, step):
                 yield _Tile(slice(start, min(start + step, q1)), slice(k0, k1))
             continue
-        # The last `size` queries and keys face each other. Queries before them see
-        # nothing; keys before them are seen by all.
+        # The last `size` queries and the last `size` keys have the same positions. Earlier
+        # queries see no key; earlier keys are seen by all queries (without a window).
         size = min(q1 - q0, k1 - k0)
         first_q, first_k = q1 - size, k1 - size
         if flash_tiles and (window is None or window >= k1 - k0):
@@ -70,7 +74,7 @@ def _tiles(tiling: Tiling, flash_tiles: bool) -> Iterator[_Tile]:
 
 
 def _band(tile: _Tile, window: int | None, like: Tensor) -> Tensor | None:
-    """What to add to the tile's scores: −inf outside the band."""
+    """The tile's mask (queries, keys), added to its scores: 0 or −inf. None if all are visible."""
     if tile.lead is None:
         return None
     own = torch.arange(tile.q.stop - tile.q.start, device=like.device).unsqueeze(1) + tile.lead
@@ -82,7 +86,7 @@ def _band(tile: _Tile, window: int | None, like: Tensor) -> Tensor | None:
 
 
 def _heads_first(x: Tensor, rows: slice, width: int) -> Tensor:
-    """Rows of (T, H, D) as (1, H, rows, width), zeros beyond D: the kernel wants one width."""
+    """(T, H, D) -> (1, H, rows, width), zeros beyond D: the kernel takes one width for q, k, v."""
     block = x[rows]
     if block.shape[2] < width:
         block = F.pad(block, (0, width - block.shape[2]))
@@ -90,16 +94,17 @@ def _heads_first(x: Tensor, rows: slice, width: int) -> Tensor:
 
 
 def _has_flash(x: Tensor) -> bool:
-    """Torch's flash kernel for CPUs; elsewhere (fp32 on a GPU, say) tiles are plain products."""
+    """Whether torch's flash kernel for CPUs can be used; elsewhere tiles are plain products."""
     return x.device.type == "cpu"
 
 
 def _plain(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """o (1, H, rows, width) and lse (1, H, rows) of a tile, grouped heads side by side."""
+    """o (1, Hq, rows, width) and lse (1, Hq, rows) of a tile."""
     s, values = _scores(q, k, mask, scale), v.to(accumulation_dtype(v.dtype)).unsqueeze(2)
     lse = s.logsumexp(-1, keepdim=True)
+    # (1, Hk, Hq / Hk, rows, width) -> (1, Hq, rows, width)
     return ((s - lse).exp() @ values).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)[..., 0]
 
 
@@ -114,20 +119,21 @@ def _plain_backward(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a tile's q, k and v, given the whole rows' o and lse."""
+    """Gradients of a tile's q, k and v, given o and lse of whole rows; all (1, H, rows, width)."""
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     p = (_scores(q, k, mask, scale) - lse.unflatten(1, groups).unsqueeze(-1)).exp()
     grouped = [x.to(p.dtype).unflatten(1, groups) for x in (do, o, q)]
-    keys, values = (x.to(p.dtype).unsqueeze(2) for x in (k, v))
+    keys, values = (x.to(p.dtype).unsqueeze(2) for x in (k, v))  # (1, Hk, 1, keys, width)
     ds = p * (grouped[0] @ values.mT - (grouped[0] * grouped[1]).sum(-1, keepdim=True)) * scale
     dk, dv = (ds.mT @ grouped[2]).sum(2), (p.mT @ grouped[0]).sum(2)
+    # dq: (1, Hk, Hq / Hk, rows, width) -> (1, Hq, rows, width)
     return (ds @ keys).flatten(1, 2), dk, dv
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(1, Hk, Hq / Hk, rows, keys), at least fp32."""
+    """(1, Hk, Hq / Hk, rows, keys) in fp32 (fp64 for fp64)."""
     dtype = accumulation_dtype(q.dtype)
-    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
+    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))  # (1, Hq, …) -> (1, Hk, Hq / Hk, …)
     s = grouped @ k.to(dtype).unsqueeze(2).mT * scale
     return s if mask is None else s + mask
 
@@ -154,6 +160,7 @@ class TiledAttention(torch.autograd.Function):
                 )
             else:
                 part, part_lse = _plain(*inputs, mask=band, scale=scale)
+            # (1, Hq, rows, width) -> (rows, Hq, Dv); (1, Hq, rows) -> (rows, Hq)
             part, part_lse = part[0].transpose(0, 1)[..., : v.shape[2]], part_lse[0].t()
             rows = tile.q
             if tile.merge:
@@ -175,8 +182,8 @@ class TiledAttention(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(o)
         if dlse is not None:
-            # ds = p ⊙ (do·v − ⟨do, o⟩ + dlse), and the kernel knows no dlse. A channel more,
-            # with 1 in do, −dlse in o and 0 in v, puts it into ⟨do, o⟩ and nowhere else.
+            # ds = p ⊙ (do·v − ⟨do, o⟩ + dlse), but the kernel has no dlse. An extra channel with
+            # 1 in do, −dlse in o and 0 in v adds −dlse to ⟨do, o⟩ and changes nothing else.
             width = -(-(max(q.shape[2], v.shape[2]) + 1) // 8) * 8
             do = F.pad(do, (0, width - do.shape[2]))
             o = F.pad(o, (0, width - o.shape[2]))
@@ -195,14 +202,19 @@ def backward(
     tiling: Tiling,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, given o and lse of whole rows; do and o may be wider than v."""
+    """Gradients of q, k and v, given o and lse of whole rows.
+
+    Args:
+        do, o: (Tq, Hq, Dv or more channels).
+        lse: (Tq, Hq).
+    """
     width = max(q.shape[2], do.shape[2])
     dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
     with_flash = _has_flash(q)
     for tile in _tiles(tiling, with_flash):
         sides = ((do, tile.q), (q, tile.q), (k, tile.k), (v, tile.k), (o, tile.q))
         inputs: list[Any] = [_heads_first(x, rows, width) for x, rows in sides]
-        inputs.append(lse[tile.q].t().unsqueeze(0))
+        inputs.append(lse[tile.q].t().unsqueeze(0))  # (rows, Hq) -> (1, Hq, rows)
         band = _band(tile, tiling.window, q)
         if with_flash:
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -212,5 +224,6 @@ def backward(
             parts = _plain_backward(*inputs, mask=band, scale=scale)
         places = ((dq, tile.q), (dk, tile.k), (dv, tile.k))
         for (total, rows), part in zip(places, parts, strict=True):
+            # (1, H, rows, width) -> (rows, H, D)
             total[rows] += part[0].transpose(0, 1)[..., : total.shape[2]]
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

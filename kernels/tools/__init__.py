@@ -1,4 +1,8 @@
-"""`python -m kernels check | compile | bench`: the ops tried, compiled and timed on this machine.
+"""Tools: `python -m kernels check | compile | bench`, a file each.
 
-May import everything in `kernels`; nothing imports it but the command.
+    check      every op against its definition in fp64, on this machine
+    compile    every shipped Triton kernel compiled for GPUs that need not be here
+    bench      times of every op, beside other implementations that are installed
+
+May import everything in `kernels`. Only `kernels.__main__` imports this room.
 """

@@ -1,9 +1,9 @@
-"""Times of every op beside the peers that are installed, over the length of the sequence.
+"""Times of every op and of other installed implementations, over the length of the sequence.
 
-Forward, and forward + backward, on one device: the GPU in bf16 where there is one, else the CPU
-in fp32. Bytes are what the op must move at least (its inputs, outputs and, backward, their
-gradients, once each); the roofline is the larger of the time for those bytes and for the FLOPs
-of `kernels.flops`, with three times the work for forward + backward.
+Forward, and forward + backward, on one device: on a GPU in bf16 if there is one, else on the CPU in
+fp32. The bytes are those that the op must move at least: its inputs and its output, three times for
+forward + backward. The roofline is the longer of the times for these bytes and for the FLOPs of
+`kernels.flops`, the latter three times too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import kernels
 from kernels import flops
 from kernels.tools.check import MIXERS, mixer_inputs
 
-# Bytes and dense bf16 FLOPs a second, from the data sheets.
+# Memory bytes a second and dense bf16 FLOPs a second, from the data sheets.
 ROOFLINES = {
     "A100": (2.0e12, 312e12),
     "H100": (3.35e12, 989e12),
@@ -55,7 +55,7 @@ class Timing(NamedTuple):
 
 
 def subjects(T: int, device: str) -> Iterator[Subject]:
-    """Ours and every installed peer, op by op."""
+    """For each op, our implementation and every other one that is installed, at T tokens."""
     on_gpu = device == "cuda"
     B, H, D = (1, 32, 128) if on_gpu else (1, 4, 64)
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -145,7 +145,7 @@ def _ours(x: dict[str, Any]) -> Tensor:
 
 
 def _recurrence_peers(mixer: str, on_gpu: bool) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
-    """Other implementations of a mixer, by name."""
+    """Other installed implementations of a mixer, by name."""
     peers: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {}
     if mixer == "gated deltanet" and importlib.util.find_spec("transformers"):
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
@@ -191,7 +191,7 @@ def _recurrence_peers(mixer: str, on_gpu: bool) -> dict[str, Callable[[dict[str,
 
 
 def measure(subject: Subject, tokens: int, device: str) -> Timing:
-    """Median times; a first run compiles and warms up, and is not counted."""
+    """Median times of a subject. A first run, which compiles and warms up, is not counted."""
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -218,7 +218,8 @@ def measure(subject: Subject, tokens: int, device: str) -> Timing:
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
-    """Median of many runs; on a GPU of the device's own time, its cache emptied between them."""
+    """Median seconds of many runs. On a GPU the device's own time, with its cache emptied between
+    runs."""
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -234,7 +235,7 @@ def _seconds(run: Callable[[], object], device: str) -> float:
 
 
 def plot(timings: list[Timing], path: str) -> None:
-    """Forward + backward over the length, a panel an op, saved as an image."""
+    """Save an image of forward + backward times over the length, one panel for each op."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -258,7 +259,7 @@ def plot(timings: list[Timing], path: str) -> None:
 
 
 def main(lengths: list[int], only: str, path: str, as_json: bool) -> int:
-    """The command."""
+    """Run the command; exit code 2 for a length below 1."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = sorted(lengths or ([8192, 16384, 32768] if device == "cuda" else [256, 512, 1024]))

@@ -1,8 +1,7 @@
-"""Every op on this machine's best backend against its definition in fp64.
+"""Compare every op, on this machine's best backend, with its definition in fp64.
 
-Each error stands beside that of a plain torch computation in the same dtype: the definition
-itself, run in bf16 or fp32 as somebody would write it first. A kernel that rounds in the right
-places is no worse; more than twice as bad is a mistake.
+The error of an op is compared with the error of its definition run in the same dtype, bf16 or fp32,
+by plain torch. More than `TOLERATED` times that is reported as BAD.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from torch import Tensor
 
 import kernels
 
-TOLERATED = 2.0
+TOLERATED = 2.0  # times the plain error: a kernel that rounds in the right places is no worse
 
-# The mixers of the recurrence: shape of the decay, and whether β is given.
+# (kind of decay, whether β is given) of each mixer.
 MIXERS = {
     "linear": ("none", False),
     "retention": ("head", False),
@@ -41,7 +40,7 @@ class Case(NamedTuple):
 
 
 def mixer_inputs(mixer: str, B: int, T: int, H: int, D: int) -> dict[str, Tensor]:
-    """Random fp64 arguments of `linear_attention` for a mixer."""
+    """Random fp64 arguments of `kernels.linear_attention` for a mixer; shapes as there."""
     kind, delta = MIXERS[mixer]
     shape = {"none": None, "head": (H,), "scalar": (B, T, H), "vector": (B, T, H, D)}[kind]
     q, k, v = (torch.randn(B, T, H, D, dtype=torch.float64) for _ in range(3))
@@ -56,7 +55,7 @@ def mixer_inputs(mixer: str, B: int, T: int, H: int, D: int) -> dict[str, Tensor
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, beta: Tensor | None = None
 ) -> Tensor:
-    """The recurrence token by token, the state in the dtype of q."""
+    """`kernels.linear_attention` token by token, with the state in the dtype of q."""
     B, T, H, Dk = q.shape
     S = q.new_zeros(B, H, Dk, v.shape[-1])
     outputs = []
@@ -108,7 +107,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """Every op, at a size whose definition takes about a second."""
+    """Every op, at sizes for which its definition takes about a second."""
     B, T, H, D = 1, 200, 2, 64
     fp32 = ("decay", "beta")
 
@@ -163,7 +162,7 @@ def cases() -> Iterator[Case]:
 
 
 class Error(NamedTuple):
-    """Relative errors (of the Euclidean norm) of one output or gradient."""
+    """Relative errors, in the Euclidean norm, of one output or gradient: ours and plain torch's."""
 
     case: str
     dtype: str
@@ -173,13 +172,13 @@ class Error(NamedTuple):
 
     @property
     def bad(self) -> bool:
-        # A plain computation may be exact by luck; one rounding of the dtype is always granted.
+        # The plain computation may happen to be exact, so one rounding of the dtype is allowed.
         granted = torch.finfo(getattr(torch, self.dtype)).eps / 2
         return not self.ours <= TOLERATED * max(self.plain, granted)
 
 
 def errors(case: Case, dtype: torch.dtype, device: str) -> Iterator[Error]:
-    """Of the output and the gradient of each input, ours and the plain computation's."""
+    """Errors of the output and of each input's gradient, ours and the plain computation's."""
     rounded = {
         name: x.to(torch.float32 if name in case.keep_fp32 else dtype)
         for name, x in case.inputs.items()
@@ -205,7 +204,7 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> Iterator[Error]:
 
 
 def main(as_json: bool) -> int:
-    """The command; 1 if an error is more than twice the plain one."""
+    """Run the command; exit code 1 if an error is more than `TOLERATED` times the plain one."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
@@ -215,7 +214,7 @@ def main(as_json: bool) -> int:
         for dtype in (torch.float32, torch.bfloat16):
             rows = list(errors(case, dtype, device))
             found += rows
-            # One line a case and dtype: the output or gradient that compares worst.
+            # One line for each case and dtype, with its worst output or gradient.
             worst = max(rows, key=lambda e: (e.bad, e.ours / max(e.plain, 1e-30)))
             ratio = worst.ours / max(worst.plain, 1e-30)
             if not as_json:

@@ -1,8 +1,8 @@
-"""Compile every shipped kernel configuration ahead of time, with no GPU, and inspect the code.
+"""Compile every shipped kernel configuration without a GPU, and inspect the machine code.
 
-What is looked at is the machine code: registers and stack from `cuobjdump`, spills counted as
-loads and stores of that stack in `nvdisasm`'s listing, tensor-core instructions in the PTX; on
-AMD the kernel's own metadata. Triton keeps what it compiled, so a second run only inspects.
+On NVIDIA registers and stack come from `cuobjdump`, spills are the loads and stores of the stack in
+`nvdisasm`'s listing, tensor-core instructions are counted in the PTX. On AMD all comes from the
+kernel's metadata. Triton caches what it compiles, so a second run only inspects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 
 class Limits(NamedTuple):
-    """What one multiprocessor has, from the CUDA programming guide's table of capabilities."""
+    """Limits of one multiprocessor, from the CUDA programming guide's table of capabilities."""
 
     shared_block: int  # bytes of shared memory that one block may use
     shared: int  # bytes of shared memory
@@ -38,9 +38,9 @@ LIMITS = {
     "sm_90": Limits(227 << 10, 228 << 10),
     "sm_100": Limits(227 << 10, 228 << 10),
 }
-# The first three are the gate: a spill there is an error.
+# On those with `LIMITS` a spill is an error.
 ARCHITECTURES = (*LIMITS, "gfx942")
-_GFX942_SHARED = 64 << 10
+_GFX942_SHARED = 64 << 10  # bytes
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class Configuration:
     function: str
     signature: dict[str, str]
     constants: dict[str, Any]
-    unaligned: tuple[str, ...]  # integers that are not multiples of 16
+    unaligned: tuple[str, ...]  # integers that the compiler may not take for multiples of 16
     num_warps: int
     num_stages: int
-    may_spill: bool = False  # it has to compile and fit, and may be slow
+    may_spill: bool = False  # it must compile and fit, but may be slow
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a configuration."""
+    """A configuration compiled: what it needs, and what is wrong with it."""
 
     name: str
     arch: str
@@ -70,8 +70,8 @@ class Report:
     stack: int  # bytes a thread
     spills: int  # instructions that move registers to or from local memory
     shared: int  # bytes a block
-    tensor_cores: str  # the kind of tensor-core instruction, and how many there are
-    occupancy: float  # resident warps of the most that fit, 0 to 1
+    tensor_cores: str  # kinds of tensor-core instructions, and their numbers
+    occupancy: float  # resident warps as a share of a multiprocessor's maximum, 0 to 1
     seconds: float
     problem: str = ""
     may_spill: bool = False
@@ -81,7 +81,7 @@ OPS = ("mixers", "diagonal_scan", "convolution", "norm", "rotary", "cross_entrop
 
 
 def configurations(arch: str) -> Iterator[Configuration]:
-    """Everything shipped for an architecture, each distinct launch once."""
+    """All configurations shipped for an architecture, each distinct one once."""
     mixers = importlib.import_module("kernels.triton.mixers")
     seen: set[str] = set()
     for op in OPS:
@@ -92,7 +92,7 @@ def configurations(arch: str) -> Iterator[Configuration]:
 
 
 def _unseen(configuration: Configuration, seen: set[str]) -> Iterator[Configuration]:
-    """The configuration, unless one that differs in its name alone went before."""
+    """The configuration, unless an earlier one differs in nothing but its name."""
     key = repr(replace(configuration, name="", may_spill=False))
     if key not in seen:
         seen.add(key)
@@ -100,7 +100,7 @@ def _unseen(configuration: Configuration, seen: set[str]) -> Iterator[Configurat
 
 
 def _from_launch(name: str, arch: str, launch: Any) -> Configuration:
-    """The signature that the JIT would compile for a launch."""
+    """The configuration that the JIT would compile for a launch."""
     names = launch.kernel.arg_names
     given = {**dict(zip(names, launch.args, strict=False)), **launch.constants}
     num_warps, num_stages = given.pop("num_warps"), given.pop("num_stages")
@@ -186,8 +186,8 @@ def _inspect_nvidia(compiled: Any) -> tuple[int, int, int, str]:
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
         used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert used is not None, usage
-        # A spilled register lies on the stack: without one there is nothing to look for, in a
-        # listing that takes a third of the time of compiling.
+        # Registers are spilled to the stack: without a stack there are none, and the listing, which
+        # takes a third of the time of compiling, is not needed.
         listing = _output(tools / "nvdisasm", "-c", file.name) if int(used[2]) else ""
     instruction = r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
     kinds = Counter(re.findall(instruction, compiled.asm["ptx"]))
@@ -216,7 +216,7 @@ def _output(*command: object) -> str:
 
 
 def _occupancy(arch: str, registers: int, shared: int, num_warps: int) -> float:
-    """Resident warps as a share of the most; registers are given out 256 a warp at a time."""
+    """Resident warps as a share of the maximum. A warp gets registers in units of 256."""
     limits = LIMITS[arch]
     a_warp = -(-registers * 32 // 256) * 256
     by_registers = limits.registers // a_warp // num_warps if a_warp else limits.blocks
@@ -226,22 +226,22 @@ def _occupancy(arch: str, registers: int, shared: int, num_warps: int) -> float:
 
 
 def compile_all(configurations: Iterable[Configuration], jobs: int) -> Iterator[Report]:
-    """Reports in the order of the configurations, from `jobs` processes that let others go first:
-    they keep all cores busy for minutes."""
+    """Reports in the order of the configurations, from `jobs` processes at low priority, since they
+    keep all cores busy for minutes."""
     context = get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=os.nice, initargs=(10,)) as pool:
         yield from pool.map(compile_one, configurations)
 
 
 def failed(report: Report) -> bool:
-    """Whether a report breaks the promise of the gate: it compiles, fits and, unless that is
-    allowed, spills nothing."""
+    """Whether a configuration does not compile, does not fit, or spills though it may not; on
+    architectures with `LIMITS` only."""
     gated = report.arch in LIMITS
     return gated and bool(report.problem or (report.spills and not report.may_spill))
 
 
 def main(archs: list[str], pattern: str, as_json: bool, jobs: int | None) -> int:
-    """The command; 1 if a gated configuration spills, does not fit or does not compile."""
+    """Run the command; exit code 1 if any configuration has `failed`."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("compile needs the real compiler: unset TRITON_INTERPRET", file=sys.stderr)
         return 2

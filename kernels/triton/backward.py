@@ -1,19 +1,20 @@
-"""The backward pass: the state's gradient back from chunk to chunk, then everything else at once.
+"""The backward pass: the state's gradient from the last chunk to the first, then all else at once.
 
 With dS the gradient of the state that leaves a chunk, r the errors and β r the written values of
-the forward pass, and A, Z as in `intra.py`:
+the forward pass, A and Z as in `intra.py`, g the gate:
 
     d(βr) = scale · Aᵀ do + (e^{g_C − g} ⊙ k) dS
     e     = d(βr) − Zᵀ(β d(βr)),  dv = β e,  dβ = ⟨r, e⟩     (dv = d(βr) without β)
     dS  ← Diag(e^{g_C}) dS + scale · (e^g ⊙ q)ᵀ do − (e^g ⊙ k)ᵀ dv
 
-and then, each chunk for itself, from the state S that entered it:
+and then, each chunk by itself, with the state S that entered it:
 
     dA = scale · do (βr)ᵀ on j ≤ i,        dK = −dv (βr)ᵀ on j < i
     d(e^g ⊙ q) = scale · do Sᵀ,   d(e^g ⊙ k) = −dv Sᵀ,   d(e^{g_C − g} ⊙ k) = (βr) dSᵀ
 
-The gate's gradient is what rows read (q ⊙ dq, k ⊙ dk as a reader) minus what was read of them
-(k ⊙ dk as written), summed from a row to the end of its chunk, plus the gate's last row.
+The gradient of g is q ⊙ dq + k ⊙ dk of the rows as readers (e^g) minus k ⊙ dk of the rows as
+written (e^−g), and that of g_C on its last row. The gradient of a row's decay is the sum of these
+from the row to the end of its chunk.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -34,7 +35,7 @@ from kernels.triton.tiles import (
     decayed_state,
     dot,
     exp,
-    fine,
+    for_sums,
     load_gate,
     load_row_gate,
     load_rows,
@@ -59,9 +60,11 @@ def backward_chunks(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All chunks of one sequence, value head and column block, from the last to the first.
+    """All chunks of one sequence and value head, the last first, for BLOCK_V columns of dS.
 
-    Leaves dv, dβ (a share for each column block), dS of each chunk and of the initial state.
+    Writes d_v (tokens, Hv, Dv); d_beta (column blocks, tokens, Hv), to be summed over column
+    blocks; d_states (slots, Hv, Dk, Dv) and d_initial_state (N, Hv, Dk, Dv). Grid: (column blocks,
+    Hv, N).
     """
     column = tl.program_id(0) * BLOCK_V
     head = tl.program_id(1)
@@ -123,7 +126,7 @@ def load_written(
     errors, beta, start, length, heads, head,
     DV: tl.constexpr, column, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk writes: β r, or v without the delta rule, whose errors are the values."""
+    """(CHUNK, COLUMNS): the values that a chunk writes, β r; r alone, which is v, without β."""
     written = load_rows(errors, start, length, heads, head, DV, column, COLUMNS)
     if beta is not None:
         written = written * load_scalars(beta, start, length, heads, head)[:, None]
@@ -137,11 +140,13 @@ def pair_gradient(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Leave sign · d_rows (βr)ᵀ, the gradient of P_ij = ⟨x_i, k_j e^{g_i − g_j}⟩, in dP: times
-    e^{g_i − g_j} unless the decay is a vector, zero for j > i and, if STRICT, j = i.
+    """Write dP, the gradient of P_ij = ⟨x_i, k_j e^{g_i − g_j}⟩: sign · d_rows (βr)ᵀ, times
+    e^{g_i − g_j} unless the decay is a vector, zero for j > i and, if STRICT, for j = i.
 
-    Returns what a row's step owes to pairs across it, Σ dP_mj P_mj over j < i ≤ m: a sum of those
-    alone, since a difference of larger sums would leave their round-off where the rest is small.
+    Returns:
+        (CHUNK,), for each row i the gradient of its scalar decay through pairs: Σ dP_mj P_mj over
+        j < i ≤ m. These terms are summed by themselves. As a difference of larger sums the result
+        would have their round-off, which is too much if it is small.
     """
     rows = tl.arange(0, CHUNK)
     earlier = rows[:, None] > rows[None, :]
@@ -150,7 +155,7 @@ def pair_gradient(
         tile = load_rows(d_rows, start, length, value_heads, head, DV, column, BLOCK_V)
         written = load_written(errors, beta, start, length, value_heads, head, DV, column, BLOCK_V)
         d_pairs += dot(tile, tl.trans(written), PRECISION)
-    # A flat gate leaves a mask.
+    # With KIND NONE the gate is zero, and `pair_decay` only a mask j ≤ i.
     d_pairs *= sign * pair_decay(gate)
     if STRICT:
         d_pairs = tl.where(earlier, d_pairs, 0.0)
@@ -173,9 +178,12 @@ def pair_gradients(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dA and dK of one chunk and value head, and the share of a scalar decay's gradient that goes
-    through them; a vector decay has none, and KIND is then NONE. A kernel of its own: beside the
-    sums of `gradients` these spill on sm_80."""
+    """dA and dK (tokens, Hv, C) of one chunk and value head, and the part of a scalar decay's
+    gradient that comes through them, (tokens, Hv). Grid: (slots, Hv).
+
+    For a vector decay KIND is NONE here: `gradients` computes its part. A kernel of its own, since
+    inside `gradients` it spilled registers on sm_80.
+    """
     slot = tl.program_id(0)
     start = tl.load(chunks + slot * 2)
     length = tl.load(chunks + slot * 2 + 1).to(tl.int32)
@@ -202,26 +210,27 @@ def pair_gradients(
 
 
 @triton.jit
-def through_pairs(
+def add_pair_gradients(
     dP, x, k, gate, last, dx, dk, d_gate,
     BLOCK_K: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what P_ij = ⟨x_i, k_j e^{g_i − g_j}⟩ owes to x, k and, if it is a vector's, the gate."""
+    """Add the gradients through P_ij = ⟨x_i, k_j e^{g_i − g_j}⟩ to dx, dk and, for a vector decay,
+    d_gate, (CHUNK, BLOCK_K) each."""
     if KIND == VECTOR:
         first = first_level(gate, last, BLOCK_K, PRECISION)
         for level in range(first, 6):
             reader, read = pair_factors(gate, level, BLOCK_K)
-            # What the reading and the read row add to the gate's gradient cancels for earlier
-            # rows only if both come from the very same rounded operands.
+            # Row i adds to the gate's gradient what row j subtracts; for rows before both, these
+            # cancel only if they are computed from the same rounded operands.
             x_part = operand(x * reader, PRECISION)
             k_part = operand(k * read, PRECISION)
             d_pairs = tl.where(pairs_at(level, first), dP, 0.0)
             reads = dot(d_pairs, k_part, PRECISION)
             dx += reader * reads
-            d_gate += fine(x_part, PRECISION) * fine(reads, PRECISION)
+            d_gate += for_sums(x_part, PRECISION) * for_sums(reads, PRECISION)
             read_by = dot(tl.trans(d_pairs), x_part, PRECISION)
             dk += read * read_by
-            d_gate -= fine(k_part, PRECISION) * fine(read_by, PRECISION)
+            d_gate -= for_sums(k_part, PRECISION) * for_sums(read_by, PRECISION)
     else:
         dx += dot(dP, k, PRECISION)
         dk += dot(tl.trans(dP), x, PRECISION)
@@ -235,11 +244,13 @@ def gradients(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk (a value head each) and the decay's gradient of one chunk, value head and BLOCK_K
-    columns of the keys. A scalar decay's gradient is a share for each column block.
+    """dq, dk and the decay's gradient of one chunk and value head, for BLOCK_K columns of keys.
 
-    Registers: three sums of CHUNK × BLOCK_K, and beside them a block of both states or of a pair
-    gradient.
+    Writes d_q, d_k (tokens, Hv, Dk), to be summed over the value heads of a key head; d_decay
+    (tokens, Hv, Dk), or for a scalar decay (column blocks, tokens, Hv), to be summed over column
+    blocks. Grid: (slots, Hv, column blocks).
+
+    Registers: three sums of CHUNK × BLOCK_K, and a block of both states or of a pair gradient.
     """
     slot = tl.program_id(0)
     start = tl.load(chunks + slot * 2)
@@ -280,17 +291,18 @@ def gradients(
     )
     dk = decayed(dk, to_last(gate, last, KIND), KIND)
     dk_reader = decayed(dk_reader, gate, KIND)
-    d_gate = fine(k_tile, PRECISION) * fine(dk_reader, PRECISION)
+    d_gate = for_sums(k_tile, PRECISION) * for_sums(dk_reader, PRECISION)
     if d_o is not None:
         q_tile = load_rows(q, start, length, key_heads, key_head, DK, column, BLOCK_K)
         dq = decayed(dq * scale, gate, KIND)
-        d_gate += fine(q_tile, PRECISION) * fine(dq, PRECISION)
+        d_gate += for_sums(q_tile, PRECISION) * for_sums(dq, PRECISION)
     if KIND == VECTOR:
         d_last = tl.sum(k_tile * dk, axis=0) + exp(last) * kept
-        d_gate -= fine(k_tile, PRECISION) * fine(dk, PRECISION)
+        d_gate -= for_sums(k_tile, PRECISION) * for_sums(dk, PRECISION)
     elif KIND != NONE:
-        # A step decays what its own and later rows read of the entering state, what earlier rows
-        # wrote, and the state itself.
+        # Beside pairs a row's decay is in three things: what this row and later ones read of the
+        # entering state, what earlier rows write to the leaving state, and what the entering state
+        # leaves in it.
         d_written = tl.sum(k_tile * dk, axis=1)[None, :]
         d_steps = tl.sum(tl.where(rows[:, None] > rows[None, :], d_written, 0.0), axis=1)
         d_steps += tl.cumsum(tl.sum(d_gate, axis=1), axis=0, reverse=True)
@@ -301,20 +313,20 @@ def gradients(
 
     if d_o is not None:
         if KIND == VECTOR:
-            # A row reads itself undecayed, which is nothing to the gate.
+            # Pairs j = i have no decay, so they add to dq and dk only.
             diagonal = at(dA, start, value_heads, head, CHUNK) + rows * (value_heads * CHUNK + 1)
             own = tl.load(diagonal, mask=rows < length, other=0.0).to(tl.float32)[:, None]
             dq += own * k_tile
             dk += own * q_tile
         dA_tile = load_rows(dA, start, length, value_heads, head, CHUNK, 0, CHUNK)
-        dq, dk, d_gate = through_pairs(
+        dq, dk, d_gate = add_pair_gradients(
             dA_tile, q_tile, k_tile, gate, last, dq, dk, d_gate, BLOCK_K, KIND, PRECISION
         )
         store_rows(d_q, dq, start, length, value_heads, head, DK, column, BLOCK_K)
     if dK is not None:
         dK_tile = load_rows(dK, start, length, value_heads, head, CHUNK, 0, CHUNK)
         d_reader = tl.zeros((CHUNK, BLOCK_K), tl.float32)
-        d_reader, dk, d_gate = through_pairs(
+        d_reader, dk, d_gate = add_pair_gradients(
             dK_tile, k_tile, k_tile, gate, last, d_reader, dk, d_gate, BLOCK_K, KIND, PRECISION
         )
         dk += d_reader

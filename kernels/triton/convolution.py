@@ -2,11 +2,11 @@
 
     pre_t = bias + Σ_{j<W} w_{W−1−j} · x_{t−j},   y = silu(pre)
 
-A program owns up to ROWS rows of one sequence × CHANNELS channels. Inputs are loaded once for
-each tap: W loads, of which all but one find their line in the first cache. Rows before a
-sequence's first one are its halo (initial_state, or zero). Nothing but the inputs is kept for
-the backward, which makes pre_t … pre_{t+W−1} again from the same cache; to store their
-gradients for a second kernel would cost a round trip to memory:
+A program computes up to ROWS rows of one sequence × CHANNELS channels. It loads its inputs once for
+each tap: W loads, of which all but one are in the first cache. The W − 1 rows before a sequence's
+first are its halo (`initial_state`, or zero). Only the inputs are kept for the backward pass, which
+computes pre_t … pre_{t+W−1} again from the same cache; to store their gradients for a second kernel
+would cost a round trip to memory:
 
     dpre_t = dy_t · silu'(pre_t),   dx_t = Σ_{j<W} w_{W−1−j} · dpre_{t+j},
     dw_i = Σ_t dpre_t · x_{t−W+1+i}
@@ -45,9 +45,9 @@ class Tile(NamedTuple):
 
 FORWARD = Tile(64, 64, 8)
 BACKWARD = Tile(64, 32, 8)
-EDGE_CHANNELS = 128  # of a sequence's W − 1 halo rows
+EDGE_CHANNELS = 128  # channels of a program that works on a sequence's W − 1 halo rows
 
-GENERIC = ["N", "length"]
+GENERIC = ["N", "length"]  # arguments whose values must not cause another compilation
 
 
 @triton.jit
@@ -55,11 +55,11 @@ def load_input(
     x, halo, n, start, end, first, shift, c, D,
     W: tl.constexpr, HALO: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Inputs at rows first + shift …, which may lie before their sequence's start."""
+    """(ROWS, CHANNELS): inputs at rows from first + shift, of the halo if before the sequence."""
     value = load_rows(x, first, shift, start, end, c, D, ROWS)
     if HALO:
         if first + shift < start:
-            # The halo's rows are the ones before `start`: count both from there.
+            # Row start − 1 is the halo's last row: its rows n (W − 1) to n (W − 1) + W − 2.
             begin = n * (W - 1) + (W - 1)
             above = begin + first - start
             value += load_rows(halo, above, shift, begin - (W - 1), begin, c, D, ROWS)
@@ -68,6 +68,7 @@ def load_input(
 
 @triton.jit
 def load_tap(weight, i, c, D, W: tl.constexpr):
+    """(1, CHANNELS) fp32: tap i of weight (W, D)."""
     return tl.load(weight + i * D + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
 
 
@@ -76,7 +77,7 @@ def before_activation(
     x, weight, bias, halo, n, start, end, first, shift, c, D,
     W: tl.constexpr, BIAS: tl.constexpr, HALO: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """pre at rows first + shift …"""
+    """(ROWS, CHANNELS): pre at rows from first + shift."""
     pre = tl.zeros([ROWS, c.shape[0]], tl.float32)
     if BIAS:
         pre += tl.load(bias + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
@@ -92,7 +93,7 @@ def gradient_before_activation(
     W: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, HALO: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dpre at rows first + shift …, zeros outside the sequence."""
+    """(ROWS, CHANNELS): dpre at rows from first + shift, zeros outside the sequence."""
     gradient = load_rows(dy, first, shift, start, end, c, D, ROWS)
     if SILU:
         pre = before_activation(
@@ -109,7 +110,7 @@ def gradient_from_later_rows(
     W: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, HALO: tl.constexpr,
     FINAL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What dx has of dpre_{t+1} … dpre_{t+W−1}, and of the final state."""
+    """(ROWS, CHANNELS): the terms of dx_t from dpre_{t+1} … dpre_{t+W−1} and the final state."""
     gradient = tl.zeros([ROWS, c.shape[0]], tl.float32)
     for j in tl.static_range(1, W):
         dpre = gradient_before_activation(
@@ -147,7 +148,7 @@ def final_inputs(
     W: tl.constexpr, HALO: tl.constexpr, PACKED: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The inputs at the last W − 1 rows of a sequence."""
+    """final (N, W − 1, D): the inputs at each sequence's last W − 1 rows."""
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     start, end = span(n, bounds, length, PACKED)
@@ -161,7 +162,7 @@ def backward(
     W: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, HALO: tl.constexpr,
     FINAL: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this program's share of dweight (programs, W, D) and dbias (programs, D)."""
+    """dx, and this program's terms of dweight (programs, W, D) and dbias (programs, D)."""
     program = tl.program_id(0).to(tl.int64)
     n, start, end, first = chunk_of(program, bounds, N, length, ROWS, PACKED)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -181,7 +182,7 @@ def backward(
             W, SILU, BIAS, HALO, FINAL, ROWS,
         )  # fmt: skip
     else:
-        # Rows of no sequence have zeros in dx and no share in the others.
+        # Rows of no sequence: zeros in dx, dweight and dbias.
         nothing = tl.zeros([CHANNELS], tl.float32)
         for i in tl.static_range(W):
             tl.store(dweight + (program * W + i) * D + c, nothing, mask=c < D)
@@ -220,7 +221,7 @@ class _ShortConvolution(torch.autograd.Function):
         B, T, D = x.shape
         W = weight.shape[1]
         N = B if bounds is None else len(bounds) - 1
-        # Taps first: the channels of one tap are then side by side.
+        # (D, W) -> (W, D): the channels of one tap are then adjacent.
         x, taps = x.contiguous(), weight.t().contiguous()
         halo = None if initial_state is None else initial_state.contiguous()
         y = torch.empty_like(x)

@@ -3,10 +3,10 @@
     lse = log Σ_v exp z_v,   ce = lse − z_label,
     dz_v = softmax_v · (1 + 2 · z_loss · lse) − [v = label]
 
-One program a row. The first walk keeps a running maximum and sum; the second writes the
-gradient, in the dtype that the products with it will read. fp32 logits are read twice and
-written once: torch's operators would read them four times and write them three times. A row
-whose label is −100 gets zeros, so that no list of the others is needed.
+One program a row. Its first pass over the row keeps a running maximum and sum; the second writes
+the gradient, in the dtype in which products will read it. So fp32 logits are read twice and written
+once, where torch's operators read them four times and write them three times. A row whose label is
+−100 gets zeros, so that the CPU needs no list of the others.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.triton.launch import DTYPES, Launch, launch, recording
 
 IGNORED = tl.constexpr(-100)
-# Columns that a row's program holds at a time.
+# Columns of a row that its program holds at a time.
 COLUMNS = 2048
 NUM_WARPS = 8
 
@@ -37,7 +37,7 @@ def softmax(
     wanted = label != IGNORED
     column = tl.arange(0, COLUMNS)
 
-    # Below every logit, and finite, so that differences are numbers in every lane.
+    # Below every logit, and finite: a difference of two −∞ would be NaN.
     nothing = -3.0e38
     top = tl.full([COLUMNS], nothing, tl.float32)
     mass = tl.zeros([COLUMNS], tl.float32)
@@ -66,7 +66,8 @@ def softmax(
 def losses(
     logits: Tensor, labels: Tensor, z_loss: float, gradient: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lse and ce (rows,) fp32; with `gradient` dz in `dtype`, over the logits if that is theirs."""
+    """lse and ce (rows,) fp32 of logits (rows, V). If `gradient`, also dz (rows, V) in `dtype`,
+    which overwrites the logits if that is theirs."""
     rows, V = logits.shape
     lse, ce = torch.empty(2, rows, dtype=torch.float32, device=logits.device).unbind()
     dz = torch.empty_like(logits, dtype=dtype) if gradient and dtype != logits.dtype else logits

@@ -3,16 +3,16 @@
     h_t = a_t · h_{t−1} + x_t,   a_t = exp(decay_t)
 
 A pair (a, x) is an affine map of the state, and maps compose as
-(a₂, x₂) ∘ (a₁, x₁) = (a₂a₁, a₂x₁ + x₂): an associative scan, with products that only shrink
-and are never divided by. At a sequence's first row a is 0 and its initial state is in x, so one
-scan over the chunks of the stream serves all sequences. Three kernels:
+(a₂, x₂) ∘ (a₁, x₁) = (a₂a₁, a₂x₁ + x₂): a prefix scan. Factors are at most 1, and nothing is
+divided by their products. At a sequence's first row a is set to 0 and the initial state is added to
+x, so one scan over the stream serves all sequences. Three kernels:
 
     totals   the map of each chunk of up to ROWS rows            reads x and decay
-    enter    a scan over the chunks' maps: the state after each  (1 / ROWS of the size)
+    enter    a scan over the chunks' maps: the state after each  reads and writes 1 / ROWS as much
     scan     each chunk again, from the state that enters it     reads x and decay, writes h
 
-Chunks are side by side in the first and last, so a single long sequence fills a GPU; the price
-is that x and decay are read twice. The backward is the same scan from the other end,
+In the first and the last all chunks run in parallel, so one long sequence fills a GPU; in return x
+and decay are read twice. The backward pass is the same scan from the other end,
 
     g_t = dh_t + a_{t+1} · g_{t+1},   dx_t = g_t,   ddecay_t = a_t · h_{t−1} · g_t,
 
@@ -37,21 +37,22 @@ from kernels.triton.sequences import chunk_of, load_rows, packed_bounds, program
 
 class Tile(NamedTuple):
     ROWS: int  # of a chunk
-    CHANNELS: int  # of a program: 64-byte lines do for the memory, and narrow programs are many
+    CHANNELS: int  # of a program: few, so that there are many programs; 64-byte lines suffice
     CHUNKS: int  # that `enter` takes at a time
     num_warps: int
 
 
 def tile(arch: str) -> Tile:
-    # The interpreter calls `compose` for each element of a tile.
+    # A small tile for the interpreter, which calls `compose` for each element.
     return Tile(16, 2, 16, 1) if arch == "interpreter" else Tile(64, 32, 64, 4)
 
 
-GENERIC = ["N", "length", "chunks"]
+GENERIC = ["N", "length", "chunks"]  # arguments whose values must not cause another compilation
 
 
 @triton.jit
 def compose(a1, x1, a2, x2):
+    """The map (a1, x1) followed by (a2, x2)."""
     return a2 * a1, a2 * x1 + x2
 
 
@@ -59,8 +60,8 @@ def compose(a1, x1, a2, x2):
 def forward_maps(
     x, decay, state, n, start, end, first, c, D, STATE: tl.constexpr, ROWS: tl.constexpr
 ):
-    """(a, x) of the chunk's rows. Rows that it has not change nothing: (1, 0)."""
-    # A decay of zero is a factor of one, so missing rows need no mask of their own.
+    """(a, x), (ROWS, CHANNELS) each, of a chunk's rows; past its end the identity (1, 0)."""
+    # Missing rows are loaded as zero: a decay of 0 is a factor of 1.
     a = tl.exp(load_rows(decay, first, 0, start, end, c, D, ROWS))
     maps = load_rows(x, first, 0, start, end, c, D, ROWS)
     if (first == start) & (first < end):
@@ -77,7 +78,7 @@ def backward_maps(
     dh, dfinal, decay, n, start, end, first, c, D,
     OUTPUT: tl.constexpr, FINAL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(a_{t+1}, dh_t), where the row after a sequence's last one counts as zero."""
+    """(a_{t+1}, dh_t), (ROWS, CHANNELS) each; a_{t+1} is 0 at a sequence's last row."""
     a = tl.exp(load_rows(decay, first, 1, start, end, c, D, ROWS))
     maps = tl.zeros([ROWS, c.shape[0]], tl.float32)
     if OUTPUT:
@@ -112,7 +113,7 @@ def store_total(a, maps, factors, totals, chunk, c, D, REVERSE: tl.constexpr, RO
 
 @triton.jit
 def state_entering(states, chunk, chunks, c, D, REVERSE: tl.constexpr):
-    """The state after a chunk's neighbour, or zero."""
+    """(CHANNELS,): the state after the chunk before, or if REVERSE the chunk after; else zero."""
     neighbour = tl.zeros_like(c) + chunk + (1 if REVERSE else -1)
     known = (neighbour >= 0) & (neighbour < chunks)
     return tl.load(states + neighbour * D + c, mask=known & (c < D), other=0.0)
@@ -150,7 +151,7 @@ def enter(
     factors, totals, chunks, D,
     REVERSE: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Turn each chunk's total into the state after it, in place."""
+    """Turn `totals` (chunks, D), the chunks' maps, into the states after each chunk, in place."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     state = tl.zeros([CHANNELS], tl.float32)
     for taken in range(0, chunks, CHUNKS):
@@ -223,7 +224,7 @@ class _DiagonalScan(torch.autograd.Function):
         x, decay = x.contiguous(), decay.contiguous()
         state = None if initial_state is None else initial_state.float().contiguous()
         h = torch.empty_like(x)
-        # An empty sequence ends with the state it began with.
+        # An empty sequence's final state is its initial state.
         final = x.new_zeros(N, D, dtype=torch.float32) if state is None else state.clone()
         factors, totals, grid, constants = _plan(x, bounds)
         constants["STATE"] = state is not None
@@ -266,7 +267,7 @@ class _DiagonalScan(torch.autograd.Function):
 def _plan(
     x: Tensor, bounds: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[int, int], dict[str, Any]]:
-    """Room for each chunk's map, and grid (chunks, channel blocks) and constants of its kernels."""
+    """Empty factors and totals (chunks, D); the grid (chunks, channel blocks); the constants."""
     B, T, D = x.shape
     chosen = tile(architecture(x.device))
     chunks = programs(B, T, bounds, chosen.ROWS)

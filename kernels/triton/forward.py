@@ -1,4 +1,4 @@
-"""The forward pass over a sequence: the state goes from chunk to chunk in registers.
+"""The forward pass over a sequence: the state passes from chunk to chunk in registers.
 
 For one sequence, value head and BLOCK_V columns of the state S (Dk × Dv, fp32), with A and Z of
 `intra.py`, g the cumulative log decay of the chunk and g_C its last row:
@@ -7,9 +7,9 @@ For one sequence, value head and BLOCK_V columns of the state S (Dk × Dv, fp32)
     o = scale · [(e^g ⊙ q) S + A (β r)]       outputs                       (β = 1 without it)
     S ← Diag(e^{g_C}) S + (e^{g_C − g} ⊙ k)ᵀ (β r)
 
-The outputs are made here, beside the state that they read, so that neither the states (Dk·Dv / 64
-numbers a token) nor the written values make a trip to memory in the forward pass. The backward
-pass runs the same kernel without o and with buffers for the state that enters each chunk and r.
+Outputs are computed here, where the state that they read is, so that the forward pass writes
+neither the states (Dk·Dv / 64 numbers a token) nor β r to memory. The backward pass runs the same
+kernel without o, and with buffers for the state that enters each chunk and for r.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -41,7 +41,12 @@ def forward_chunks(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All chunks of one sequence, value head and column block; BLOCK_K covers Dk."""
+    """All chunks of one sequence and value head, for BLOCK_V columns of S. BLOCK_K ≥ Dk.
+
+    Shapes as in `kernels.triton.linear_attention`: q_read, k_read, k_written (tokens, Hk or Hv,
+    Dk); v, o, errors (tokens, Hv, Dv); A, Z (tokens, Hv, C); states (slots, Hv, Dk, Dv). What is
+    None is not read, or not written. Grid: (column blocks, Hv, N).
+    """
     column = tl.program_id(0) * BLOCK_V
     head = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -66,7 +71,7 @@ def forward_chunks(
         )
         if states is not None:
             store_state(states, S, slot, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
-        # All reads of the state one after the other: what they take of it in registers dies then.
+        # All reads of the state come together, so that the registers of its operands are freed.
         r = load_rows(v, start, length, value_heads, head, DV, column, BLOCK_V).to(tl.float32)
         if beta is not None:
             k_tile = load_rows(k_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)

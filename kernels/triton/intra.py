@@ -1,14 +1,14 @@
-"""Inside one chunk: what its tokens read of each other, before any state is known.
+"""Inside one chunk: the weights of pairs of tokens, which depend on no state.
 
-With g the cumulative log decay and i, j rows of the chunk:
+With g the gate (cumulated log decay) and i, j rows of the chunk, (C, C) each:
 
-    A_ij = ⟨q_i, k_j e^{g_i − g_j}⟩           j ≤ i     what the output reads
-    K_ij = ⟨k_i, k_j e^{g_i − g_j}⟩           j < i     what the delta rule sees
-    Z    = K − K Diag(β) K + … = K (I + Diag(β) K)⁻¹    the delta rule, solved
+    A_ij = ⟨q_i, k_j e^{g_i − g_j}⟩           j ≤ i     weight of token j in output i
+    K_ij = ⟨k_i, k_j e^{g_i − g_j}⟩           j < i     weight of token j in what key i erases
+    Z    = K − K Diag(β) K + … = K (I + Diag(β) K)⁻¹    the delta rule, solved for the chunk
 
-so that the delta rule's errors r = v − S_{t−1}ᵀk of a whole chunk come from R = V − K_g S_in as
-r = R − Z(β R), the values that are written are β r, and the same Z serves the backward pass.
-β may be zero, and the identity in (I + K Diag(β))⁻¹ = I − Z Diag(β) is never rounded.
+The delta rule's errors r = v − S_{t−1}ᵀk of a whole chunk then are r = R − Z(β R), where
+R = V − (e^g ⊙ k) S_in; the values written are β r. The backward pass uses the same Z. β may be
+zero, and the identity in (I + K Diag(β))⁻¹ = I − Z Diag(β) is never stored, so never rounded.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,7 +23,7 @@ from kernels.triton.tiles import (
     at,
     dot,
     exp,
-    fine,
+    for_sums,
     load_gate,
     load_rows,
     load_scalars,
@@ -33,17 +33,17 @@ from kernels.triton.tiles import (
     within,
 )
 
-# By how much a log decay may fall over rows whose pairs share one product: e^±40 and what it is
-# multiplied with stay in the range of fp32 and bf16. Beside fp32 products less, since a factor has
-# the round-off of its exponent.
+# Pairs of rows share one product if the gate falls by at most this over the rows: then e^{±40}, and
+# what it is multiplied with, are in the range of fp32 and of bf16. For fp32 products less, since a
+# factor e^x has a relative error of x times the round-off.
 FLAT = tl.constexpr(40.0)
 FLAT_IN_FP32 = tl.constexpr(1.0)
 
 
 @triton.jit
 def first_level(gate, last, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
-    """The level that products over pairs begin at: 5 if the gate falls by no more than FLAT over
-    the chunk, 3 if it does so over each block of 16 rows, else 0."""
+    """The level at which products over pairs begin: 5 (one product for the chunk) if the gate falls
+    by at most FLAT over the chunk, 3 if it does over each block of 16 rows, else 0."""
     flat: tl.constexpr = FLAT_IN_FP32 if PRECISION == "ieee" else FLAT
     first = 5
     if tl.min(last) < -flat:
@@ -55,10 +55,11 @@ def first_level(gate, last, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def pairs_at(level, first):
-    """Pairs (i, j), j < i, that one product serves: at the first level all of one block of
-    2·2^level rows, above it those with i in the upper and j in the lower half of one.
+    """bool (CHUNK, CHUNK): the pairs (i, j), j < i, of the product of one level.
 
-    Over levels first … 5 these are all pairs j < i, each once.
+    A level has blocks of 2 · 2^level rows. At the first level these are all pairs inside a block,
+    above it those with i in a block's second half and j in its first. Over levels first … 5 every
+    pair j < i comes once.
     """
     rows = tl.arange(0, CHUNK)
     begin = (rows >> (level + 1)) << (level + 1)
@@ -69,9 +70,12 @@ def pairs_at(level, first):
 
 @triton.jit
 def pair_factors(gate, level, COLUMNS: tl.constexpr):
-    """e^{g_i − g_j} of those pairs in two factors, e^{g_i − g_m} and e^{g_m − g_j}, with m the
-    middle row of the block. Neither is larger than 1 where i and j are in different halves, and
-    than e^FLAT inside a flat block; what no pair has a use for is kept finite."""
+    """(e^{g_i − g_m}, e^{g_m − g_j}), (CHUNK, COLUMNS) each: two factors of e^{g_i − g_j} for the
+    pairs of a level, m being the middle row of the block.
+
+    With i and j in different halves neither exceeds 1; inside a flat block neither exceeds e^FLAT.
+    Factors that no pair uses are clamped to e^FLAT, so that they are finite.
+    """
     rows = tl.arange(0, CHUNK)
     middle = ((rows >> level) | 1) << level
     reference = tl.gather(gate, tl.broadcast_to(middle[:, None], (CHUNK, COLUMNS)), axis=0)
@@ -81,7 +85,8 @@ def pair_factors(gate, level, COLUMNS: tl.constexpr):
 
 @triton.jit
 def blocks_of(K, SIZE: tl.constexpr, mask):
-    """SIZE × SIZE blocks of a 64 × 64 K, one in each row of blocks: those that `mask` leaves."""
+    """(CHUNK, CHUNK) -> (CHUNK / SIZE, SIZE, SIZE): of each row of SIZE × SIZE blocks of K the one
+    that `mask` leaves."""
     COUNT: tl.constexpr = CHUNK // SIZE
     tiles = tl.reshape(tl.where(mask, K, 0.0), (COUNT, SIZE, COUNT, SIZE))
     return tl.sum(tiles, axis=2)
@@ -89,7 +94,7 @@ def blocks_of(K, SIZE: tl.constexpr, mask):
 
 @triton.jit
 def spread(blocks, SIZE: tl.constexpr):
-    """The opposite of `blocks_of`: (CHUNK, CHUNK) with each block all along its row of blocks."""
+    """(CHUNK / SIZE, SIZE, SIZE) -> (CHUNK, CHUNK): each block repeated along its row of blocks."""
     COUNT: tl.constexpr = CHUNK // SIZE
     tiles = tl.broadcast_to(blocks[:, :, None, :], (COUNT, SIZE, COUNT, SIZE))
     return tl.reshape(tiles, (CHUNK, CHUNK))
@@ -97,22 +102,24 @@ def spread(blocks, SIZE: tl.constexpr):
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a · b of matrices that `fine` made."""
+    """a · b, for matrices in the dtype of `for_sums`, which is that of the result."""
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
 
 
 @triton.jit
 def solve(K, beta, PRECISION: tl.constexpr):
-    """Z = K (I + Diag(β) K)⁻¹ for a strictly lower K, in fp32, or beside fp32 products in fp64:
-    equal keys with β = 2 reflect and reflect back, and the sums of 64 terms ±2 that Z then is lost
-    ten of its 24 bits.
+    """Z = K (I + Diag(β) K)⁻¹, (CHUNK, CHUNK), for a strictly lower triangular K.
 
-    The four diagonal blocks of 16 row after row, all at once: z_i = K_i − Σ_{j<i} K_ij β_j z_j.
-    Then what is below the diagonal of a pair of blocks, Z₂₁ = (I − Z₂₂ β₂) K₂₁ (I − β₁ Z₁₁), for
-    blocks of 16 and of 32. Doubling powers of K instead would be shorter, and loses all digits
-    when keys repeat.
+    Forward substitution on the four diagonal blocks of 16 rows, all at once:
+    z_i = K_i − Σ_{j<i} K_ij β_j z_j. Then the block below the diagonal of each pair of blocks,
+    Z₂₁ = (I − Z₂₂ β₂) K₂₁ (I − β₁ Z₁₁), for blocks of 16 and then of 32.
+
+    In fp32 by three tf32 products (PRECISION "tf32x3"), or in fp64 ("ieee"): with equal keys and
+    β = 2 (a reflection each) Z is a sum of 64 terms ±2, which in fp32 beside fp32 products lost ten
+    of its 24 bits. A shorter way, the series by repeated squaring of K, loses all digits if keys
+    repeat.
     """
-    K, beta = fine(K, PRECISION), fine(beta, PRECISION)
+    K, beta = for_sums(K, PRECISION), for_sums(beta, PRECISION)
     SMALL: tl.constexpr = CHUNK // 4
     HALF: tl.constexpr = CHUNK // 2
     rows = tl.arange(0, CHUNK)
@@ -121,10 +128,10 @@ def solve(K, beta, PRECISION: tl.constexpr):
     same_half = half[:, None] == half[None, :]
     corner = half[:, None] > half[None, :]
     between = same_half & (block[:, None] > block[None, :])
-    K_own = blocks_of(K, SMALL, same_block)
+    K_own = blocks_of(K, SMALL, same_block)  # (4, 16, 16), on the diagonal
     K_pair = tl.reshape(blocks_of(K, SMALL, between), (2, 2, SMALL, SMALL))
-    _, K_pair = tl.split(tl.permute(K_pair, (0, 2, 3, 1)))
-    K_corner = tl.sum(blocks_of(K, HALF, corner), axis=0)
+    _, K_pair = tl.split(tl.permute(K_pair, (0, 2, 3, 1)))  # (2, 16, 16), below it in each half
+    K_corner = tl.sum(blocks_of(K, HALF, corner), axis=0)  # (32, 32), second half by first half
 
     row = tl.arange(0, SMALL)
     b = tl.reshape(beta, (4, SMALL))
@@ -134,6 +141,7 @@ def solve(K, beta, PRECISION: tl.constexpr):
         weights = tl.sum(tl.where(current, K_own, 0.0), axis=1) * b
         z -= tl.where(current, tl.sum(weights[:, :, None] * z, axis=1)[:, None, :], 0.0)
 
+    # (4, 16, 16) -> two of (2, 16, 16): the first and the second block of each half
     z_1, z_2 = tl.split(tl.permute(tl.reshape(z, (2, 2, SMALL, SMALL)), (0, 2, 3, 1)))
     b_1, b_2 = tl.split(tl.permute(tl.reshape(beta, (2, 2, SMALL)), (0, 2, 1)))
     z_21 = K_pair - product(K_pair * b_1[:, None, :], z_1, PRECISION)
@@ -143,6 +151,7 @@ def solve(K, beta, PRECISION: tl.constexpr):
     Z = tl.where(same_block, spread(z, SMALL), 0.0)
     Z = tl.where(between, spread(below, SMALL), Z)
 
+    # (2, 32, 32) -> two of (32, 32): the diagonal blocks of the halves
     z_1, z_2 = tl.split(tl.permute(blocks_of(Z, HALF, same_half), (1, 2, 0)))
     b_1, b_2 = tl.split(tl.permute(tl.reshape(beta, (2, HALF)), (1, 0)))
     z_21 = K_corner - product(K_corner * b_1[None, :], z_1, PRECISION)
@@ -157,15 +166,16 @@ def intra_chunk(
     DK: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """A and Z of one chunk and value head, both (tokens, value_heads, CHUNK).
+    """A and Z of one chunk and value head, written to (tokens, Hv, C) each. Grid: (slots, Hv).
 
-    Of these and of what a vector decay is multiplied into, what is None is not made.
+    With a vector decay also q_read, k_read and k_written, (tokens, Hv, Dk): e^g ⊙ q, e^g ⊙ k and
+    e^{g_C − g} ⊙ k, made once for all column blocks of the passes over a sequence; and `lasts`
+    (slots, Hv, Dk): g_C. What is None is not made.
 
     Registers: one or two 64 × 64 sums, and a CHUNK × BLOCK_K strip of q, k and the gate.
-    A vector decay cannot leave the product over Dk. It is split as in `pair_factors`: one product
-    of tensor cores for a flat chunk, up to six over halves of halves for a steep one, instead of
-    exponentials a pair. It is also multiplied into q and k here, once for all column blocks of the
-    passes over a sequence.
+    The weights e^{g_i − g_j} of a vector decay are inside the sum over Dk. They are split into
+    factors of q and k (`pair_factors`): one tensor-core product for a flat chunk, up to six for a
+    steep one, in place of an exponential for each pair and channel.
     """
     slot = tl.program_id(0)
     start = tl.load(chunks + slot * 2)

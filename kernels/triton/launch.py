@@ -1,7 +1,8 @@
 """Launch parameters: block widths, warps and stages, by architecture, dtype and head dim.
 
-A table and no tuner: nothing is timed at run time, a second run compiles nothing, and
-`python -m kernels compile` can show every row's registers and shared memory without a GPU.
+They are a table (`blocks`), not a tuner's result: nothing is timed at run time, a second run
+compiles nothing, and `python -m kernels compile` lists every entry's registers and shared memory
+without a GPU. `recording` collects launches instead of making them, for that command.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 
 
 class Blocks(NamedTuple):
-    """What one kernel is launched with."""
+    """Launch parameters of one kernel of the recurrence."""
 
     BLOCK_K: int
     BLOCK_V: int
@@ -25,12 +26,12 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# What ops take, each compiled ahead of time.
+# Dtypes that ops take in Triton; each is compiled ahead of time.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Launch(NamedTuple):
-    """One kernel launch, as it was asked for."""
+    """One kernel launch with its arguments."""
 
     kernel: Any  # the jitted function
     args: tuple[Any, ...]
@@ -47,10 +48,10 @@ _recordings: list[_Recording] = []
 
 @contextlib.contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
-    """Collect launches as on that architecture instead of making them.
+    """Inside this context, launches are collected as for `arch` instead of made.
 
-    An op that runs on meta tensors inside shows which kernels it would launch and how: that is
-    how the ahead-of-time compile knows what is shipped, with no second list to keep.
+    An op that runs on meta tensors here shows which kernels it launches and how. So the
+    ahead-of-time compile needs no list of its own.
     """
     _recordings.append(_Recording(arch, []))
     try:
@@ -68,7 +69,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", …; "interpreter" for a CPU."""
+    """The device's architecture: "sm_90", "gfx942", …; "interpreter" for a CPU."""
     if _recordings:
         return _recordings[-1].arch
     if device.type != "cuda":
@@ -91,15 +92,15 @@ def _of_gpu(device: torch.device) -> str:
 
 
 def sound_assembler(own: Any, newer: Any) -> str:
-    """The path of a `ptxas` that is safe for Hopper: Triton's own choice, or one beside it.
+    """The path of a `ptxas` that compiles correctly for Hopper: `own`, else `newer`.
 
-    ptxas before 13.1 gives registers that an asynchronous wgmma still reads to somebody else
-    (triton issue 11366, pull request 11781): with 12.8 the gradients of heads 256 wide with a
-    vector decay were off by their own size on an H100, and with 13.4 right. Triton up to 3.8
-    takes it, and carries a newer one for Blackwell.
+    ptxas before 13.1 reuses registers that an asynchronous wgmma still reads (triton issue 11366,
+    pull request 11781): on an H100 gradients of heads 256 wide with a vector decay had errors of
+    their own size with 12.8, and were right with 13.4. Triton up to 3.8 takes the old one for
+    Hopper, and carries a newer one for Blackwell.
 
     Args:
-        own, newer: with a `path` and a `version` such as "12.8".
+        own, newer: tools with a `path` and a `version` such as "12.8".
 
     Raises:
         RuntimeError: neither is new enough.
@@ -115,11 +116,11 @@ def sound_assembler(own: Any, newer: Any) -> str:
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
-    """How a chunk's products are made for inputs of that dtype.
+    """The precision of a chunk's products, for inputs of that dtype: "bf16", "tf32" or "ieee".
 
-    fp16 tensors are multiplied as tf32: its mantissa is as long, and states and loss-scaled
-    gradients leave the range of fp16. fp32 is fp32: three tf32 products for one came to three
-    times the error of plain torch on an H100.
+    fp16 inputs are multiplied as tf32, whose mantissa is as long: states and loss-scaled gradients
+    exceed the range of fp16. fp32 is multiplied as fp32. Three tf32 products in place of one were
+    tried and left: on an H100 their error was three times that of plain torch.
     """
     if dtype == torch.bfloat16:
         return "bf16"
@@ -127,19 +128,21 @@ def precision(dtype: torch.dtype, arch: str) -> str:
 
 
 def padded(width: int) -> int:
-    """The block that holds a head dim: a power of two that tensor cores can multiply."""
+    """The block width that holds a head dim: a power of two, at least 16 for tensor cores."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector: bool) -> Blocks:
-    """The launch of one kernel; on sm_90 the fastest of those tried on an H100, but for the
-    products over pairs of a vector decay, which have become fewer since.
+    """Launch parameters of one kernel of the recurrence.
 
-    The passes over a sequence keep a state of BLOCK_K × BLOCK_V in registers, beside tiles of
-    64 × BLOCK_K: columns are halved where heads or operands are wide. They wait for memory more
-    than for anything: a third stage took up to 43 % off them on an H100. sm_80 multiplies
-    operands from registers, and each of its warps holds a whole one: twice the warps, half the
-    columns.
+    On sm_90 they are the fastest of those tried on an H100. (The products over pairs of a vector
+    decay have become fewer since then.)
+
+    "forward" and "backward", the passes over a sequence, keep a state of BLOCK_K × BLOCK_V in
+    registers beside tiles of 64 × BLOCK_K, so BLOCK_V is halved for wide heads or operands. They
+    mostly wait for memory: a third stage took up to 43 % off their time on an H100. sm_80
+    multiplies operands from registers, and each of its warps holds a whole one: it has twice the
+    warps and half the columns.
     """
     K, V = padded(DK), padded(DV)
     wide = dtype != torch.bfloat16 and arch.startswith("sm_")
@@ -150,21 +153,22 @@ def blocks(kernel: str, arch: str, dtype: torch.dtype, DK: int, DV: int, vector:
         narrow = narrow or (ampere and kernel == "backward" and K > 64)
         many = wide or K > 128 or ampere or (narrow and K > 64)
         warps = 16 if exact and K > 128 else 8 if many else 4
-        crowded = (vector and K > 128) or arch.startswith("gfx")  # which has 64 KB to share
+        crowded = (vector and K > 128) or arch.startswith("gfx")  # gfx942: 64 KB of shared memory
         stages = 1 if crowded else 3 if arch == "sm_90" and K <= 128 else 2
-        if wide:  # A second stage takes loads of fp16 past the registers that are scarce then.
+        if wide:  # A second stage loads fp16 past the registers, which are scarce here.
             staged = kernel == "forward" or not (vector or ampere)
             stages = 2 if dtype == torch.float16 and K > 64 and staged else 1
         return Blocks(K, min(V, 16 if narrow else 32), warps, stages)
-    # One stage: with more, the loads of `gradients` race with the products on an H100.
+    # One stage from here on: with two, dq of `gradients` had a race on an H100.
     hopper = arch == "sm_90" and not wide
     if kernel == "intra":
         if vector:
             return Blocks(min(K, 16 if exact or (ampere and wide) else 32), V, 8, 1)
-        if ampere and K > 128 and not wide:  # fewer columns spill under Triton 3.7.1 or 3.9
+        # Fewer columns spill, under Triton 3.7.1 or under 3.9.
+        if ampere and K > 128 and not wide:
             return Blocks(128, V, 8, 1)
         return Blocks(min(K, 32 if wide else 64 if ampere else 128), V, 8 if wide else 4, 1)
-    # More than one block of columns: the loop over them is what keeps its loads apart.
+    # Several blocks of columns a head: the loop over them keeps loads from being in flight at once.
     if exact:
         return Blocks(min(K, 16), min(V, 32), 8, 1)
     if ampere:

@@ -1,4 +1,4 @@
-"""The chunks of packed sequences, found on the device: nothing here waits for it."""
+"""Where the chunks of packed sequences lie, computed on the device: the CPU never waits for it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from kernels.triton.tiles import CHUNK
 
 
 class Layout(NamedTuple):
-    """Where sequences and their chunks lie in the stream of tokens, on the device.
+    """Where sequences and their chunks lie in the stream of tokens; tensors on the device.
 
-    The number of chunks is not known without waiting for the device, so there is a slot for as
-    many as there can be, and the last ones may be empty.
+    The CPU does not know how many chunks there are, so there are as many slots as there can be, and
+    the last ones may be empty.
     """
 
-    bounds: Tensor  # (N + 1,) rows at which sequences begin and end
-    first_chunks: Tensor  # (N,) slot of a sequence's first chunk
-    chunks: Tensor  # (slots, 2) first row and number of rows
+    bounds: Tensor  # (N + 1,) int64, rows at which sequences begin and end
+    first_chunks: Tensor  # (N,) int64, slot of each sequence's first chunk
+    chunks: Tensor  # (slots, 2) int64, first row and number of rows of each chunk
 
 
-# Of the last tensors `cu_seqlens`: all layers of a model share one, forward and backward.
+# Layouts of the last 8 tensors `cu_seqlens`: a model's layers share one, forward and backward.
+# An entry is (tensor, its version, length, device, layout).
 _recent: deque[tuple[weakref.ref[Tensor], int, int, torch.device, Layout]] = deque(maxlen=8)
 
 
 def lay_out(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
-    """Cut every sequence into chunks, without a device synchronisation.
+    """The layout of a batch, made without waiting for the device.
 
-    A dozen small launches, which would be felt beside those of a layer: what was laid out for
-    the same tensor (unchanged since) is returned again.
+    It takes a dozen small launches, as many as a layer's own: so the layout made for the same
+    tensor, unchanged since, is returned again.
     """
     if cu_seqlens is None:
         return _even(batch, length, device)
@@ -61,6 +62,7 @@ def _cut(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.devic
     first_chunks = ends - counts
     if N == 0:
         return Layout(bounds, first_chunks, bounds.new_zeros(0, 2))
+    # Packed: every sequence has at most one chunk that is not full.
     slots = batch * (-(-length // C)) if cu_seqlens is None else length // C + N
     slot = torch.arange(slots, device=device)
     sequence = torch.searchsorted(ends, slot, right=True)

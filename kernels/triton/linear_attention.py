@@ -2,17 +2,17 @@
 
 Five kernels serve every decay (none, head, scalar, vector), with or without the delta rule:
 
-    intra_chunk       A, what tokens of a chunk read of each other, and Z, the delta rule solved
-    forward_chunks    the state from chunk to chunk, and the outputs beside it
+    intra_chunk       A, weights of pairs of tokens in a chunk, and Z, the delta rule solved
+    forward_chunks    the state from chunk to chunk, and the outputs
     backward_chunks   the state's gradient from the last chunk to the first; dv, dβ
-    pair_gradients    the gradients of A and K = ⟨k_i, k_j⟩ decayed, each chunk for itself
-    gradients         dq, dk and the decay's gradient, each chunk for itself
+    pair_gradients    the gradients of A and of K (`intra.py`), each chunk by itself
+    gradients         dq, dk and the decay's gradient, each chunk by itself
 
-Kept for the backward pass, beside the op's inputs, is what it could not make again cheaply, in
-numbers of e bytes (2 for bf16, else 4) a token and value head: Z with the delta rule, whose rows
-are solved one after the other, 64 e; A with a vector decay, which takes up to six products for
-one, 64 e. Nothing else: the states (2 Dk Dv e / 64 with their gradients) and errors (Dv e) are made
-again, at less than the traffic of keeping them, and live while the backward pass runs.
+For the backward pass the op keeps its inputs and what is expensive to compute again. With e bytes a
+number (2 for bf16, else 4), a token and value head keep 64 e bytes of Z with the delta rule (its
+rows are solved one after the other) and 64 e bytes of A with a vector decay (up to six products
+for one). States (2 Dk Dv e / 64 with their gradients) and errors (Dv e) are computed again, which
+takes less than the traffic of keeping them would; they exist while the backward pass runs.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ from kernels.triton.tiles import CHUNK, NONE, SCALAR, VECTOR
 
 
 class Problem(NamedTuple):
-    """The op's inputs as the kernels read them: contiguous, tokens of all batch rows end to end."""
+    """The op's inputs as the kernels read them: contiguous, all batch rows end to end,
+    (B, T, …) -> (tokens, …) with tokens = B · T."""
 
     q: Tensor | None  # (tokens, Hk, Dk); None where no output is wanted
     k: Tensor  # (tokens, Hk, Dk)
     v: Tensor  # (tokens, Hv, Dv)
     decay: Tensor | None  # (tokens, Hv), or (tokens, Hv, Dk)
     beta: Tensor | None  # (tokens, Hv)
-    kind: int
+    kind: int  # of decay: NONE, SCALAR or VECTOR of `tiles`
     scale: float
     Hv: int
     DV: int
     layout: Layout
-    packed: bool  # rows that belong to no sequence are possible
+    packed: bool  # with `cu_seqlens`: some rows may belong to no sequence
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """What intermediates are stored in: the dtype they are multiplied in."""
+        """The dtype of stored intermediates: that in which they are multiplied."""
         return torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
 
     def choices(self, kernel: str) -> tuple[Blocks, dict[str, Any]]:
-        """The kernel's blocks, and the compile-time arguments that all kernels share."""
+        """A kernel's block widths, and the compile-time arguments that all kernels have."""
         DK, arch = self.k.shape[2], architecture(self.k.device)
         chosen = blocks(kernel, arch, self.k.dtype, DK, self.DV, self.kind == VECTOR.value)
         constants = {
@@ -72,12 +73,12 @@ class Problem(NamedTuple):
         return torch.empty(shape, dtype=dtype, device=self.k.device)
 
     def result(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A tensor over tokens that leaves the op: rows of no sequence must be zero in it."""
+        """A tensor for a result of the op, zeros where a row belongs to no sequence."""
         make = torch.zeros if self.packed else torch.empty
         return make(shape, dtype=dtype, device=self.k.device)
 
 
-def pose(
+def make_problem(
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
@@ -86,7 +87,7 @@ def pose(
     scale: float,
     cu_seqlens: Tensor | None,
 ) -> Problem:
-    """Lay the op's arguments, (B, T, …), out for the kernels."""
+    """The problem of the op's arguments, (B, T, …)."""
     B, T = k.shape[:2]
     Hv, DV = v.shape[2:]
 
@@ -97,7 +98,8 @@ def pose(
     kind = NONE
     if decay is not None:
         kind = VECTOR if decay.dim() == 4 else SCALAR
-        # A head's decay is repeated for each token, 4 bytes of it beside the hundreds of q, k, v.
+        # (Hv,) -> (B, T, Hv): a decay a head is repeated for each token, 4 bytes beside hundreds
+        # of q, k and v. So there is no kernel for it.
         decay = rows(decay.expand(B, T, Hv) if decay.dim() == 1 else decay)
     return Problem(
         None if q is None else rows(q), rows(k), rows(v), decay,
@@ -107,18 +109,22 @@ def pose(
 
 
 class Intra(NamedTuple):
-    """What the passes over a sequence read of q, k and the decay."""
+    """What the passes over a sequence read of q, k and the decay.
 
-    q_read: Tensor | None  # q, k to read a state with and k to write it with: the very inputs, or
-    k_read: Tensor | None  # (tokens, Hv, Dk) with a vector decay multiplied in
-    k_written: Tensor
-    decay: Tensor | None  # the op's, or (slots, Hv, Dk): a vector decay summed over each chunk
-    A: Tensor | None  # (tokens, Hv, CHUNK); None without outputs
-    Z: Tensor | None  # (tokens, Hv, CHUNK); None without β
+    With a vector decay q_read, k_read and k_written have it multiplied in, (tokens, Hv, Dk); else
+    they are the op's q and k.
+    """
+
+    q_read: Tensor | None  # q as it reads the state; None without outputs
+    k_read: Tensor | None  # k as it reads the state; of a vector decay None without β
+    k_written: Tensor  # k as it writes the state
+    decay: Tensor | None  # the op's; of a vector decay its sum over each chunk, (slots, Hv, Dk)
+    A: Tensor | None  # (tokens, Hv, C); None without outputs
+    Z: Tensor | None  # (tokens, Hv, C); None without β
 
 
 def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> Intra:
-    """Launch `intra_chunk` for what the problem has a use for; A and Z may be known."""
+    """Launch `intra_chunk` for what the problem needs, except A and Z where they are given."""
     tokens, Hk, DK = p.k.shape
     _, constants = p.choices("intra")
     output, delta, vector = p.q is not None, p.beta is not None, p.kind == VECTOR.value
@@ -126,7 +132,7 @@ def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> I
     def pairs(wanted: bool) -> Tensor | None:
         return p.empty(tokens, p.Hv, CHUNK.value, dtype=p.operand_dtype) if wanted else None
 
-    def rows() -> Tensor:  # no decay makes a q or k larger: what held them holds the product
+    def rows() -> Tensor:  # in the dtype of k, since a decay makes no number larger
         return p.empty(tokens, p.Hv, DK, dtype=p.k.dtype)
 
     A_made, Z_made = pairs(output and A is None), pairs(delta and Z is None)
@@ -137,7 +143,8 @@ def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> I
     if vector:
         decay = p.empty(len(p.layout.chunks), p.Hv, DK, dtype=torch.float32)
     if vector or A_made is not None or Z_made is not None:
-        # Finer than the other products: three of tf32 for one of fp32, or fp64 without tf32.
+        # The precision of `solve`, finer than that of other products: three tf32 products for one
+        # of fp32, or fp64 where there is no tf32 or other products are fp32.
         tf32 = constants["PRECISION"] != "ieee" and architecture(p.k.device).startswith("sm_")
         launch(
             intra.intra_chunk, (len(p.layout.chunks), p.Hv),
@@ -162,8 +169,8 @@ def run_forward(
 
 
 def run_states(p: Problem, made: Intra, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the backward pass needs of the forward one again: the state that enters each chunk,
-    (slots, Hv, Dk, Dv), and the errors r, (tokens, Hv, Dv)."""
+    """Compute again, for the backward pass, the state that enters each chunk (slots, Hv, Dk, Dv)
+    and the errors r (tokens, Hv, Dv)."""
     tokens, _, DK = p.k.shape
     N = len(p.layout.first_chunks)
     states = p.empty(len(p.layout.chunks), p.Hv, DK, p.DV, dtype=p.operand_dtype)
@@ -210,10 +217,10 @@ def run_backward(
     d_o: Tensor | None,
     d_final_state: Tensor | None,
 ) -> Gradients:
-    """Gradients over tokens in the shapes of `Problem`; a head's decay still has one a token.
+    """Gradients in the shapes of `Problem`; that of a decay a head has one number a token.
 
-    dq and dk are summed over the value heads of a key head; shares of column blocks are summed,
-    in a fixed order: the same inputs give the same bits.
+    dq and dk are summed over the value heads of a key head, and the parts of column blocks are
+    summed, in a fixed order: the same inputs give the same bits.
     """
     tokens, Hk, DK = p.k.shape
     Hv, DV = p.Hv, p.DV
@@ -268,6 +275,7 @@ def run_backward(
     )  # fmt: skip
 
     def over_group(x: Tensor) -> Tensor:
+        # (tokens, Hv, Dk) -> (tokens, Hk, Hv / Hk, Dk) -> (tokens, Hk, Dk)
         return x if Hk == Hv else x.unflatten(1, (Hk, Hv // Hk)).sum(2).to(p.k.dtype)
 
     if d_decay is not None and d_crossed is not None:
@@ -283,10 +291,10 @@ def run_backward(
 
 
 def _like(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """A gradient over tokens in the shape and dtype of its input."""
+    """A gradient (tokens, …) in the shape and dtype of its input x."""
     if gradient is None or x is None:
         return None
-    if x.dim() == 1:  # one decay a head
+    if x.dim() == 1:  # a decay a head: (tokens, Hv) -> (Hv,)
         gradient = gradient.sum(0)
     return gradient.reshape(x.shape).to(x.dtype)
 
@@ -306,7 +314,7 @@ class _LinearAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor]:
         if initial_state is not None:
             initial_state = initial_state.float().contiguous()
-        p = pose(q, k, v, decay, beta, scale, cu_seqlens)
+        p = make_problem(q, k, v, decay, beta, scale, cu_seqlens)
         made = run_intra(p)
         o, final_state = run_forward(p, made, initial_state)
         A = made.A if p.kind == VECTOR.value else None
@@ -320,7 +328,7 @@ class _LinearAttention(torch.autograd.Function):
         q, k, v, decay, beta, initial_state, cu_seqlens, A, Z = ctx.saved_tensors
         d_o, d_final_state = (None if d is None else d.contiguous() for d in d_outputs)
         read = None if d_o is None else q
-        p = pose(read, k, v, decay, beta, ctx.scale, cu_seqlens)
+        p = make_problem(read, k, v, decay, beta, ctx.scale, cu_seqlens)
         g = run_backward(p, initial_state, None if read is None else A, Z, d_o, d_final_state)
         return (
             torch.zeros_like(q) if q is not None and g.q is None else _like(g.q, q),
@@ -357,10 +365,11 @@ def final_state(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """The final state alone, (N, Hv, Dk, Dv) in fp32, at about half the cost of the op.
+    """The final states (N, Hv, Dk, Dv) in fp32, without outputs.
 
-    With `initial_state` [0 | I] and values [v | 0] it is the affine map [E | M] of a segment:
-    the same kernels with every read for an output compiled away, forward and backward.
+    The same kernels with everything for an output compiled away, forward and backward. With
+    `initial_state` [0 | I] and values [v | 0] it is the map [E | M] of a segment
+    (`kernels.segments`).
     """
     _, final = _LinearAttention.apply(None, k, v, decay, beta, 1.0, initial_state, cu_seqlens)
     final_state: Tensor = final

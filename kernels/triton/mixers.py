@@ -1,4 +1,4 @@
-"""The rows of the recurrence that are compiled ahead of time: every mixer of the table."""
+"""The launches of the recurrence that are compiled ahead of time: every kind of mixer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from kernels.triton.launch import DTYPES, Launch, recording
 from kernels.triton.linear_attention import linear_attention
 from kernels.triton.tiles import NONE, SCALAR, VECTOR
 
-# Mixer, decay, whether the delta rule is on, head dim.
-ROWS = [
+# (mixer, kind of decay, delta rule, head dim).
+CASES = [
     ("linear", NONE, False, 128),
     ("mamba2", SCALAR, False, 128),
     ("gla", VECTOR, False, 128),
@@ -26,18 +26,19 @@ ROWS = [
 
 
 def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Every launch of a forward and backward pass in the dtypes of training, with its name."""
-    for mixer, kind, delta, D in ROWS:
+    """(name, launch) of every kernel of a forward and backward pass, in dtypes of training: none
+    may spill."""
+    for mixer, kind, delta, D in CASES:
         yield from _launches(arch, mixer, kind, delta, D, torch.bfloat16)
         if D <= 128:
             yield from _launches(arch, mixer, kind, delta, D, torch.float16)
 
 
 def spilling(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Launches that users can make as well, and that may be slow: fp32, which is multiplied outside
-    of tensor cores and is for checking; fp16 in heads of 256, whose operands are tf32, twice as
-    wide; and a vector decay with wider heads than any model has."""
-    for mixer, kind, delta, D in ROWS:
+    """(name, launch) of further kernels that users may need, and that may spill: fp32, which is for
+    checking and is multiplied outside of tensor cores; fp16 with heads of 256, whose operands are
+    tf32 and twice as wide; a vector decay with wider heads than known models have."""
+    for mixer, kind, delta, D in CASES:
         if D > 128:
             yield from _launches(arch, mixer, kind, delta, D, torch.float16)
         yield from _launches(arch, mixer, kind, delta, D, torch.float32)

@@ -2,12 +2,12 @@
 
     r = 1 / sqrt(mean(x²) + eps),   y = x · r · w · silu(g)
 
-A program owns a few whole rows: one read of x (and g), one write of y. The backward keeps r,
-one fp32 number a row. With x̂ = x · r and s = silu(g), for each row
+A program computes a few whole rows: one read of x (and g), one write of y. For the backward pass r
+is kept, one fp32 number a row. With x̂ = x · r and s = silu(g), for each row
 
     dx = r · (dy·s·w − x̂ · mean(dy·s·w·x̂)),   dg = dy·w·x̂ · silu'(g),   dw = Σ_rows dy·s·x̂
 
-where a program walks many rows, so that its share of dw stays in registers until the end.
+where a program goes through many rows, so that its terms of dw stay in registers until the end.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -24,16 +24,16 @@ from torch import Tensor
 
 from kernels.triton.launch import DTYPES, Launch, launch, recording
 
-# The widest row that registers hold; wider ones are left to torch.
+# The widest row that registers hold; `kernels.rms_norm` computes wider ones in torch.
 MAX_WIDTH = 8192
-# Programs of the backward: a few for each multiprocessor of the largest GPUs. Fixed, so that
-# the order of sums does not depend on the device.
+# Programs of the backward pass: a few for each multiprocessor of the largest GPUs. The same number
+# everywhere, so that the order of sums does not depend on the device.
 PROGRAMS = 512
 
 
 def tile(width: int) -> dict[str, int]:
-    """Rows of a program, its columns and warps: 8 elements a thread, 16 in the widest row,
-    where 32 warps would halve the registers of a thread and spill."""
+    """Launch parameters for rows of that width: 8 elements a thread, up to MAX_WIDTH / 2; in the
+    widest row 16, since 32 warps would halve a thread's registers and spill."""
     columns = max(triton.next_power_of_2(width), 16)
     rows = max(1024 // columns, 1)
     warps = min(rows * columns // 256, 16)
@@ -87,7 +87,7 @@ def backward(
         gradient = load_rows(dy, row, column, dy_stride, mask)
         place = row[:, None] * D + column[None, :]
         if WEIGHT:
-            # Read again for each row, from the cache: registers are what a wide row lacks.
+            # Loaded again for each row, from the cache: a wide row leaves no registers to keep it.
             w = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
         if GATE:
             g = load_rows(gate, row, column, gate_stride, mask)
@@ -147,7 +147,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Rows may lie apart (slices of a fused projection); the channels of a row may not."""
+    """x as the kernels can read it: rows may lie apart, as slices of a fused projection do, but the
+    channels of a row are adjacent."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

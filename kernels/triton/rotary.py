@@ -2,8 +2,8 @@
 
     y_i = x_i · cos φ − x_{i+R/2} · sin φ,   y_{i+R/2} = x_i · sin φ + x_{i+R/2} · cos φ
 
-A program owns a few tokens and makes their angles once for all heads: one read and one write
-of x, where torch's operators make nine passes. The backward turns by −φ.
+A program computes a few tokens, and their angles once for all heads: one read and one write of x,
+where torch's operators make nine passes. The backward pass rotates by −φ.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.triton.launch import DTYPES, Launch, launch, recording
 
-TOKENS = 16
+TOKENS = 16  # of a program
 NUM_WARPS = 4
 GENERIC = ["tokens", "length", "batch_stride", "token_stride", "head_stride"]
 
@@ -29,8 +29,8 @@ GENERIC = ["tokens", "length", "batch_stride", "token_stride", "head_stride"]
 def cos_sin(turns):
     """cos and sin of 2π · turns for turns in −½ … ½, to 2·10⁻⁷.
 
-    The library's carry a path for large angles that spills. Taylor's series at half the angle,
-    a = π · turns, |a| ≤ π/2, then cos 2a = 1 − 2 sin² a and sin 2a = 2 sin a · cos a.
+    The library's functions have a path for large angles, which spills. Here: Taylor series at half
+    the angle, a = π · turns, |a| ≤ π/2; then cos 2a = 1 − 2 sin² a and sin 2a = 2 sin a · cos a.
     """
     a = turns * 3.141592653589793
     square = a * a
@@ -84,7 +84,7 @@ def rotate(
 
 
 def rotated(x: Tensor, positions: Tensor, frequencies: Tensor, sign: int) -> Tensor:
-    """x (B, T, H, D) turned by sign · position · frequency: (R / 2,) fp64, in turns."""
+    """x (B, T, H, D) rotated by sign · position · frequency, (R / 2,) fp64 in turns."""
     B, T, H, D = x.shape
     R = 2 * len(frequencies)
     x = x if x.stride(3) == 1 else x.contiguous()

@@ -1,13 +1,14 @@
-"""Chunks of rows that never cross a sequence, found on the device without a table.
+"""Chunks of rows that never cross a sequence, found by each program without a table.
 
-Rows are those of all batch rows end to end. Without `cu_seqlens` they are `length` to a
-sequence; with it, `bounds` holds N + 1 rising rows, and what lies past the last one is treated
-as one more sequence, number N, that nobody owns. Sequence n begins at program
+All batch rows lie end to end. Without `cu_seqlens` each sequence has `length` rows. With it,
+`bounds` holds N + 1 rising rows, and the rows past the last one count as sequence number N, which
+is none of the caller's. Sequence n begins at program
 
     bounds[n] // ROWS + n,
 
-which leaves it enough programs for its rows, whatever the bounds: every program finds its chunk
-by a binary search, the CPU knows their number from shapes alone, and a few find no rows.
+which leaves it enough programs for its rows, whatever the bounds are. A program finds its chunk by
+a binary search over this, and a few programs find no rows. The CPU knows the number of programs
+from shapes alone.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,12 +21,12 @@ from torch import Tensor
 
 
 def packed_bounds(cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
-    """int64 on the device; None where batch rows are the sequences."""
+    """`cu_seqlens` as int64 on the device; None if every batch row is a sequence."""
     return None if cu_seqlens is None else cu_seqlens.to(device=device, dtype=torch.int64)
 
 
 def programs(batch: int, length: int, bounds: Tensor | None, ROWS: int) -> int:
-    """How many chunks of at most ROWS rows there may be."""
+    """An upper bound on the number of chunks of at most ROWS rows."""
     if bounds is None:
         return batch * -(-length // ROWS)
     return length // ROWS + len(bounds)
@@ -33,10 +34,8 @@ def programs(batch: int, length: int, bounds: Tensor | None, ROWS: int) -> int:
 
 @triton.jit
 def chunk_of(program, bounds, N, length, ROWS: tl.constexpr, PACKED: tl.constexpr):
-    """A program's sequence, that one's first row and end, and the chunk's first row; int64.
-
-    The chunk is rows first to min(first + ROWS, end), of which there may be none.
-    """
+    """(n, start, end, first) of a program, int64: its sequence n is rows [start, end), its chunk is
+    rows [first, min(first + ROWS, end)), which may be empty."""
     program = program.to(tl.int64)
     if PACKED:
         n = program * 0
@@ -59,7 +58,7 @@ def chunk_of(program, bounds, N, length, ROWS: tl.constexpr, PACKED: tl.constexp
 
 @triton.jit
 def span(n, bounds, length, PACKED: tl.constexpr):
-    """First row and end of sequence n, int64."""
+    """(start, end) of sequence n, int64: its rows are [start, end)."""
     if PACKED:
         return tl.load(bounds + n), tl.load(bounds + n + 1)
     else:
@@ -68,9 +67,9 @@ def span(n, bounds, length, PACKED: tl.constexpr):
 
 @triton.jit
 def load_rows(x, first, shift, lowest, end, c, D, ROWS: tl.constexpr):
-    """Rows first + shift … of (rows, D) in fp32, zeros outside lowest … end.
+    """(ROWS, channels c) fp32: rows from first + shift of x (rows, D), zeros outside [lowest, end).
 
-    The address is a 64-bit scalar and a tile of 32-bit offsets.
+    The address is a 64-bit scalar plus a tile of 32-bit offsets, which take half the registers.
     """
     row = tl.arange(0, ROWS) + shift
     kept = (row >= (lowest - first).to(tl.int32)) & (row < (end - first).to(tl.int32))
@@ -80,7 +79,7 @@ def load_rows(x, first, shift, lowest, end, c, D, ROWS: tl.constexpr):
 
 @triton.jit
 def store_rows(x, value, first, lowest, end, c, D, ROWS: tl.constexpr):
-    """The counterpart of `load_rows`."""
+    """Write the tile that `load_rows` would read with shift 0."""
     row = tl.arange(0, ROWS)
     kept = (row >= (lowest - first).to(tl.int32)) & (row < (end - first).to(tl.int32))
     place = x + first * D + (row[:, None] * D + c[None, :])

@@ -1,8 +1,10 @@
 """What the kernels of the recurrence share: loads, gates and products of one chunk's tiles.
 
-A chunk is CHUNK rows (tokens) of one sequence, or fewer at its end. Tokens of all batch rows
-lie end to end and arrays are (tokens, heads, width). A row past the chunk's end reads as zero:
-a zero key writes nothing and a zero decay forgets nothing, so short chunks are no special case.
+A chunk is CHUNK rows (tokens) of one sequence, or fewer at its end. Tokens of all batch rows lie
+end to end, and arrays are (tokens, heads, width). A row past the chunk's end is loaded as zero. A
+zero key writes nothing and a zero decay changes nothing, so short chunks need no special case.
+
+A *gate* g is the log decay cumulated over the rows of a chunk.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,16 +16,16 @@ import os
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(64)
+CHUNK = tl.constexpr(64)  # C in the comments of this room
 
-# What `decay` is: absent, one number a token and head, or a vector for each.
+# Kinds of decay: none, one number a token and head, or a vector (Dk,) a token and head.
 NONE = tl.constexpr(0)
 SCALAR = tl.constexpr(1)
 VECTOR = tl.constexpr(2)
 
-# The least log decay of one step that is told from total: e^-40 of a state is far below the fp32
-# round-off of what it is added to. Clamped, cumulative sums stay small, and with them their
-# round-off, which the neighbours of a saturated gate would pay for; and -inf is an input like any.
+# Log decays below this count as this: e^-40 of a state is far below the fp32 round-off of what is
+# added to it. So cumulated sums stay small, and so does their round-off, which would otherwise be
+# that of a huge decay for all rows of its chunk; and −∞ is a valid input.
 FORGET_ALL = tl.constexpr(-40.0)
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -31,7 +33,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def operand(a, PRECISION: tl.constexpr):
-    """a as products take it: rounded to bf16, or in fp32."""
+    """a in the dtype in which products take it: bf16 or fp32."""
     if PRECISION == "bf16":
         return a.to(tl.bfloat16)
     else:
@@ -39,11 +41,12 @@ def operand(a, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def fine(a, PRECISION: tl.constexpr):
-    """a as log decays and their gradients are summed: in fp32, or beside fp32 products in fp64.
+def for_sums(a, PRECISION: tl.constexpr):
+    """a in the dtype in which log decays and their gradients are summed: fp32, but fp64 if products
+    are fp32.
 
-    Neighbours' sums differ by far less than they come to, and the difference has the round-off
-    of the sums: more than that of everything else, unless the products are rounded more.
+    Differences of neighbouring sums are used, which are far smaller than the sums and have their
+    round-off. With fp32 products that would be the largest error; bf16 and tf32 ones have more.
     """
     if PRECISION == "ieee":
         return a.to(tl.float64)
@@ -53,13 +56,13 @@ def fine(a, PRECISION: tl.constexpr):
 
 @triton.jit
 def exp(log):
-    """e^log in fp32, for a difference of sums that `fine` made."""
+    """e^log in fp32, for differences of sums in the dtype of `for_sums`."""
     return tl.exp(log.to(tl.float32))
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a · b, summed in fp32; PRECISION is "bf16" or an input precision for fp32 operands."""
+    """a · b, summed in fp32. PRECISION is "bf16", or the input precision of fp32 operands."""
     a, b = operand(a, PRECISION), operand(b, PRECISION)
     if PRECISION != "bf16":
         if b.shape[1] < a.shape[0]:
@@ -67,7 +70,8 @@ def dot(a, b, PRECISION: tl.constexpr):
         else:
             return tl.dot(a, b, input_precision=PRECISION)
     elif INTERPRETED:
-        # The interpreter multiplies the bit patterns of bf16. Products of bf16 are exact in fp32.
+        # The interpreter multiplies bf16 wrongly (it takes the bits for numbers). In fp32 products
+        # of two bf16 are exact.
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
         return tl.dot(a, b)
@@ -75,17 +79,16 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def at(pointer, start, heads, head, width):
-    """Where row `start` of one head begins in a (tokens, heads, width) array.
+    """Address of row `start` of one head in a (tokens, heads, width) array.
 
-    This is the 64-bit part of an address: the offsets inside a chunk fit 32 bits, which halves
-    the registers that they take.
+    This part of an address has 64 bits. Offsets inside a chunk have 32: half the registers.
     """
     return pointer + (start.to(tl.int64) * heads + head) * width
 
 
 @triton.jit
 def within(indices, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """indices < WIDTH, known to the compiler where blocks of that size fill the width."""
+    """indices < WIDTH; a constant for the compiler if BLOCK divides WIDTH."""
     if WIDTH % BLOCK == 0:
         return indices >= 0
     else:
@@ -96,7 +99,8 @@ def within(indices, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def load_rows(
     pointer, start, length, heads, head, WIDTH: tl.constexpr, column, COLUMNS: tl.constexpr
 ):
-    """(CHUNK, COLUMNS) of a (tokens, heads, WIDTH) array, zero outside."""
+    """(tokens, heads, WIDTH) -> (CHUNK, COLUMNS) of one head, from row `start` and `column`; zeros
+    past the chunk's `length` and the WIDTH."""
     rows = tl.arange(0, CHUNK)
     columns = column + tl.arange(0, COLUMNS)
     mask = (rows < length)[:, None] & within(columns, WIDTH, COLUMNS)[None, :]
@@ -108,7 +112,7 @@ def load_rows(
 def store_rows(
     pointer, tile, start, length, heads, head, WIDTH: tl.constexpr, column, COLUMNS: tl.constexpr
 ):
-    """The opposite of `load_rows`, in the dtype of the array."""
+    """Write the tile that `load_rows` reads, in the dtype of the array."""
     rows = tl.arange(0, CHUNK)
     columns = column + tl.arange(0, COLUMNS)
     mask = (rows < length)[:, None] & within(columns, WIDTH, COLUMNS)[None, :]
@@ -119,7 +123,7 @@ def store_rows(
 
 @triton.jit
 def load_scalars(pointer, start, length, heads, head):
-    """(CHUNK,) of a (tokens, heads) array in fp32, zero outside."""
+    """(tokens, heads) -> (CHUNK,) of one head in fp32, zeros past the chunk's `length`."""
     rows = tl.arange(0, CHUNK)
     first = at(pointer, start, heads, head, 1)
     return tl.load(first + rows * heads, mask=rows < length, other=0.0).to(tl.float32)
@@ -127,7 +131,7 @@ def load_scalars(pointer, start, length, heads, head):
 
 @triton.jit
 def store_scalars(pointer, values, start, length, heads, head):
-    """The opposite of `load_scalars`."""
+    """Write the values that `load_scalars` reads."""
     rows = tl.arange(0, CHUNK)
     tl.store(at(pointer, start, heads, head, 1) + rows * heads, values, mask=rows < length)
 
@@ -137,7 +141,7 @@ def load_state(
     pointer, index, heads, head, DK: tl.constexpr, DV: tl.constexpr,
     row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) of entry `index` of (…, heads, DK, DV), zero outside."""
+    """(…, heads, DK, DV) -> (ROWS, COLUMNS) of entry `index` and one head, zeros outside."""
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
     mask = within(rows, DK, ROWS)[:, None] & within(columns, DV, COLUMNS)[None, :]
@@ -150,7 +154,7 @@ def store_state(
     pointer, tile, index, heads, head, DK: tl.constexpr, DV: tl.constexpr,
     row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The opposite of `load_state`, in the dtype of the array."""
+    """Write the tile that `load_state` reads, in the dtype of the array."""
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
     mask = within(rows, DK, ROWS)[:, None] & within(columns, DV, COLUMNS)[None, :]
@@ -161,8 +165,11 @@ def store_state(
 
 @triton.jit
 def last_row(gate):
-    """The very sum that the last row of a gate has: another order of summing would differ by its
-    round-off, and `last − gate` of the last rows is much smaller than either."""
+    """The last row of a gate, (CHUNK, …) -> (…): taken from it, not summed again.
+
+    Another order of summing would differ by its round-off, and `last − gate` of late rows is much
+    smaller than either sum.
+    """
     rows = tl.arange(0, CHUNK)
     if len(gate.shape) == 1:
         return tl.sum(tl.where(rows == CHUNK - 1, gate, 0.0))
@@ -175,10 +182,10 @@ def load_gate(
     decay, start, length, heads, head,
     DK: tl.constexpr, column, COLUMNS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Cumulative log decay g of a chunk's rows, flat past the chunk's end, and at its last row.
+    """The gate g of a chunk, and its last row; constant past the chunk's end.
 
-    g_i multiplied the state that row i reads, its own step included: e^{g_i} S_in. (CHUNK,) and
-    a number; for a vector decay (CHUNK, COLUMNS) and (COLUMNS,).
+    Row i reads e^{g_i} S_in: g_i includes the decay of row i itself. (CHUNK,) and (); with a vector
+    decay (CHUNK, COLUMNS) and (COLUMNS,).
     """
     if KIND == NONE:
         gate = tl.zeros((CHUNK,), tl.float32)
@@ -188,7 +195,7 @@ def load_gate(
             steps = load_rows(decay, start, length, heads, head, DK, column, COLUMNS)
         else:
             steps = load_scalars(decay, start, length, heads, head)
-        gate = tl.cumsum(fine(tl.maximum(steps.to(tl.float32), FORGET_ALL), PRECISION), axis=0)
+        gate = tl.cumsum(for_sums(tl.maximum(steps.to(tl.float32), FORGET_ALL), PRECISION), axis=0)
         last = last_row(gate)
     return gate, last
 
@@ -198,9 +205,11 @@ def load_row_gate(
     decay, start, length, slot, heads, head,
     DK: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gate of each row, from each row to the last, and of the last, for `read_state` and
-    `write_state`. Rows come with a vector decay multiplied in, and only the last is left: `decay`
-    is then what `intra_chunk` made, (slots, heads, DK)."""
+    """(g, g_C − g, g_C) for `read_state`, `write_state` and `decayed_state`.
+
+    A vector decay is in the rows already, multiplied in by `intra_chunk`: then only g_C is loaded,
+    from `decay` (slots, heads, DK), which `intra_chunk` made.
+    """
     if KIND == VECTOR:
         gate = tl.zeros((CHUNK,), tl.float32)
         rest = gate
@@ -215,7 +224,7 @@ def load_row_gate(
 
 @triton.jit
 def decayed(tile, log, KIND: tl.constexpr):
-    """e^log ⊙ tile, for a gate of (CHUNK,) or (CHUNK, width)."""
+    """e^log ⊙ tile, for a tile (CHUNK, width) and log (CHUNK,) or (CHUNK, width)."""
     if KIND == NONE:
         return tile
     elif KIND == VECTOR:
@@ -237,10 +246,10 @@ def decayed_state(state, last, KIND: tl.constexpr):
 
 @triton.jit
 def read_state(rows, log, state, KIND: tl.constexpr, PRECISION: tl.constexpr):
-    """(e^log ⊙ rows) · state: (CHUNK, Dk) by (Dk, Dv).
+    """(e^log ⊙ rows) · state: (CHUNK, Dk) · (Dk, Dv) -> (CHUNK, Dv).
 
-    A factor a row commutes with the product. One for each number of a row does not: a vector
-    decay has been multiplied into the rows by `intra_chunk`, its exponentials taken once.
+    A factor a row is applied after the product. A vector decay cannot be: it is in the rows
+    already, multiplied in by `intra_chunk`, which takes its exponentials once.
     """
     product = dot(rows, state, PRECISION)
     if KIND == SCALAR:
@@ -250,7 +259,7 @@ def read_state(rows, log, state, KIND: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def write_state(rows, log, values, KIND: tl.constexpr, PRECISION: tl.constexpr):
-    """(e^log ⊙ rows)ᵀ · values: (Dk, CHUNK) by (CHUNK, Dv)."""
+    """(e^log ⊙ rows)ᵀ · values: (Dk, CHUNK) · (CHUNK, Dv) -> (Dk, Dv)."""
     if KIND == SCALAR:
         values = values * exp(log)[:, None]
     return dot(tl.trans(rows), values, PRECISION)
@@ -258,7 +267,7 @@ def write_state(rows, log, values, KIND: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def to_last(gate, last, KIND: tl.constexpr):
-    """Log decay from a row to the end of its chunk, never positive."""
+    """Log decay from each row to the end of its chunk, g_C − g ≤ 0."""
     if KIND == VECTOR:
         return last[None, :] - gate
     else:
@@ -267,7 +276,8 @@ def to_last(gate, last, KIND: tl.constexpr):
 
 @triton.jit
 def pair_decay(gate):
-    """e^{g_i − g_j} for j ≤ i and zero elsewhere, masked before the exponential."""
+    """(CHUNK, CHUNK): e^{g_i − g_j} for j ≤ i, else 0. Masked before the exponential, which could
+    overflow."""
     rows = tl.arange(0, CHUNK)
     causal = rows[:, None] >= rows[None, :]
     log = tl.where(causal, gate[:, None] - gate[None, :], 0.0)

@@ -1,9 +1,22 @@
-"""Lengths to plans: where every token of a batch lies, and what that costs. Knows no torch.
+"""Planning: from a batch's sequence lengths to where every token lies, and what that costs.
 
-Read in this order: `layout` (what a plan is), `costs` (what a planner must know of machine and
-model), `cost` and `states` (the price of one layer), `prices`, `owners`, `placing` (which ranks
-attend to which sequences), `ordering` (the stream near them), `plan` (the cheapest of several),
-`planner` (plans made while the step before runs). `heads` and `passing` say who has which heads
-and who sends which states; `clusters` holds machines. Imports nothing of the other rooms of
-`parallel`, but for the settings in `config`.
+Read in this order:
+
+    layout      what a plan is: tables of spans, moves between two tables, rings
+    heads       how a layer's heads are divided over ranks
+    costs       what the planner knows of machine and model; cost formulas of a single transfer
+    cost        price of one full-attention layer under a plan
+    passing     which rank sends which state of a linear layer to whom
+    states      price of that
+    prices      seconds of each sequence on each size of group, before anything is placed
+    owners      which ranks attend to which sequence, and simple placings
+    placing     the balanced placing: bin packing by time and memory
+    ordering    the stream's layout, near the ranks that attend to the tokens
+    plan        several placings, built and priced; the cheapest is the plan
+    planner     plans a run's batches in a thread, while the step before them runs
+    clusters/   machines as YAML files: speeds, links, memory
+
+Everything is numpy and a function of its arguments: no torch, no process group, no clock, so that
+each rank computes the same plan by itself. May import `parallel.config` and nothing else of
+`parallel` (`parallel.travel` and `parallel.simulation` import this room).
 """

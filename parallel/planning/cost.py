@@ -1,31 +1,32 @@
 """The cost model: what a plan costs on a cluster, in seconds and bytes.
 
-Kept simple enough to be checked by hand, and the same for every strategy:
+It can be checked by hand, and is the same for every strategy:
 
-- Attention on a run of L queries costs `pair` seconds for each query-key pair that the
-  causal mask leaves, times (L + half) / L: short runs fill tiles and processors badly.
-  Backward is 2.5 times forward (five matrix products for two).
-- Ranks that split heads have each its part of the arithmetic, and of what a ring passes on;
-  key heads that several slices need are passed on, and moved, once for each of them.
-- A ring's rounds overlap transfer and arithmetic, so a ring takes the longer of the two.
-  Transfers pass one block of keys and values a round; backward they are twice as much
-  (the gradients of keys and values travel with them). A rank works through its rings one
-  after the other and then through its whole sequences; a ring begins when the last of its
-  members is free. Nothing else is assumed to overlap.
-- A transfer takes latency + bytes / bandwidth. Ranks of a node have `inside` bytes a second
-  each; a node has `between` bytes a second over all its NICs. A ring with as many members
-  on each of its nodes uses the members' share of the NICs; one that steps from node to
-  node over a single pair of ranks uses one NIC, or with routing (Zeppelin, arXiv
-  2509.21841, section 3.2) all of them after a hop inside the node on either side.
-- Moves between layouts take the time of the busiest rank or node; between nodes a rank has its
-  share of the NICs, or all of them with routing. Forward moves q, k, v in and
-  o out; backward moves the gradient of o in and those of q, k, v out. With heads in w waves all
-  but 1/w of it overlaps the arithmetic, but never a ring's transfers, which need the same links.
-  The first wave in overlaps what projects the other w − 1 to q, k and v, the last one out what
-  projects the others' o back; backward likewise, beside twice as many products.
-- All other work is that of a rank's tokens. Ranks that meet in attention, or hold parts of one
-  sequence, wait for each other's, forward and again backward: either is as long as the slowest
-  pair takes, one for the tokens and the other for attention. Who never meets does not wait.
+- Attention. A run of L queries costs `pair` seconds for each query-key pair that the causal mask
+  leaves, times (L + half) / L, since short runs fill tiles and processors badly. Backward is
+  2.5 times forward (five matrix products instead of two).
+- Slices of heads. A rank with a slice does its share of the arithmetic and passes on its share of
+  keys and values. A key head that several slices need travels once for each of them.
+- Rings. A round's transfer overlaps its arithmetic, so a ring takes the longer of the two sums. A
+  round passes one block of keys and values; backward twice as much, since their gradients travel
+  too. A rank works through its rings one after the other, then through the sequences it holds
+  whole. A ring begins when the last of its members is free.
+- Links. A transfer takes latency + bytes / bandwidth. A rank has `inside` bytes a second to its
+  node; a node has `between` bytes a second over all its NICs. A ring with as many members on each
+  of its nodes uses the members' share of the NICs. One that steps from node to node over a single
+  pair of ranks uses one NIC; with `routed` (Zeppelin, arXiv 2509.21841, section 3.2) all of them,
+  after a hop inside the node on either side.
+- Moves between layouts take as long as the busiest rank or node; between nodes a rank has its
+  share of the NICs, or with `routed` all of them. Forward moves q, k and v to attention and o back;
+  backward moves the gradient of o there and those of q, k and v back. With heads in w waves, 1/w of
+  the moves can overlap only projections: the first wave to leave overlaps the projections of the
+  other w − 1 waves to q, k and v, the last wave to return overlaps the others' projections from o;
+  backward the same, beside twice as many products. The rest overlaps arithmetic, but not the
+  transfers of rings, which need the same links.
+- The rest of the work is proportional to a rank's tokens. Ranks that share a ring or a cut sequence
+  take the slowest one's time for it. A rank's attention begins when the rest is done on the ranks
+  that its tokens come from; the longest such sum of a pass counts. Ranks that never meet, over any
+  number of others, do not wait for each other.
 - ZeRO's traffic of weights and gradients is the same for every plan and is left out.
 """
 
@@ -36,7 +37,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parallel.planning.costs import BACKWARD, PRODUCTS, TRAVEL, Costs, Traffic, move_time
+from parallel.planning.costs import (
+    ATTENTION_WORK,
+    MATMUL_WORK,
+    RING_TRAFFIC,
+    Costs,
+    Traffic,
+    move_time,
+)
 from parallel.planning.heads import fractions
 
 if TYPE_CHECKING:
@@ -44,7 +52,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
+class RingTimes:
     """When a ring runs in one layer: (start, end) seconds, forward and backward."""
 
     ring: Ring
@@ -56,42 +64,43 @@ class Work:
 class LayerPrice:
     """One full-attention layer under one plan, and the rest of the work that comes with it.
 
-    Pairs are (forward, backward), in seconds.
+    Seconds; an axis of 2 is (forward, backward) unless said otherwise.
 
     Attributes:
         arithmetic: float64 (2, ranks), attention alone.
-        finish: float64 (2, ranks), when each rank is done, transfers included.
-        moved: float64 (2,), the moves of q, k and v, and of o, the same in either pass.
-        projected: float64 (2,), forward, the projections to q, k and v, and from o.
-        together: float64 (2,), the longest that attention and the rest take.
+        finish: float64 (2, ranks), when each rank has finished attention, rings' transfers
+            included, layout moves not.
+        moved: float64 (2,), (q, k and v; o): layout moves, the same in either pass.
+        projected: float64 (2,), (to q, k and v; from o): forward projections.
+        slowest: float64 (2,), attention and the rest, of the ranks that take longest.
         links: float64 (2,), the longest that rings keep a rank's links busy.
-        waves: of heads, in which moves overlap the rest.
         rings: when each ring runs.
-        traffic: forward and backward together.
+        traffic: bytes that each rank sends, forward and backward together.
+        waves: number of waves of heads; moves of one overlap the arithmetic of another.
     """
 
     arithmetic: Array
     finish: Array
     moved: Array
     projected: Array
-    together: Array
+    slowest: Array
     links: Array
-    rings: list[Work]
+    rings: list[RingTimes]
     traffic: Traffic
     waves: int
 
     @property
     def exposed(self) -> Array:
-        """float64 (2,): of the moves, what overlaps nothing."""
-        beside = np.outer(PRODUCTS, self.projected) * (1 - 1 / self.waves)
+        """float64 (2,): seconds of layout moves that overlap nothing, forward and backward."""
+        beside = np.outer(MATMUL_WORK, self.projected) * (1 - 1 / self.waves)
         shown = np.maximum(self.moved / self.waves - beside, 0).sum(axis=1)
         room = self.finish.max(axis=1) - self.links + beside.sum(axis=1)
         return np.maximum(shown, self.moved.sum() - room)
 
     @property
     def seconds(self) -> float:
-        """Of the whole layer's attention and of the rest, forward and backward."""
-        return float((self.together + self.exposed).sum())
+        """Seconds of the layer and of the rest, forward and backward together."""
+        return float((self.slowest + self.exposed).sum())
 
 
 def price(plan: Plan, costs: Costs) -> LayerPrice:
@@ -112,50 +121,58 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
         whole[members] -= share
         travel, sent = ring_travel(ring, plan.topology, costs, plan.waves)
         links[members] += travel
-        traffic.inside[members] += sent.inside * TRAVEL.sum()
-        traffic.between[members] += sent.between * TRAVEL.sum()
+        traffic.inside[members] += sent.inside * RING_TRAFFIC.sum()
+        traffic.between[members] += sent.between * RING_TRAFFIC.sum()
         start = free[:, members].max(axis=1)
-        end = start + np.maximum(BACKWARD * share.max(), TRAVEL * travel)
+        end = start + np.maximum(ATTENTION_WORK * share.max(), RING_TRAFFIC * travel)
         free[:, members] = end[:, None]
-        rings.append(Work(ring, start, end))
-    finish = free + BACKWARD[:, None] * np.maximum(whole, 0.0)
-    moved, sent = _remap(plan, costs)
+        rings.append(RingTimes(ring, start, end))
+    finish = free + ATTENTION_WORK[:, None] * np.maximum(whole, 0.0)
+    moved, sent = _price_moves(plan, costs)
     tokens = plan.stream.tokens.max()
     return LayerPrice(
-        BACKWARD[:, None] * work,
+        ATTENTION_WORK[:, None] * work,
         finish,
         moved,
         np.array([costs.to_qkv, costs.from_o]) * tokens,
-        _together(plan, costs, finish),
-        TRAVEL * links.max(),
+        _slowest(plan, costs, finish),
+        RING_TRAFFIC * links.max(),
         rings,
         traffic + sent,
         plan.waves,
     )
 
 
-def _together(plan: Plan, costs: Costs, finish: Array) -> Array:
-    """Seconds, (forward, backward), of those ranks that take longest: see the head of this file."""
+def _slowest(plan: Plan, costs: Costs, finish: Array) -> Array:
+    """(forward, backward) seconds of the ranks that take longest; see the head of this file.
+
+    Args:
+        finish: float64 (2, ranks).
+    """
     tokens = plan.stream.tokens.astype(np.float64)
     if not costs.rest or np.ptp(tokens) <= 1:
-        return PRODUCTS * costs.rest * tokens.max() + finish.max(axis=1)
+        return MATMUL_WORK * costs.rest * tokens.max() + finish.max(axis=1)
     met = [plan.stream.rank[rows] for rows in plan.crossing]
     met += [ring.members for ring in plan.rings]
-    rest = np.outer(PRODUCTS, _highest_of(met, tokens)) * costs.rest
+    rest = np.outer(MATMUL_WORK, _raise_to_group_max(met, tokens)) * costs.rest
     source, target = plan.to_attention.source, plan.to_attention.target
     away, every = source != target, np.arange(len(tokens))
     met += list(np.stack([source[away], target[away]], axis=1))
-    # One of the ranks that wait for each other stands for all of them; those that never meet do
-    # not wait between forward and backward either.
-    head = _highest_of(met, every)
+    # `head` is one rank of each group of ranks that wait for each other. Forward and backward are
+    # added up group by group: ranks that never meet do not wait between the passes either.
+    head = _raise_to_group_max(met, every)
     source, target = np.append(source[away], every), np.append(target[away], every)
     late = np.zeros((len(tokens), 2))
     np.maximum.at(late, head[source], (rest[:, source] + finish[:, target]).T)
     return late[late.sum(axis=1).argmax()]
 
 
-def _highest_of(groups: list[Array], values: Array) -> Array:
-    """The values, raised until they are alike wherever ranks are in one group."""
+def _raise_to_group_max(groups: list[Array], values: Array) -> Array:
+    """float64 or int (ranks,): each value raised to the largest in its connected groups.
+
+    Groups that share a rank are connected. Each round takes every group's maximum, until nothing
+    changes.
+    """
     if not groups:
         return values
     members = np.concatenate(groups)
@@ -170,7 +187,7 @@ def _highest_of(groups: list[Array], values: Array) -> Array:
 
 
 def _heads(spans: Layout | Moves, costs: Costs, waves: int) -> tuple[Array, Array]:
-    """float64 (spans,): the share of the query heads, and of the key heads, in each span."""
+    """Each span's share of the query heads, and of the key heads: float64 (spans,) each."""
     queries, keys = np.ones(len(spans.piece)), np.ones(len(spans.piece))
     for slices in np.unique(spans.slices).tolist():
         these = spans.slices == slices
@@ -184,6 +201,7 @@ def ring_work(ring: Ring, costs: Costs, waves: int = 1) -> Array:
     seconds = costs.attention(ring.chunks[:, :-1], ring.chunks[:, 1:]).sum(axis=0)
     seats = ring.seats
     queries, _ = fractions(costs.heads, costs.kv_heads, ring.slices, waves)
+    # (seats, slices) -> (members,)
     return np.outer(seconds[:seats] + seconds[: seats - 1 : -1], queries).reshape(-1)
 
 
@@ -195,6 +213,7 @@ def ring_travel(
     if ring.seats == 1:  # every rank has the keys of its heads already
         return 0.0, Traffic(np.zeros(slices), np.zeros(slices))
     _, keys = fractions(costs.heads, costs.kv_heads, slices, waves)
+    # (G,) -> (nodes, seats a node, 1), times (slices,)
     block = ring.tokens.reshape(nodes, each, 1) * keys * costs.kv_bytes
     biggest = float(block.max(initial=0))
     node = ring.ranks // topology.ranks_per_node
@@ -228,7 +247,7 @@ def ring_travel(
     return float(travel), sent
 
 
-def _remap(plan: Plan, costs: Costs) -> tuple[Array, Traffic]:
+def _price_moves(plan: Plan, costs: Costs) -> tuple[Array, Traffic]:
     """Seconds of q, k and v one way, and of o the other way, and what a step sends.
 
     Backward the gradients of each go the other way.

@@ -1,4 +1,4 @@
-"""What a planner must know of a machine and of a model, and the prices that follow at once."""
+"""What the planner knows of a machine and of a model, and formulas that need nothing more."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from parallel.planning.heads import fractions
 if TYPE_CHECKING:
     from parallel.planning.layout import Array, Topology
 
-BACKWARD = np.array([1.0, 2.5])  # arithmetic of attention: forward, backward
-TRAVEL = np.array([1.0, 2.0])  # what goes round a ring: forward, backward
-PRODUCTS = np.array([1.0, 2.0])  # of a projection: forward, backward
-_SHOWN = 0.3  # of the moves, where heads come in waves: the first one's overlap nothing
+# (forward, backward) in units of the forward pass.
+ATTENTION_WORK = np.array([1.0, 2.5])  # two matrix products; five
+RING_TRAFFIC = np.array([1.0, 2.0])  # keys and values; these and their gradients
+MATMUL_WORK = np.array([1.0, 2.0])  # one product; one for each operand's gradient
+# Share of a layout move's time that no arithmetic hides, in the estimate `ring_seconds`: the first
+# wave of heads has nothing beside which to travel. `cost.price` counts waves instead.
+_EXPOSED = 0.3
 
 
 @dataclass(frozen=True)
 class States:
-    """What a planner must know of a linear layer whose states pass.
+    """What the planner knows of linear layers, whose states pass from rank to rank.
 
     Attributes:
-        layers: how many there are, for each one of full attention.
-        heads: of its states; ranks divide them.
-        M_bytes, E_bytes: of one head's affine map.
-        map_flops: a token, of making its fragment's map, forward and backward together.
-        beside_flops: a token, forward, of what is computed while states travel.
+        layers: linear layers for each full-attention layer.
+        heads: heads of a state; ranks divide them among themselves.
+        M_bytes, E_bytes: bytes of M and of E of one head's map S_out = M · S_in + E.
+        map_flops: FLOPs a token of computing its fragment's map, forward and backward together.
+        beside_flops: forward FLOPs a token of what is computed while states travel.
     """
 
     layers: float
@@ -40,29 +43,29 @@ class States:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a planner must know of the machine and of a model, by one full-attention layer.
+    """Speeds and sizes by which plans are priced, for one full-attention layer.
 
-    The defaults are a layer of 32 heads of 128, keys and values in 8, bf16, on nodes of
-    eight H800 with a 400 Gb NIC each. Only ratios decide between plans, and they change
-    little from one model and cluster to the next.
+    The defaults describe a layer of 32 query heads and 8 key heads of 128 channels in bf16, on
+    nodes of eight H800 with one 400 Gb NIC a GPU; with `heads` = `kv_heads` = 1 no plan splits
+    heads. Only ratios decide between plans.
 
     Attributes:
-        pair: seconds for a query-key pair, forward, all heads.
-        half: tokens of a run at which half of the arithmetic's speed is reached.
-        q_bytes: bytes of one token's queries (its outputs are as many).
+        pair: forward seconds for one query-key pair, all heads.
+        half: tokens of a run of queries at which the arithmetic reaches half of its full speed.
+        q_bytes: bytes of one token's queries; its outputs are as many.
         kv_bytes: bytes of one token's keys and values.
-        heads, kv_heads: of queries, of keys. Ranks may split them; one head stays together.
-        inside: bytes a second of one rank to others on its node.
-        between: bytes a second of one node to the others.
-        nic: bytes a second of one NIC.
-        to_qkv, from_o: seconds a token, forward, of the projections to q, k and v and from o, wave
-            by wave; 0 if they are not made so.
+        heads, kv_heads: query heads and key heads; the number of slices is at most `heads`.
+        inside: bytes a second from one rank to the others on its node.
+        between: bytes a second from one node to the others, over all its NICs.
+        nic: bytes a second over one NIC.
+        to_qkv, from_o: forward seconds a token of the projections to q, k and v, and from o, if
+            the layer makes them wave by wave, else 0.
         latency_inside, latency_between: seconds before the first byte arrives.
-        routed: traffic between nodes is forwarded by all ranks of its nodes, whoever has it.
-            Training does not: its plans lay tokens out so that all ranks have their part.
+        routed: any rank's traffic between nodes goes over all ranks of its node (Zeppelin's
+            routing). Training forwards nothing: its plans give every rank its part to send.
         flops: FLOPs a second of large matrix products.
-        states: the linear layers beside it, if the model has any.
-        rest: seconds a token, forward, of all work but this layer's attention; 0 if not known.
+        states: the linear layers beside this one; None if the model has none.
+        rest: forward seconds a token of everything but this layer's attention; 0 if not known.
     """
 
     pair: float = 4 * 32 * 128 / (989e12 * 0.5)
@@ -85,40 +88,54 @@ class Costs:
 
     @property
     def rest_both_ways(self) -> float:
-        """Seconds a token of `rest`, forward and backward."""
-        return float(PRODUCTS.sum()) * self.rest
+        """Seconds a token of `rest`, forward and backward: three times the forward pass."""
+        return float(MATMUL_WORK.sum()) * self.rest
 
     def latency(self, sent: Traffic) -> float:
-        """Seconds before the first byte of such a transfer arrives where it goes furthest."""
+        """Seconds before the first byte arrives: between nodes if anything crosses, else inside."""
         return self.latency_between if sent.between.any() else self.latency_inside
 
     def attention(self, start: Array, end: Array) -> Array:
-        """Seconds, forward, of queries [start, end) of a sequence against all keys up to them."""
+        """Forward seconds of queries [start, end) of a sequence against keys [0, own position].
+
+        Args:
+            start, end: (runs,) int, positions in the sequence.
+
+        Returns:
+            float64 (runs,).
+        """
         length = end - start
         pairs = (end * (end + 1.0) - start * (start + 1.0)) / 2
         return self.pair * pairs * (1 + self.half / np.maximum(length, 1))
 
-    def sliced(self, slices: int) -> tuple[float, float]:
-        """The share of queries' heads, and of keys', in the largest of so many slices."""
+    def largest_slice(self, slices: int) -> tuple[float, float]:
+        """The largest slice's share of the query heads, and the largest one's of the key heads."""
         queries, keys = fractions(self.heads, self.kv_heads, slices)
         return float(queries.max()), float(keys.max())
 
-    def ways(self, each: int) -> list[int]:
-        """Into how many slices a group of ranks, `each` on a node, may split heads."""
+    def slice_counts(self, each: int) -> list[int]:
+        """Numbers of slices into which ranks, `each` on a node, may split heads, rising."""
         powers = {1 << i for i in range(self.heads.bit_length())}
-        # Over whole groups also what leaves no rank more heads than others: 24 on three nodes of 8.
+        # A multiple of `each` that divides the heads, power of two or not: 24 on three nodes of 8.
         over = {h for h in range(each, self.heads + 1, each) if self.heads % h == 0}
         return sorted(h for h in powers | over if each % h == 0 or h % each == 0)
 
-    def shared(self, n: Array, nodes: Array | int, each: int, slices: int, settled: bool) -> Array:
-        """Seconds, forward and backward, on each of `nodes` · `each` ranks that share n tokens.
+    def ring_seconds(
+        self, n: Array, nodes: Array | int, each: int, slices: int, by_rank: bool
+    ) -> Array:
+        """Estimated seconds, forward and backward, on each rank of a ring that shares n tokens.
 
-        An estimate for one sequence on a ring with `slices` ranks a seat; `price` has the last
-        word. Tokens lie in their seat, spread over its ranks, if `settled`, else on the node.
+        By it sequences are placed; finished plans are priced by `cost.price`.
+
+        Args:
+            n: tokens of a sequence, any shape that broadcasts with `nodes`.
+            nodes, each: the ring has nodes · each ranks, `each` on a node.
+            slices: ranks of one seat, which split its heads; they may be several nodes' ranks.
+            by_rank: the stream keeps a token on one of its seat's ranks; else on its node.
         """
         n = np.maximum(n, 1e-9)
         seats, over = nodes * each // slices, max(1, slices // each)
-        queries, keys = self.sliced(slices)
+        queries, keys = self.largest_slice(slices)
         chunks = np.where(np.equal(seats, 1), 1, 2 * np.asarray(seats))
         work = self.pair * n * (n + 1.0) / 2 / seats * queries * (1 + self.half * chunks / n)
         block = n / seats * keys * self.kv_bytes
@@ -129,11 +146,13 @@ class Costs:
             outer * (self.latency_between + each * block / self.between),
         )
         far = 1 - 1 / over
-        near = 1 - far - 1 / (slices if settled else np.maximum(each, slices))
+        near = 1 - far - 1 / (slices if by_rank else np.maximum(each, slices))
         moved = n * (2 * self.q_bytes + self.kv_bytes * keys * slices)
         move = np.maximum(near / each / self.inside, far / self.between) * moved / nodes
-        seconds = np.maximum(work, travel) + np.maximum(BACKWARD[1] * work, TRAVEL[1] * travel)
-        return seconds + 2 * _SHOWN * move
+        seconds = np.maximum(work, travel) + np.maximum(
+            ATTENTION_WORK[1] * work, RING_TRAFFIC[1] * travel
+        )
+        return seconds + 2 * _EXPOSED * move
 
 
 @dataclass(frozen=True)
@@ -153,7 +172,15 @@ class Traffic:
 def move_time(
     source: Array, target: Array, amount: Array, topology: Topology, costs: Costs
 ) -> tuple[float, Traffic, Traffic]:
-    """Seconds that transfers of `amount` bytes between ranks take; what each sends, and gets."""
+    """Time of simultaneous transfers: that of the busiest rank or node, latency left out.
+
+    Args:
+        source, target: (transfers,) int, ranks.
+        amount: (transfers,) bytes.
+
+    Returns:
+        seconds, and the traffic that each rank sends, and that each rank receives.
+    """
     ranks = topology.ranks
     crosses = topology.node(source) != topology.node(target)
     near, far = amount * ~crosses, amount * crosses

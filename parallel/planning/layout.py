@@ -1,9 +1,13 @@
 """Where tokens lie: layouts, the moves between two of them, and the rings that share keys.
 
-A layout is a table of spans. A span is a run of tokens of one sequence that lies unbroken in
-one rank's buffer. Sequences are numbered by their place in the batch, positions count inside the
-sequence, offsets inside the rank's buffer. numpy only: plans are made on the host, and nothing
-here knows torch.
+A layout is a table of spans. A span is a run of consecutive tokens of one sequence, stored
+consecutively in one rank's buffer:
+
+    sequence, start, end     which tokens: positions [start, end) of a sequence of the batch
+    rank, offset             where: at [offset, offset + end − start) of that rank's buffer
+
+Sequences are numbered by their place in the batch; positions count from a sequence's first token,
+offsets from a buffer's first row. numpy only: plans are made on the host.
 """
 
 from __future__ import annotations
@@ -40,14 +44,15 @@ class Topology:
 
 @dataclass(frozen=True)
 class Layout:
-    """A table of spans, by rank and then by offset; no span is empty.
+    """A table of spans, sorted by rank and then by offset; no span is empty.
 
     Attributes:
         sequence, start, end, rank, offset: int64 (spans,). Positions [start, end) of
             `sequence` lie at [offset, offset + end - start) of the buffer of `rank`.
-        piece, slices: int64 (spans,). The rank has that one of so many slices of the tokens'
-            heads (`parallel.planning.heads`); piece 0 of 1 is all of them.
-        tokens: int64 (ranks,), how many tokens each rank holds, all heads of them or some.
+        piece, slices: int64 (spans,). The rank holds slice number `piece` of the `slices` slices
+            into which the tokens' heads are divided (`parallel.planning.heads`); 0 of 1 is all
+            heads.
+        tokens: int64 (ranks,), how many tokens each rank holds, with all their heads or some.
     """
 
     sequence: Array
@@ -69,7 +74,12 @@ class Layout:
         piece: Array | None = None,
         slices: Array | None = None,
     ) -> Layout:
-        """The layout in which each rank's spans follow one another in the given order."""
+        """The layout in which each rank's spans lie end to end, in the given order.
+
+        Args:
+            sequence, start, end, rank: int64 (spans,); empty spans are left out.
+            piece, slices: int64 (spans,); all heads unless given.
+        """
         piece = np.zeros_like(rank) if piece is None else piece
         slices = np.ones_like(rank) if slices is None else slices
         kept = np.flatnonzero(end > start)
@@ -78,36 +88,39 @@ class Layout:
             column[kept] for column in (sequence, start, end, rank, piece, slices)
         )
         size = end - start
-        tokens = np.bincount(rank, size, ranks).astype(np.int64)
+        tokens = np.bincount(rank, size, ranks).astype(np.int64)  # (spans,) -> (ranks,)
+        # Prefix sums of sizes over all spans, less those of the ranks before: (spans,).
         offset = np.cumsum(size) - size - (np.cumsum(tokens) - tokens)[rank]
         return Layout(sequence, start, end, rank, offset, piece, slices, tokens)
 
     @cached_property
     def load(self) -> Array:
-        """float64 (ranks,): tokens of each rank, one of h slices counted as 1/h of a token."""
+        """float64 (ranks,): tokens of each rank; a token with 1 of h slices counts as 1/h."""
         return np.bincount(self.rank, (self.end - self.start) / self.slices, len(self.tokens))
 
     @cached_property
     def bounds(self) -> Array:
-        """int64 (ranks + 1,): the rows of rank r are [bounds[r], bounds[r + 1])."""
+        """int64 (ranks + 1,): the spans of rank r are rows [bounds[r], bounds[r + 1])."""
         return np.searchsorted(self.rank, np.arange(len(self.tokens) + 1))
 
     def rows(self, rank: int) -> slice:
-        """The rows of the spans that `rank` holds."""
+        """Rows of this table with the spans of `rank`."""
         return slice(int(self.bounds[rank]), int(self.bounds[rank + 1]))
 
 
 @dataclass(frozen=True)
 class Moves:
-    """Runs of tokens that go from one layout's buffers to the other's.
+    """Runs of tokens to be copied from one layout's buffers to another's.
 
-    Sorted by (source, target, source_offset). Rows with source == target are copies inside
-    a rank. Sender and receiver of a pair see its rows in the same order, so the rows of one
-    peer are one message without any header.
+    Sorted by (source, target, source_offset). Rows with source == target are copies inside a
+    rank. Sender and receiver list the rows between them in the same order, so these are one
+    message that needs no header.
 
     Attributes:
-        source, source_offset, target, target_offset, tokens: int64 (moves,).
-        piece, slices: int64 (moves,), which of the tokens' heads go: see `Layout`.
+        source, target: int64 (moves,), ranks.
+        source_offset, target_offset: int64 (moves,), first row in either rank's buffer.
+        tokens: int64 (moves,), length of the run.
+        piece, slices: int64 (moves,), which of the tokens' heads go; see `Layout`.
         ranks: how many ranks there are.
     """
 
@@ -131,19 +144,21 @@ class Moves:
 
 
 def moves(stream: Layout, attention: Layout, cu_seqlens: Array) -> Moves:
-    """What must go where so that tokens laid out as `stream` come to lie as `attention`.
+    """The moves that bring tokens from the layout `stream` to the layout `attention`.
 
     Args:
         stream: holds every token once, with all its heads.
-        attention: holds every slice of every token once.
+        attention: any spans; a token may be in several of them, or in none.
         cu_seqlens: int64 (N + 1,), the batch's sequences in cumulative form.
     """
-    held = cu_seqlens[stream.sequence] + stream.start
+    # Tokens are numbered through the batch: sequence n is [cu_seqlens[n], cu_seqlens[n + 1]).
+    held = cu_seqlens[stream.sequence] + stream.start  # (stream spans,)
     by_place = np.argsort(held, kind="stable")
     held = held[by_place]
-    first = cu_seqlens[attention.sequence] + attention.start
+    first = cu_seqlens[attention.sequence] + attention.start  # (attention spans,)
     end = first + attention.end - attention.start
-    # Each span of `attention` is cut where spans of `stream` begin inside it.
+    # Each span of `attention` is cut where spans of `stream` begin inside it: `span` and `a` are
+    # the rows of either table that a move joins, (moves,) each.
     begin = np.searchsorted(held, first, side="right") - 1
     pieces = np.searchsorted(held, end, side="left") - begin
     span = np.repeat(np.arange(len(first)), pieces)
@@ -168,13 +183,13 @@ def moves(stream: Layout, attention: Layout, cu_seqlens: Array) -> Moves:
 
 @dataclass(frozen=True)
 class Round:
-    """One step of a ring's exchange; each array is int64 (seats,), of seats.
+    """One round of a ring's exchange. Arrays are int64 (seats,); entry i concerns seat i.
 
     Attributes:
-        block: whose keys and values each seat works on.
-        source: the seat that hands them over (itself in round 0).
-        ready: the round since which that seat has held them: the transfer may begin as
-            soon as that round begins.
+        block: the seat whose keys and values seat i works on in this round.
+        source: the seat that sends them to seat i (i itself in round 0).
+        ready: the round in which that seat works on them itself; the transfer may begin when
+            that round begins.
     """
 
     block: Array
@@ -186,24 +201,28 @@ class Round:
 class Ring:
     """Ranks that share some sequences' attention: tokens over seats, heads inside a seat.
 
-    A sequence is cut into 2G chunks for the G seats; seat i has chunk i, its *early* one, and
-    chunk 2G − 1 − i, its *late* one, so that all have the same causal work (Zeppelin, arXiv
-    2509.21841, section 3.1). In a buffer the ring's tokens are one block: the early chunks of
-    all its sequences, then the late ones. Against the block of an earlier seat, all queries
-    meet its early keys and none its late ones; against that of a later one, the late queries
-    meet all its keys.
+    A *seat* is a place in the ring. With G seats each sequence is cut into 2G chunks; seat i has
+    chunk i (its *early* chunk) and chunk 2G − 1 − i (its *late* chunk), so that all seats have the
+    same causal work: the zigzag of Zeppelin, arXiv 2509.21841, section 3.1. With G = 2:
 
-    On a seat sits one rank, or several that split its heads (USP, arXiv 2405.07719): then
-    each has all of the seat's tokens, and the ring turns for each slice of heads by itself. A
-    ring of one seat is Ulysses (arXiv 2309.14509).
+        chunk    0   1   2   3
+        seat     0   1   1   0
+
+    In a member's buffer the ring's tokens are one *block*: the early chunks of all its sequences,
+    then the late ones. Against the block of an earlier seat, all queries see its early keys and
+    none sees its late ones; against that of a later seat, the late queries see all its keys.
+
+    A seat is one rank, or several that divide its heads (USP, arXiv 2405.07719): then each of them
+    has all of the seat's tokens, and each slice of heads has a ring of its own. A ring of one seat
+    is Ulysses (arXiv 2309.14509).
 
     Attributes:
-        ranks: int64 (nodes, seats a node, slices); seat x·(seats a node) + l is ranks[x, l].
-            Slices may reach over nodes: then "a node" is as many as a seat needs.
+        ranks: int64 (nodes, seats a node, slices). Seat x · (seats a node) + l is ranks[x, l].
+            If a seat's slices lie on several nodes, these count as one "node" here.
         sequences: int64 (S,), by place in the batch.
-        chunks: int64 (S, 2G + 1), where each sequence's chunks begin and end. Sizes differ
-            by one at most; a sequence shorter than 2G has empty ones. Where there is one
-            seat, all of a sequence is its early chunk.
+        chunks: int64 (S, 2G + 1), where each sequence's chunks begin and end. Sizes differ by one
+            at most; a sequence shorter than 2G has empty ones. With G = 1 the early chunk is the
+            whole sequence.
         offset: int64 (G · slices,), where the ring's block begins in each member's buffer.
     """
 
@@ -214,7 +233,7 @@ class Ring:
 
     @property
     def seats(self) -> int:
-        """G."""
+        """G, the number of seats."""
         return self.ranks.shape[0] * self.ranks.shape[1]
 
     @property
@@ -229,11 +248,12 @@ class Ring:
     @cached_property
     def early(self) -> Array:
         """int64 (G, S): tokens of each seat's early chunks."""
-        return np.diff(self.chunks, axis=1)[:, : self.seats].T
+        return np.diff(self.chunks, axis=1)[:, : self.seats].T  # (S, 2G) -> (S, G) -> (G, S)
 
     @cached_property
     def late(self) -> Array:
         """int64 (G, S): tokens of each seat's late chunks."""
+        # (S, 2G) -> (S, G), the last chunk first -> (G, S)
         return np.diff(self.chunks, axis=1)[:, : self.seats - 1 : -1].T
 
     @cached_property
@@ -242,11 +262,11 @@ class Ring:
         return (self.early + self.late).sum(axis=1)
 
     def rounds(self) -> list[Round]:
-        """The exchange: every seat meets every block once, its own first.
+        """The rounds, in each of which every seat works on one block; its own comes first.
 
-        Two rings in one. On the outer one, each seat passes its block to its peer on the
-        next node, so that traffic between nodes is spread over the node's ranks and NICs
-        and enters each node once; on the inner one, blocks go round inside the node.
+        A double ring. The inner ring passes blocks round a node. The outer ring passes each seat's
+        block to the seat at the same place on the next node, so that a block enters each node
+        once, and traffic between nodes is spread over all seats of a node and their NICs.
         """
         nodes, each, _ = self.ranks.shape
         node, local = np.divmod(np.arange(nodes * each), each)
@@ -273,17 +293,16 @@ class Plan:
         strategy: what made it: "balanced", "ring", "even" or "allgather".
         cu_seqlens: int64 (N + 1,), the batch's lengths in cumulative form (empty sequences
             allowed).
-        stream: what all layers but full attention work on: shards whose sizes differ by one
-            token at most, or as far as memory allows where that makes all work even. On each
-            rank fragments that go on from elsewhere come first.
-        attention: what full attention works on; on each rank the blocks of `rings` in
-            their order, then the sequences that it holds whole, in the batch's order.
-        rings: those between nodes first, then by falling size; every rank works through
-            its own in this order, so no two ranks wait for each other in a circle.
-        to_attention: the moves from the stream's layout to that of attention; read backwards,
-            the way of o to the stream.
-        waves: into how many runs of heads attention is cut, one after the other, so that one
-            run's tokens move while another's attention is computed.
+        stream: the layout of all layers but full attention. Shard sizes differ by one token at
+            most, or as far as memory allows where that makes the sum of all work even. Each rank
+            holds the fragments that continue a sequence of another rank first, then the rest.
+        attention: the layout of full attention. Each rank holds the blocks of `rings` in their
+            order, then the sequences it has whole, in the batch's order.
+        rings: the ones over most nodes first, then by falling size. Every rank works through its
+            own in this order, so no circle of ranks can wait for each other.
+        to_attention: the moves from `stream` to `attention`; o takes them backwards.
+        waves: into how many equal parts the heads are cut. Attention does one part after the
+            other, so that tokens of one part move while another is computed.
     """
 
     topology: Topology
@@ -297,28 +316,28 @@ class Plan:
 
     @cached_property
     def fragments(self) -> list[Array]:
-        """Of each sequence that is not empty, its rows of `stream`, in order of positions."""
+        """For each sequence that is not empty, its rows of `stream` in the order of positions."""
         order = np.lexsort((self.stream.start, self.stream.sequence))
         sequence = self.stream.sequence[order]
         return np.split(order, np.flatnonzero(np.diff(sequence)) + 1) if len(order) else []
 
     @cached_property
     def crossing(self) -> list[Array]:
-        """`fragments` of the sequences that lie in several."""
+        """`fragments` of those sequences that are cut: that have more than one."""
         return [rows for rows in self.fragments if len(rows) > 1]
 
     @property
     def sliced(self) -> bool:
-        """Whether any rank holds some heads only."""
+        """Whether any ring divides heads."""
         return any(ring.slices > 1 for ring in self.rings)
 
     def rings_of(self, rank: int) -> list[tuple[Ring, int]]:
-        """The rings that `rank` is in, with its member number, in the order of work."""
+        """The rings that `rank` is in, each with its member number there, in their order."""
         found = [(ring, np.flatnonzero(ring.members == rank)) for ring in self.rings]
         return [(ring, int(member[0])) for ring, member in found if len(member)]
 
     def whole(self, rank: int) -> slice:
-        """Rows of `attention` with the sequences that `rank` holds whole."""
+        """Rows of `attention` with the sequences that `rank` holds whole, after its rings'."""
         rows = self.attention.rows(rank)
         blocks = sum(int(ring.tokens[m // ring.slices]) for ring, m in self.rings_of(rank))
         here = self.attention.offset[rows]

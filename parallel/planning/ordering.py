@@ -1,11 +1,14 @@
 """The stream: where tokens lie in every layer but full attention.
 
-Those layers ask for even work and for little else: what a fragment needs from elsewhere is a
-state, or a few tokens. So tokens stay on the node on which full attention wants them; only what
-it holds beyond its shards crosses to others, and nothing does where shards are as large as that.
-A sequence on a ring over nodes then lies on each of them in two runs, for zigzag gives each an
-early part of it and a late one. The runs of a node are laid end to end over its ranks, so that few
-sequences are cut there, but for those that are best left on their very rank: *pinned* ones.
+In those layers a fragment needs little from other ranks: a state, or a few tokens. Only even work
+matters, so tokens stay on the node where full attention holds them (their *home*), and only what a
+node holds beyond the sum of its shards goes to other nodes.
+
+On a node, runs of tokens are laid end to end over its ranks, in an order in which few sequences
+are cut. *Pinned* sequences are the exception: their tokens stay on their rank.
+
+A sequence on a ring over nodes is in two runs on each node, since zigzag gives each node an early
+part of it and a late one.
 """
 
 from __future__ import annotations
@@ -16,17 +19,20 @@ import numpy as np
 
 from parallel.planning.layout import Array, Layout, Topology
 
-_PIECE = 256  # tokens that a rank takes at least of what its node misses, if it misses as many
-_AHEAD = 12  # runs among which one that ends at a shard's boundary is sought
+# Tokens of other nodes' surplus that a rank takes at least, unless its node takes fewer: smaller
+# pieces are not worth a message of their own.
+_LEAST_TAKEN = 256
+# How many of the next runs are searched for one that ends at a shard's boundary.
+_LOOKAHEAD = 12
 
 
 class _Runs(NamedTuple):
-    """Runs of tokens, each of one sequence and in one place; (runs,) each, none is empty.
+    """A table of runs of tokens, each of one sequence on one holder; columns (runs,), none empty.
 
     Attributes:
         sequence, start, end: int64, positions [start, end) of the sequence.
-        holder: int64, who holds it: a rank, or a node.
-        home: float64, the mean of the ranks on which its tokens are at home.
+        holder: int64, the rank that holds the run, or the node.
+        home: float64, mean of the ranks (their numbers) that hold its tokens in attention.
     """
 
     sequence: Array
@@ -43,7 +49,7 @@ class _Runs(NamedTuple):
         return _Runs(*(column[rows] for column in self))
 
     def joined(self) -> _Runs:
-        """By sequence and position; neighbours in one place are one run."""
+        """Sorted by sequence and position; runs that adjoin on one holder become one run."""
         runs = self.at(np.lexsort((self.start, self.sequence)))
         apart = np.ones(len(runs.start), bool)
         apart[1:] = (
@@ -58,10 +64,10 @@ class _Runs(NamedTuple):
         return joined._replace(end=joined.start + size, home=home)
 
     def cut(self, edges: Array) -> tuple[_Runs, Array]:
-        """The same, cut at tokens counted from the beginning of all, laid end to end.
+        """The same runs, laid end to end and cut at `edges`, counted in tokens from the first.
 
         Returns:
-            The pieces, and how many tokens come before each.
+            The pieces, and int64 (pieces,), how many tokens come before each.
         """
         before = np.cumsum(self.size) - self.size
         total = int(self.size.sum())
@@ -71,15 +77,18 @@ class _Runs(NamedTuple):
         start = pieces.start + at - before[row]
         return pieces._replace(start=start, end=start + np.diff(at, append=total)), at
 
-    def dealt(self, room: Array) -> _Runs:
-        """The same end to end over holders 0, 1, … that take so many tokens each."""
+    def laid_end_to_end(self, room: Array) -> _Runs:
+        """The same runs, laid end to end over holders 0, 1, … with room for room[0], … tokens."""
         ends = np.cumsum(room)
         pieces, at = self.cut(ends)
         return pieces._replace(holder=np.searchsorted(ends, at, side="right"))
 
-    def parted(self, room: Array) -> tuple[_Runs, _Runs]:
-        """What holders have room for, and the rest: the shortest of the sequences that they
-        hold whole go first, so that few are cut."""
+    def split_by_room(self, room: Array) -> tuple[_Runs, _Runs]:
+        """Divide each holder's runs into what fits in its `room` (holders,) and the rest.
+
+        The rest takes sequences that lie in one run first, the shortest before the longer ones, so
+        that few sequences are cut.
+        """
         whole = np.bincount(self.sequence)[self.sequence] == 1
         runs = self.at(np.lexsort((-self.size, whole, self.holder)))
         held = np.bincount(runs.holder, runs.size, len(room)).astype(np.int64)
@@ -88,31 +97,38 @@ class _Runs(NamedTuple):
         rest = at >= ends[pieces.holder]
         return pieces.at(~rest), pieces.at(rest)
 
-    def beside(self, *others: _Runs) -> _Runs:
+    def concatenated(self, *others: _Runs) -> _Runs:
         return _Runs(*(np.concatenate(columns) for columns in zip(self, *others, strict=True)))
 
     def layout(self, ranks: int) -> Layout:
-        """Each rank's, fragments that began elsewhere first."""
+        """The layout of these runs, whose holders are ranks.
+
+        On each rank, runs that continue a sequence come first.
+        """
         runs = self.joined()
         sequence, start, end, rank, _ = runs.at(np.argsort(runs.start == 0, kind="stable"))
         return Layout.stack(sequence, start, end, rank, ranks)
 
 
 def shard_bounds(tokens: int, ranks: int) -> Array:
-    """int64 (ranks + 1,): where the shards of a stream begin and end; sizes differ by ≤ 1."""
+    """int64 (ranks + 1,): bounds of equal shards of `tokens` tokens; sizes differ by ≤ 1."""
     return np.arange(ranks + 1) * tokens // ranks
 
 
 def in_order(lengths: Array, ranks: int) -> Layout:
-    """The stream of sequences end to end in their order: rank r holds the r-th of equal shards."""
+    """The sequences end to end in the batch's order; rank r holds the r-th of equal shards."""
     sequence = np.flatnonzero(lengths)
     zero = np.zeros_like(sequence)
     runs = _Runs(sequence, zero, lengths[sequence], zero, zero)
-    return runs.dealt(np.diff(shard_bounds(int(lengths.sum()), ranks))).layout(ranks)
+    return runs.laid_end_to_end(np.diff(shard_bounds(int(lengths.sum()), ranks))).layout(ranks)
 
 
 def even_shards(held: Array) -> Array:
-    """int64 (ranks,): the sizes of even shards, those a token larger where most is held."""
+    """int64 (ranks,): sizes of even shards; ranks that hold most take the odd tokens.
+
+    Args:
+        held: int64 (ranks,), tokens that each rank holds in attention.
+    """
     share, larger = np.divmod(int(held.sum()), len(held))
     shards = np.full(len(held), share)
     shards[np.argsort(-held, kind="stable")[:larger]] += 1
@@ -120,7 +136,7 @@ def even_shards(held: Array) -> Array:
 
 
 def node_shards(held: Array, topology: Topology) -> Array:
-    """int64 (ranks,): the sizes of shards where no token leaves its node, even on each."""
+    """int64 (ranks,): sizes of shards that are even inside each node, which keeps its tokens."""
     first = np.arange(topology.ranks_per_node, topology.ranks, topology.ranks_per_node)
     return np.concatenate([even_shards(of_node) for of_node in np.split(held, first)])
 
@@ -128,14 +144,18 @@ def node_shards(held: Array, topology: Topology) -> Array:
 def near_home(
     home: Layout, topology: Topology, shards: Array, pinned: Array, routing: bool
 ) -> Layout:
-    """The stream of tokens that stay where they are at home, as far as shards have room.
+    """The stream in which tokens stay at home as far as the shards have room.
+
+    Four steps: pinned runs stay on their ranks; the others stay on their nodes; what does not fit
+    fills the shards of nodes that miss tokens; a node's loose runs are laid end to end over the
+    room that is left.
 
     Args:
         home: holds every token once, with all its heads.
-        shards: int64 (ranks,), tokens of each; as many as `home` has in all.
-        pinned: bool (N,), the sequences whose tokens stay on their rank, not on their node only:
-            fewer move, but rings leave more fragments.
-        routing: what a node misses is taken by all its ranks, so that it comes over all NICs.
+        shards: int64 (ranks,), size of each shard; their sum is the number of tokens.
+        pinned: bool (N,), sequences whose tokens stay on their rank instead of their node: fewer
+            tokens move, but a ring's sequences are in more fragments.
+        routing: all ranks of a node take part of what it misses, so that it comes over all NICs.
     """
     ranks = np.arange(topology.ranks)
     node = ranks // topology.ranks_per_node
@@ -144,34 +164,39 @@ def near_home(
     fixed = at_home.at(pinned[home.sequence])
     loose = at_home.at(~pinned[home.sequence])
     loose = loose._replace(holder=node[loose.holder]).joined()
-    fixed, excess = fixed.parted(room)
-    loose = loose.beside(excess._replace(holder=node[excess.holder]))
+    fixed, excess = fixed.split_by_room(room)
+    loose = loose.concatenated(excess._replace(holder=node[excess.holder]))
     room -= np.bincount(fixed.holder, fixed.size, topology.ranks).astype(np.int64)
     of_node = np.bincount(node, room).astype(np.int64)
-    loose, surplus = loose.parted(of_node)
+    loose, surplus = loose.split_by_room(of_node)
     missing = of_node - np.bincount(loose.holder, loose.size, topology.nodes).astype(np.int64)
-    taken = _takers(missing, room, node, routing)
-    surplus = surplus.dealt(taken)
+    taken = _share_missing(missing, room, node, routing)
+    surplus = surplus.laid_end_to_end(taken)
     room -= taken
 
     first = loose.holder * topology.ranks_per_node
     near = np.clip(loose.home, first - 0.5, first + topology.ranks_per_node - 0.5)
     loose = loose.at(np.lexsort((loose.size, near, loose.holder)))
-    loose = loose.at(_spare(loose.size, loose.holder, np.append(0, np.cumsum(room))))
-    return fixed.beside(surplus, loose.dealt(room)).layout(topology.ranks)
+    loose = loose.at(_order_to_fill(loose.size, loose.holder, np.append(0, np.cumsum(room))))
+    return fixed.concatenated(surplus, loose.laid_end_to_end(room)).layout(topology.ranks)
 
 
-def _takers(missing: Array, room: Array, node: Array, routing: bool) -> Array:
-    """How many tokens each rank takes of those that its node misses.
+def _share_missing(missing: Array, room: Array, node: Array, routing: bool) -> Array:
+    """int64 (ranks,): how many of the tokens that its node misses each rank takes.
 
-    With routing all take alike, so that tokens come over all NICs, but for pieces too small to
-    be worth it; else the first ones take them.
+    With routing, in proportion to their room, over no more ranks than give each `_LEAST_TAKEN`
+    tokens (if those have the room). Without, the node's first ranks, until nothing is missing.
+
+    Args:
+        missing: int64 (nodes,), tokens that each node takes from others.
+        room: int64 (ranks,), tokens that each rank can still take.
+        node: int64 (ranks,), node of each rank.
     """
     if not routing:
         before = np.cumsum(room) - room
         return np.clip(missing[node] - before + before[np.searchsorted(node, node)], 0, room)
     local = np.arange(len(node)) - np.searchsorted(node, node)
-    some = np.where(local < np.maximum(missing // _PIECE, 1)[node], room, 0)
+    some = np.where(local < np.maximum(missing // _LEAST_TAKEN, 1)[node], room, 0)
     some = np.where((np.bincount(node, some) >= missing)[node], some, room)
     of_node = np.bincount(node, some).astype(np.int64)
     upto = np.cumsum(some) - (np.cumsum(of_node) - of_node)[node]
@@ -179,10 +204,19 @@ def _takers(missing: Array, room: Array, node: Array, routing: bool) -> Array:
     return upto * wanted // all_ - (upto - some) * wanted // all_
 
 
-def _spare(size: Array, node: Array, bounds: Array) -> Array:
-    """Places in a new order in which runs end at the shards' boundaries where they can.
+def _order_to_fill(size: Array, node: Array, bounds: Array) -> Array:
+    """An order of runs in which many end exactly at a shard's boundary, so that few are cut.
 
-    `node` rises; runs change places only among those of one node.
+    Greedy: of the next `_LOOKAHEAD` runs of the node it takes one that fills the shard exactly, or
+    two that do so together; else the first that leaves room; else the first.
+
+    Args:
+        size: int64 (runs,), tokens.
+        node: int64 (runs,), rising; runs keep to their node.
+        bounds: int64 (ranks + 1,), where the ranks' room begins and ends, laid end to end.
+
+    Returns:
+        int64 (runs,), a permutation.
     """
     total = int(bounds[-1])
     due = list(range(len(size)))
@@ -195,7 +229,7 @@ def _spare(size: Array, node: Array, bounds: Array) -> Array:
     while begin < len(due):
         while at >= gap and gap < total:
             gap = next(boundary)
-        ahead = due[begin : min(begin + _AHEAD, ends[begin])]
+        ahead = due[begin : min(begin + _LOOKAHEAD, ends[begin])]
         room = gap - at
         first: dict[int, int] = {}
         chosen: tuple[int, ...] = (0,)
@@ -208,8 +242,7 @@ def _spare(size: Array, node: Array, bounds: Array) -> Array:
                 break
             first.setdefault(sizes[i], place)
         else:
-            # Nothing ends here; a run that stays within the shard goes before one that
-            # would be cut.
+            # None ends at the boundary: prefer a run that ends before it to one that is cut there.
             chosen = (next((place for place, i in enumerate(ahead) if sizes[i] < room), 0),)
         for place in chosen:
             order.append(ahead[place])

@@ -1,6 +1,7 @@
-"""Who holds what in full attention, and the placings that weigh little or nothing.
+"""Which ranks hold which sequences in full attention, and the simple placings.
 
-`parallel.planning.placing` has the one that does.
+A *placing* assigns each sequence of a batch to one rank or to a ring. Here are those that need one
+pass over the batch; the balanced one is in `parallel.planning.placing`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from parallel.planning.prices import Prices
 
 @dataclass
 class Owners:
-    """Who holds what in full attention.
+    """A placing.
 
     Attributes:
-        owner: int64 (N,), by place in the batch: a rank that holds the sequence whole, or
-            −1 − i for ring i.
-        grids: the ranks of each ring, int64 (nodes, seats a node, slices): see `Ring`.
-        shards: of the stream: even, or as large as what attention has on each node or rank.
+        owner: int64 (N,), by place in the batch: the rank that holds the sequence whole, or
+            −1 − i if ring i does.
+        grids: the ranks of each ring, int64 (nodes, seats a node, slices) as in `Ring.ranks`.
+        shards: sizes of the stream's shards. "even": all equal; "node": a node's shards hold as
+            many tokens as attention has there, evenly; "rank": each rank's shard holds as many.
     """
 
     owner: Array
@@ -30,32 +32,39 @@ class Owners:
     shards: Literal["even", "node", "rank"] = "even"
 
     def flat(self) -> Owners:
-        """The same with rings that know no nodes: keys step from rank to rank."""
+        """The same with single rings for double ones: keys step from rank to rank, by number."""
         return replace(self, grids=[x.reshape(1, -1, x.shape[2]) for x in self.grids])
 
     @property
     def pieces(self) -> int:
-        """How many there are, of all sequences."""
-        sizes = np.append([x.size for x in self.grids], 1)  # the last one is of whole sequences
+        """How many pieces all sequences together are in: a ring's have one for each member."""
+        sizes = np.append([x.size for x in self.grids], 1)  # index −1: whole sequences
         return int(sizes[np.maximum(-1 - self.owner, -1)].sum())
 
     @property
     def key(self) -> bytes:
-        """Alike for placings that are alike."""
+        """Equal for equal placings."""
         shapes = repr([self.shards, *(x.shape for x in self.grids)]).encode()
         return b"".join([shapes, *(x.tobytes() for x in (self.owner, *self.grids))])
 
 
-def everywhere(count: int, topology: Topology, prices: Prices | None = None) -> Owners:
-    """Every sequence on all ranks; heads are split as makes it quickest, if prices are given."""
+def on_all_ranks(count: int, topology: Topology, prices: Prices | None = None) -> Owners:
+    """Every sequence on one ring of all ranks, with the quickest number of slices by `prices`.
+
+    Without prices heads stay together.
+    """
     ranks = np.arange(topology.ranks)
     rows, each, _ = grid(ranks, topology).shape
-    slices = prices.together(rows, each) if prices is not None else 1
+    slices = prices.best_slices(rows, each) if prices is not None else 1
     return Owners(np.full(count, -1), [grid(ranks, topology, slices)])
 
 
-def where_they_lie(lengths: Array, bounds: Array, topology: Topology) -> Owners:
-    """Each sequence on the ranks whose shards, ending at `bounds`, hold it in the batch's order."""
+def on_stream_ranks(lengths: Array, bounds: Array, topology: Topology) -> Owners:
+    """Each sequence on the ranks whose shards hold it when the batch is cut at `bounds`.
+
+    Args:
+        bounds: int (ranks + 1,), of `ordering.shard_bounds`.
+    """
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     first = np.searchsorted(bounds, cu_seqlens[:-1], side="right") - 1
     first = first.clip(0, topology.ranks - 1)
@@ -67,15 +76,19 @@ def where_they_lie(lengths: Array, bounds: Array, topology: Topology) -> Owners:
     return Owners(owner, [grid(np.arange(a, b + 1), topology) for a, b in rings])
 
 
-def undivided(prices: Prices, slack: float) -> Owners:
-    """Each sequence on the fewest ranks whose memory has room for it, the longest first to those
-    that have least to do, and its tokens stay there in all layers.
+def on_fewest_ranks(prices: Prices, slack: float) -> Owners:
+    """Each sequence on the fewest ranks with room for it, where its tokens stay in all layers.
 
-    The placing of hybrid data parallelism (ByteScale, arXiv 2502.21231): nothing is sent but on
-    rings, for which ranks are less even.
+    Longest first; among groups with room, the least busy one takes it (longest-processing-time
+    scheduling). Group sizes are powers of two, or all ranks. This is the placing of hybrid data
+    parallelism (ByteScale, arXiv 2502.21231): only rings, and states of cut sequences, send
+    anything; in return work is less even.
+
+    Args:
+        slack: by which fraction a rank's tokens may exceed the even share.
     """
     lengths, topology = prices.lengths, prices.topology
-    limit = room(lengths, topology, slack)
+    limit = rank_capacity(lengths, topology, slack)
     rest = prices.costs.rest_both_ways
     busy, held = np.zeros(topology.ranks), np.zeros(topology.ranks)
     owner = np.zeros(len(lengths), np.int64)
@@ -88,11 +101,12 @@ def undivided(prices: Prices, slack: float) -> Owners:
         while size < topology.ranks and n / size > limit:
             size = min(2 * size, topology.ranks)
         groups = topology.ranks // size
+        # (ranks,) -> (groups, size) -> (groups,)
         most, filled = (x[: groups * size].reshape(groups, size).max(axis=1) for x in (busy, held))
         first = int(np.lexsort((most, filled + n / size > limit))[0]) * size
         members = np.arange(first, first + size)
         rows, width, _ = grid(members, topology).shape
-        seconds, slices = (x[i] for x in prices.of(rows, width))
+        seconds, slices = (x[i] for x in prices.on_ranks(rows, width))
         busy[members] = most[first // size] + seconds + rest * n / size
         held[members] += n / size
         if (first, size) not in rings:
@@ -109,15 +123,18 @@ def undivided(prices: Prices, slack: float) -> Owners:
 
 
 def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:
-    """Adjacent ranks of a ring as `Ring` has them; rows are parts of nodes if these give
-    unequal numbers."""
+    """Adjacent ranks as a ring's grid: (ranks,) -> (rows, seats a row, slices).
+
+    A row is a node's ranks. If nodes have different numbers of them, it is the greatest common
+    divisor of these numbers.
+    """
     _, counts = np.unique(topology.node(ranks), return_counts=True)
     width = int(np.gcd.reduce(counts))
-    if width == 1:  # rows of one rank would be a flat ring, stood on end
+    if width == 1:  # one rank a row would be a single ring: say so by one row
         width = len(ranks)
     return ranks.reshape(-1, max(1, width // slices), slices)
 
 
-def room(lengths: Array, topology: Topology, slack: float) -> float:
-    """Tokens that a rank may hold."""
+def rank_capacity(lengths: Array, topology: Topology, slack: float) -> float:
+    """Tokens that a rank may hold: the even share and a fraction `slack` more, rounded up."""
     return float(np.ceil((1 + slack) * lengths.sum() / topology.ranks))

@@ -1,19 +1,23 @@
-"""Who tells whom what, so that states pass from fragment to fragment. Knows no torch.
+"""Which rank sends what to whom, so that states pass from fragment to fragment. Knows no torch.
 
-Every fragment of a sequence acts on the state as S_out = M · S_in + E (`kernels.segments`), each
-head by itself. What must be found is the state that enters each fragment: the maps before it,
-composed. A *run* is fragments that follow one another on one node.
+A fragment of a sequence acts on each head's state as S_out = M · S_in + E (`kernels.segments`).
+Wanted is the state that enters each fragment: a prefix scan over the maps before it. A *run* is
+consecutive fragments on one node. The scan has two levels, in four turns of messages:
 
-    turn 1, inside nodes    every fragment's map, heads divided over the ranks of its node
-            each composes the maps of its heads: those of a run become one
-    turn 2, between nodes   every run's map, to who composes these heads' runs
-    turn 3, between nodes   the state that enters each run, back
-            applied to what was composed before
-    turn 4, inside nodes    the state that enters each fragment
+    turn 1, inside nodes    each fragment's map goes to the ranks of its node, heads divided
+            each of these composes its heads' maps; a run's last prefix is the run's map
+    turn 2, between nodes   each run's map goes to the rank that composes these heads' runs
+            this rank composes the runs' maps: the state that enters each run
+    turn 3, between nodes   each of these states goes to the run that it enters
+            where the prefixes of turn 1 are applied to it
+    turn 4, inside nodes    the state that enters each fragment goes to the fragment's rank
 
-So between nodes there goes one map a run, not one a fragment, and over all NICs of the node.
-Nothing enters the first fragment, so no M of what begins a sequence travels, and nothing follows
-the last one. A sequence of one run needs turns 1 and 4 alone, among the ranks that hold it.
+So one map a run crosses between nodes, not one a fragment, and it does so over all NICs of a node.
+No M of a sequence's first fragment travels, since nothing enters it, and no map of its last one.
+A sequence of one run needs turns 1 and 4 only, among the ranks that hold it.
+
+Tried and left: recursive doubling from rank to rank, which sends a whole map and state ⌈log₂ n⌉
+times, one after the other.
 """
 
 from __future__ import annotations
@@ -22,17 +26,19 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple
 
-from parallel.planning.heads import Run, shares
+from parallel.planning.heads import Run, divide
 from parallel.planning.layout import Topology
 
 TURNS = 4
-Kind = Literal["fragment", "run", "entry", "state"]  # "entry": the state of a run
-Item = tuple[Kind, int]  # and its number
-Part = tuple[int, Run]  # a rank and the heads that it composes
+# A fragment's map, a run's map, the state that enters a run, the state that enters a fragment: what
+# turns 1 to 4 send.
+Kind = Literal["fragment", "run", "entry", "state"]
+Item = tuple[Kind, int]  # one of these, and the number of its fragment or run
+Part = tuple[int, Run]  # a rank, and the heads that it composes
 
 
 class Message(NamedTuple):
-    """Some heads of an item; `whole`: M too, where E alone is not enough."""
+    """Some heads of an item, from `source` to `target`: M and E if `whole`, else E or a state."""
 
     source: int
     target: int
@@ -42,12 +48,13 @@ class Message(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Items that go to whoever composes their heads, or come from there.
+    """Items of one kind, gathered by the ranks that compose their heads, or scattered by these.
 
     Attributes:
         kind: of the items.
-        numbers, holders: of each item, and the rank that has it or wants it.
-        parts: who composes which heads of all of them.
+        numbers: each item's number.
+        holders: each item's rank, which has it before a gather and gets it by a scatter.
+        parts: the ranks that compose, and the heads of each.
     """
 
     kind: Kind
@@ -70,15 +77,17 @@ class Block(NamedTuple):
 
 
 class Passing:
-    """How the states of one sequence pass.
+    """The messages by which the states of one sequence pass.
 
     Args:
         holders: the rank of each fragment, in the order in which states pass.
+        heads: heads of a state.
 
     Attributes:
-        runs: their fragments, by number.
-        parts: of each run, who composes its fragments.
-        upper: of each part of the heads, who composes the runs.
+        runs: for each run, the numbers of its fragments.
+        parts: for each run, the ranks that compose its fragments' maps, and the heads of each.
+        upper: for each of those parts of the heads, the ranks that compose the runs' maps, and the
+            heads of each. Empty if there is one run.
     """
 
     def __init__(self, holders: Sequence[int], heads: int, topology: Topology) -> None:
@@ -92,7 +101,7 @@ class Passing:
             self.parts = [_divided(holders[1:], (0, heads))]
             self.upper: list[list[Part]] = []
             return
-        # The last node may be a smaller one: as many ranks take part on each.
+        # The last node may have fewer ranks; then only as many take part on every node.
         width = min(each, *(topology.ranks - node * each for node in set(nodes)))
         first = [each * nodes[run[0]] for run in self.runs]
         self.parts = [_divided(range(rank, rank + width), (0, heads)) for rank in first]
@@ -103,19 +112,19 @@ class Passing:
 
     @property
     def last(self) -> int:
-        """The last fragment's number."""
+        """Number of the last fragment."""
         return len(self.holders) - 1
 
     def turns(self) -> list[list[Message]]:
-        """The messages of the four turns; those of a rank to itself are copies."""
+        """The messages of each of the four turns; one from a rank to itself is a copy."""
         return [[m for block in turn for m in block.messages()] for turn in self.blocks()]
 
     def blocks(self) -> list[list[Block]]:
-        """The same by who composes."""
+        """The same messages, grouped by the ranks that compose: the blocks of each turn."""
         numbers = range(len(self.runs))
         maps = [[place for place in run if place < self.last] for run in self.runs]
         states = [[place for place in run if place > 0] for run in self.runs]
-        # By part of the heads, of every run: who composes them there.
+        # (runs, parts) -> (parts, runs): the ranks that compose a part's heads, one on each run.
         across = [[part[0] for part in parts] for parts in zip(*self.parts, strict=True)]
         above = list(zip(across, self.upper, strict=bool(self.upper)))
         return [
@@ -130,10 +139,11 @@ class Passing:
 
 
 def _divided(ranks: Sequence[int], heads: Run) -> list[Part]:
-    """Heads divided over distinct ranks, in the order of heads."""
+    """Heads divided over the distinct ones of `ranks`, in order; with more ranks than heads, some
+    get none."""
     distinct = list(dict.fromkeys(ranks))
     first, end = heads
     return [
         (distinct[takers[0]], (first + a, first + b))
-        for (a, b), takers in shares(end - first, len(distinct))
+        for (a, b), takers in divide(end - first, len(distinct))
     ]

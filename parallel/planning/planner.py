@@ -1,4 +1,4 @@
-"""Plans of a model's batches, made while the step before them still runs."""
+"""Plans of a run's batches, made in a thread while the step before them still runs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Array, Plan, Topology
 from parallel.planning.plan import Strategy, plan
 
-_KEPT = 8  # plans, of which a step uses each once
+_PLANS_KEPT = 8  # the newest plans, finished or begun; a step uses each of its plans once
 
 
 @dataclass(frozen=True)
 class FullAttention:
-    """What a planner must know of a model with full-attention layers.
+    """What the planner knows of a model with full-attention layers.
 
     Attributes:
-        heads, kv_heads, head_dim: of such a layer; of several kinds the one with fewest heads.
-        dim: of what q, k and v are projected from, and o to, if that is done wave by wave; else 0.
-        number_bytes: of an activation, 2 for bf16.
-        slack: how far memory lets a rank's tokens there exceed the even share, as a fraction.
-        alone: no layer of another kind mixes tokens (linear attention, a convolution, a
-            window), so that no state has to pass: tokens stay on attention's ranks.
-        states: what passes from rank to rank in layers of linear attention, if there are any.
-        rest_flops: a token, forward, of all but full attention, by one layer of that; 0 if not
-            known: then shards are even.
+        heads, kv_heads, head_dim: of such a layer; if there are several kinds, of the one with
+            fewest heads.
+        dim: width of the hidden states, if q, k, v and o are projected wave by wave; else 0.
+        number_bytes: bytes of one number of an activation: 2 in bf16.
+        slack: fraction by which memory lets a rank's tokens in attention exceed the even share.
+        alone: no layer of another kind mixes tokens (linear attention, a convolution, a window),
+            so nothing passes between fragments: the stream keeps tokens on attention's ranks.
+        states: the linear layers, if there are any.
+        rest_flops: forward FLOPs a token of everything but full attention, divided by the number
+            of full-attention layers; 0 if not known, and then shards are even.
     """
 
     heads: int
@@ -45,13 +46,12 @@ class FullAttention:
 
 
 class Planner:
-    """Makes the plans of a run, alike on every rank.
+    """Makes a run's plans; every rank makes the same ones by itself.
 
     Args:
         topology: the ranks.
-        device: the name of a rank's accelerator, which tells what the planner may assume of
-            its speed and of the network; of an unknown one that of a usual cluster.
-        model: unless given, heads stay together and costs are those of a usual layer.
+        model: unless given, no plan splits heads, and costs are the defaults of `Costs`.
+        device: name of a rank's accelerator, by which a cluster is chosen (`cluster_of`).
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Planner:
         self._plans: OrderedDict[bytes, Future[Plan]] = OrderedDict()
 
     def begin(self, lengths: Array) -> None:
-        """Start to plan a batch of sequences of these lengths; nothing is waited for."""
+        """Start planning a batch of sequences of these lengths (N,), and return at once."""
         if self.topology.ranks > 1:
-            self._begin(filled(lengths, self.topology.ranks))
+            self._begin(pad_to_ranks(lengths, self.topology.ranks))
 
     def plan(self, lengths: Array) -> Plan:
-        """The plan of a batch, which may have been begun before."""
-        return self._begin(filled(lengths, self.topology.ranks)).result()
+        """The plan of a batch; waits for it if `begin` was called, else makes it now."""
+        return self._begin(pad_to_ranks(lengths, self.topology.ranks)).result()
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -84,7 +84,7 @@ class Planner:
         key = lengths.tobytes()
         if key not in self._plans:
             self._plans[key] = self._thread.submit(self._make, lengths)
-            while len(self._plans) > _KEPT:
+            while len(self._plans) > _PLANS_KEPT:
                 self._plans.popitem(last=False)
         return self._plans[key]
 
@@ -103,14 +103,14 @@ class Planner:
         )
 
 
-def filled(lengths: Array, ranks: int) -> Array:
-    """With as many sequences of one token more as it takes for each rank to hold a token."""
+def pad_to_ranks(lengths: Array, ranks: int) -> Array:
+    """The lengths, and sequences of one token appended until there is a token for each rank."""
     lengths = np.asarray(lengths, dtype=np.int64)
     return np.append(lengths, np.ones(max(0, ranks - int(lengths.sum())), np.int64))
 
 
 def _costs(model: FullAttention, device: str) -> Costs:
-    """Of the model on the cluster that such devices make up."""
+    """Costs of the model on the cluster that is chosen by the device's name."""
     found = cluster_of(device).costs(
         model.heads, model.kv_heads, model.head_dim, model.dim, model.number_bytes
     )

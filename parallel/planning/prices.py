@@ -1,4 +1,4 @@
-"""What each sequence of a batch costs on the groups of ranks that it may be placed on."""
+"""Seconds of each sequence of a batch on every size of group that it may be placed on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from parallel.planning.layout import Array, Topology
 
 
 class Prices:
-    """What sequences cost on the groups of ranks that a batch may be placed on; made once.
+    """Estimated seconds (`Costs.ring_seconds`) of a batch's sequences, cached by group size.
+
+    A group is nodes · each ranks, `each` on a node, over which a sequence makes a ring. Seconds are
+    those of one rank of the group, forward and backward.
 
     Args:
-        slices: into how many parts heads may be split, as a share of their number.
+        by_rank: the stream keeps a token on its rank; else on its node.
+        slices: how many slices heads may be divided into, as a share of their number.
 
     Attributes:
         alone: float64 (N,), seconds of each sequence on one rank.
-        level: seconds of a rank if all were even.
+        level: seconds of a rank if attention were even over all ranks.
     """
 
     def __init__(
@@ -24,49 +28,57 @@ class Prices:
         lengths: Array,
         topology: Topology,
         costs: Costs,
-        settled: bool,
+        by_rank: bool,
         slices: float = 1.0,
     ) -> None:
-        self.lengths, self.topology, self.costs, self.settled = lengths, topology, costs, settled
+        self.lengths, self.topology, self.costs, self.by_rank = lengths, topology, costs, by_rank
         self.slices = max(1, int(slices * costs.heads))
-        self.alone, _ = self.on(lengths, 1, 1)
+        self.alone, _ = self.of_tokens(lengths, 1, 1)
         self.level = float(self.alone.sum()) / topology.ranks
         self._of: dict[tuple[int, int], tuple[Array, Array]] = {}
         self._over: dict[int, tuple[Array, Array]] = {}
 
-    def on(self, n: Array, nodes: Array | int, each: int) -> tuple[Array, Array]:
-        """Seconds of n tokens on nodes · each ranks, and the slices that make them fewest."""
+    def of_tokens(self, n: Array, nodes: Array | int, each: int) -> tuple[Array, Array]:
+        """Seconds of sequences of n tokens on nodes · each ranks, and the quickest slices.
+
+        Args:
+            n: (N,) or (), tokens.
+            nodes: one number, or (groups,) if n is ().
+
+        Returns:
+            seconds and numbers of slices, the shape that n and nodes broadcast to.
+        """
         ways, seconds = self._by_slices(n, nodes, each)
         best = seconds.argmin(axis=0)
         return np.take_along_axis(seconds, best[None], axis=0)[0], np.array(ways)[best]
 
-    def together(self, nodes: int, each: int) -> int:
-        """The slices that make all sequences quickest where nodes · each ranks share each."""
+    def best_slices(self, nodes: int, each: int) -> int:
+        """The number of slices with which all sequences together take least on such a group."""
         ways, seconds = self._by_slices(self.lengths, nodes, each)
         return ways[int(seconds.sum(axis=1).argmin())]
 
     def _by_slices(self, n: Array, nodes: Array | int, each: int) -> tuple[list[int], Array]:
-        """The numbers of slices, and seconds of n tokens with each of them."""
+        """The numbers of slices that are allowed, and seconds with each of them, (ways, …)."""
         size = nodes * np.asarray(each)
         found = []
-        ways = [h for h in self.costs.ways(each) if h <= self.slices]
+        ways = [h for h in self.costs.slice_counts(each) if h <= self.slices]
         for h in ways:
             fits = (size % h == 0) & (size >= h)
             rounded = np.where(fits, nodes, max(1, h // each))
-            seconds = self.costs.shared(n, rounded, each, h, self.settled)
+            seconds = self.costs.ring_seconds(n, rounded, each, h, self.by_rank)
             found.append(np.where(fits, seconds, np.inf))
         return ways, np.stack(found)
 
-    def of(self, nodes: int, each: int) -> tuple[Array, Array]:
-        """Of each sequence on nodes · each ranks: seconds and slices, (N,) each."""
+    def on_ranks(self, nodes: int, each: int) -> tuple[Array, Array]:
+        """Seconds and quickest slices of each sequence on nodes · each ranks: (N,) each."""
         if (nodes, each) not in self._of:
-            self._of[nodes, each] = self.on(self.lengths, nodes, each)
+            self._of[nodes, each] = self.of_tokens(self.lengths, nodes, each)
         return self._of[nodes, each]
 
-    def over(self, i: int) -> tuple[Array, Array]:
-        """Of sequence i on 1, 2, 3, … nodes: seconds and slices, (nodes,) each."""
+    def over_nodes(self, i: int) -> tuple[Array, Array]:
+        """Seconds and quickest slices of sequence i on 1, 2, 3, … nodes: (nodes,) each."""
         n = int(self.lengths[i])
         if n not in self._over:
             nodes = np.arange(1, self.topology.nodes + 1)
-            self._over[n] = self.on(np.array(n), nodes, self.topology.ranks_per_node)
+            self._over[n] = self.of_tokens(np.array(n), nodes, self.topology.ranks_per_node)
         return self._over[n]

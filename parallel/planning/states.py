@@ -1,4 +1,4 @@
-"""What it costs to pass the states of linear layers from rank to rank (`passing`)."""
+"""The price of passing the states of a linear layer from rank to rank, as `passing` says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parallel.planning.costs import PRODUCTS, Costs, States, Traffic, move_time
+from parallel.planning.costs import MATMUL_WORK, Costs, States, Traffic, move_time
 from parallel.planning.passing import TURNS, Block, Passing
 
 if TYPE_CHECKING:
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
-    """Seconds of one linear layer's states, forward and backward, and what each rank sends.
+    """Seconds that one linear layer spends on states, forward and backward, and bytes sent.
 
-    Nothing where `costs` knows of no such layer. Maps are made of all tokens of sequences that
-    are cut; a turn costs what it takes longer than its piece of the arithmetic beside it.
+    Two sums: computing the maps, over all tokens of the rank that has most in cut sequences; and
+    for each turn the time by which it exceeds its share (1 / `TURNS`) of the arithmetic beside it.
+    Both are zero if `costs.states` is None or no sequence is cut.
     """
     stream, ranks, states = plan.stream, plan.topology.ranks, costs.states
     traffic = Traffic(np.zeros(ranks), np.zeros(ranks))
@@ -29,7 +30,7 @@ def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
     mapped = np.bincount(stream.rank[every], (stream.end - stream.start)[every])
     seconds = float(mapped.max()) * states.map_flops / costs.flops
     piece = float(stream.tokens.max()) * states.beside_flops / costs.flops / TURNS
-    for way, products in zip((1, -1), PRODUCTS.tolist(), strict=True):
+    for way, products in zip((1, -1), MATMUL_WORK.tolist(), strict=True):
         chains = [
             Passing(stream.rank[rows][::way].tolist(), states.heads, plan.topology).blocks()
             for rows in plan.crossing
@@ -46,7 +47,10 @@ def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
 
 
 def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:
-    """Source, target and bytes of a turn's messages between two ranks: `Block.messages`."""
+    """Source, target and bytes, (messages,) each, of a turn's messages between different ranks.
+
+    The same as `Block.messages`, in numpy: blocks of one turn are all gathered, or none is.
+    """
     gathered = any(block.gathered for block in blocks)
     counts, times = np.array(
         [(len(block.holders), len(block.parts)) for block in blocks] or [(0, 0)]
@@ -54,8 +58,8 @@ def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:
     holder = _flat(block.holders for block in blocks)
     whole = gathered & (_flat(block.numbers for block in blocks) > 0)
     parts = [(rank, end - first) for block in blocks for rank, (first, end) in block.parts]
-    rank, heads = np.array(parts, np.int64).reshape(-1, 2).T
-    # Every item of a block meets every part of it.
+    rank, heads = np.array(parts, np.int64).reshape(-1, 2).T  # (parts,) each
+    # The product of each block's items with its parts: one message for each (item, part).
     begin, times = np.repeat(np.cumsum(times) - times, counts), np.repeat(times, counts)
     part = np.arange(times.sum()) + np.repeat(begin - np.cumsum(times) + times, times)
     holder, rank = np.repeat(holder, times), rank[part]

@@ -1,5 +1,13 @@
-"""`python -m parallel simulate | show`: plans judged and drawn without a cluster.
+"""Simulation: `python -m parallel simulate | show`, plans priced and drawn without a cluster.
 
-Imports `planning` alone, so what is judged is what training plans. `strategies` holds the
-published alternatives, `models` and `lengths/` what they are compared on.
+Read in this order:
+
+    models        sizes of models, and the FLOPs and bytes that follow
+    lengths/      distributions of document lengths, a YAML file each
+    strategies    one step of our plan, of each published alternative, and the bound
+    simulate      batches drawn and priced; the table, the JSON and the picture
+    show          one batch's plan as text and as a picture
+
+May import `parallel.planning`, whose plans and prices are those of training, and `kernels.flops`.
+No torch is imported.
 """

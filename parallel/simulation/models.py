@@ -1,4 +1,4 @@
-"""Models that the simulator knows: sizes in, seconds and bytes out."""
+"""Models that the simulator knows: their sizes, and the FLOPs and bytes a token that follow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from parallel.planning.costs import Costs, States
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder of SwiGLU blocks; every `full_every`-th block has full attention.
+    """A decoder of SwiGLU blocks; one in `full_every` blocks has full attention.
 
     The other blocks have gated delta rule mixers with `heads` heads of `head_dim`, a short
     convolution and a gate on the output.
+
+    Attributes:
+        layers: number of blocks.
+        dim, mlp_dim: width of the residual stream, and inside an MLP.
+        heads, kv_heads, head_dim: of full attention.
     """
 
     layers: int
@@ -66,24 +71,24 @@ class Model:
 
     @property
     def states(self) -> States | None:
-        """The linear layers as the planner knows them."""
+        """What the planner knows of the linear layers; None if there are none."""
         if not self.linear_layers:
             return None
-        one = 4.0 * self.head_dim**2  # bytes of M, and of E, fp32
+        one = 4.0 * self.head_dim**2  # bytes of M (Dk, Dk), and of E (Dk, Dv), in fp32
         layers = self.linear_layers / max(1, self.full_layers)
         return States(layers, self.heads, one, one, self.mixer_flops, self.gate_flops)
 
     @property
     def stream_bytes(self) -> float:
-        """Bytes that a token leaves behind in one block for the backward pass, in the stream.
+        """Bytes a token that one block keeps for the backward pass in the stream's layout.
 
-        The block's input, two norms, the output of the mixer, and the MLP's three.
+        The block's input, two norms, the output of the mixer, and three tensors of the MLP.
         """
         return BF16 * (3 * self.dim + self.heads * self.head_dim + 3 * self.mlp_dim)
 
     @property
     def mixer_bytes(self) -> float:
-        """The same of one mixer where it works: q, k, v and o."""
+        """Bytes a token that one mixer keeps in its own layout: q, k, v and o."""
         return BF16 * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
 
@@ -105,14 +110,20 @@ MODELS = {
 
 
 def load_model(name: str) -> Model:
-    """The model of a name here, or of a YAML file with the fields of `Model`."""
+    """The model with that name here, or described by the YAML file at that path.
+
+    Raises:
+        ValueError: neither exists, or a key or value of the file is wrong.
+    """
     if name in MODELS:
         return MODELS[name]
-    return Model(**numbers(Path(name), Model, f"{name} is no model; {', '.join(MODELS)} are"))
+    return Model(
+        **numbers(Path(name), Model, f"model is {name!r}; it must be one of {', '.join(MODELS)}")
+    )
 
 
 def costs(cluster: Cluster, model: Model, routed: bool = False) -> Costs:
-    """What the planner weighs for a model on a cluster."""
+    """Costs by which the planner prices a model's plans on a cluster."""
     found = cluster.costs(model.heads, model.kv_heads, model.head_dim, model.dim)
     rest = model.rest_flops / max(1, model.full_layers) / cluster.matmul_flops
     return replace(found, routed=routed, states=model.states, rest=rest)

@@ -6,12 +6,13 @@ import numpy as np
 
 from parallel.planning.layout import Layout, Plan
 
-_WIDTH = 60
-_LISTED = 40
+_WIDTH = 60  # the longest bar has half as many characters
+_LISTED = 40  # sequences that are listed at most; of ranks twice as many
 
 
 def text(plan: Plan) -> str:
-    """The stream, its cuts, and the owners in each kind of layer, in words and bars."""
+    """The plan in words and bars: where each sequence lies in the stream and in attention, and the
+    work of each rank."""
     lengths = np.diff(plan.cu_seqlens)
     topology = plan.topology
     tokens = int(lengths.sum())
@@ -82,7 +83,7 @@ def draw(plan: Plan, path: str) -> None:
 def _panel(panel: object, layout: Layout, title: str) -> None:
     from matplotlib import colormaps
 
-    # A colour a sequence; the golden ratio keeps neighbours apart.
+    # One colour for each sequence; multiples of the golden ratio give neighbours unlike ones.
     colours = colormaps["hsv"]((layout.sequence * 0.6180339887498949) % 1.0)
     size = layout.end - layout.start
     panel.barh(  # type: ignore[attr-defined]
@@ -102,7 +103,7 @@ def _panel(panel: object, layout: Layout, title: str) -> None:
 
 
 def _holders(plan: Plan) -> list[str]:
-    """Of each sequence, who attends to it."""
+    """For each sequence, which ranks attend to it, in words."""
     found = ["nobody (empty)"] * (len(plan.cu_seqlens) - 1)
     for row in range(len(plan.attention.rank)):
         found[plan.attention.sequence[row]] = f"rank {plan.attention.rank[row]}"
@@ -120,7 +121,7 @@ def _holders(plan: Plan) -> list[str]:
 
 
 def _ranks(ranks: np.ndarray) -> str:
-    """Ranks as a range, or one by one."""
+    """Ranks as text: a range if they are adjacent, else one by one."""
     each = np.unique(ranks)
     if not len(each):
         return "–"

@@ -1,4 +1,4 @@
-"""`python -m parallel simulate`: price plans on a described cluster, beside the alternatives."""
+"""`python -m parallel simulate`: price a training step on a described cluster, by strategy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LENGTHS = Path(__file__).parent / "lengths"
 
 @dataclass(frozen=True)
 class Settings:
-    """What to simulate; the command line's options by name."""
+    """What to simulate: the options of the command line, by name."""
 
     cluster: str
     model: str
@@ -47,11 +47,14 @@ def distributions() -> list[str]:
 
 
 def sample(name: str, tokens: int, longest: int, rng: np.random.Generator) -> Array:
-    """Lengths of one batch of exactly `tokens` tokens: int64 (N,).
+    """Draw the lengths of one batch of exactly `tokens` tokens: int64 (N,).
 
     Args:
         name: a distribution here, a YAML file like those, or the folder of a prepared corpus.
-        longest: longer sequences are cut to it; the last one is cut to make the sum right.
+        longest: longer sequences are cut to it. The last one is cut so that the sum is right.
+
+    Raises:
+        ValueError: there is no such distribution, or its file is wrong.
     """
     draw = _source(name)
     found: list[Array] = []
@@ -67,7 +70,7 @@ def sample(name: str, tokens: int, longest: int, rng: np.random.Generator) -> Ar
 
 
 def _source(name: str) -> Any:
-    """A function of (generator, count) that draws lengths."""
+    """A function (generator, count) -> lengths, int64 (count,)."""
     path = Path(name)
     if (path / "offsets.bin").is_file():
         offsets = np.fromfile(path / "offsets.bin", dtype=np.int64)
@@ -78,8 +81,8 @@ def _source(name: str) -> Any:
         path = LENGTHS / f"{name}.yaml"
     elif not path.is_file():
         raise ValueError(
-            f"{name} is no length distribution; {', '.join(distributions())} are, and a YAML "
-            "file or the folder of a prepared corpus is taken too"
+            f"lengths is {name!r}; it must be one of {', '.join(distributions())}, or the path of "
+            "a YAML file or of a prepared corpus"
         )
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
@@ -90,7 +93,10 @@ def _source(name: str) -> Any:
     except (TypeError, KeyError, ValueError):
         usable = False
     if not usable:
-        raise ValueError(f"{path}: needs rising `edges` from 1 on, and one fewer `shares`, ≥ 0")
+        raise ValueError(
+            f"{path}: it must have rising `edges`, the first at least 1, and one `shares` fewer, "
+            "at least 0 each"
+        )
     share = shares / shares.sum()
 
     def draw(rng: np.random.Generator, count: int) -> Array:
@@ -154,7 +160,7 @@ def _mean_bound(batches: list[Case]) -> float:
 
 
 def main(settings: Settings, as_json: bool, figure: str | None) -> None:
-    """Simulate, print, and draw if asked to."""
+    """Run the command: simulate, print, and draw if `figure` is a path."""
     batches = cases(settings)
     summary = summarise(batches)
     if as_json:
@@ -195,7 +201,7 @@ def _table(settings: Settings, batches: list[Case], summary: dict[str, Any]) -> 
 
 
 def _draw(case: Case, summary: dict[str, Any], path: str) -> None:
-    """Step times, and what each rank does during one forward pass of a full-attention block."""
+    """Draw step times, and what each rank does in one forward pass of a full-attention block."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,28 +1,30 @@
-"""What one training step costs under our plan and under the published alternatives.
+"""One training step under our plan, under the published alternatives, and the lower bound.
 
-All are priced by `parallel.planning.cost`, on the same machine and with the same overlap. What is
-common to all (ZeRO's traffic, the optimiser) is left out. Where a paper leaves room, the
-alternative gets the better reading, except where the text says otherwise:
+All are priced by `parallel.planning.cost` on the same machine. What is the same for all (ZeRO's
+traffic, the optimiser) is left out. Where a paper leaves something open, the alternative gets the
+reading that is better for it, except where the text says otherwise:
 
-- headrace: the planner that training uses. Dense models keep tokens on the rank where attention
-  wants them, hybrids on the node; nodes may have unequal shards, within memory. Moves between
-  layouts overlap attention and its projections in waves of heads; the others' do not, as published.
-- even: every sequence in 2P chunks over all P ranks, one flat ring (Transformer Engine). A
-  hybrid's linear layers pass states on over these chunks, no more of them than of one sequence.
-- allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and
-  values are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2). A hybrid's
-  linear layers pass states on over P chunks of the stream, as if it cost nothing to come there.
-- hybrid-dp: each sequence on the fewest ranks whose memory holds it, longest first to the
-  least busy ones; no layout changes, ranks meet only at the end of a step, and tokens a rank
-  differ (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism). Linear layers
-  pass states on as ours do, over the two chunks that a rank has of a shared sequence.
-- zeppelin: arXiv 2509.21841. Our placing, with the thresholds that suit it best, stands for
-  its partitioner; flat rings with routing; tokens are evened out around each mixing layer. It
-  takes every mixing layer for a quadratic one, so in a hybrid's linear layers too tokens are
-  moved, and keys and values go round the rings.
-- zeppelin-states: nobody's system: the same, but linear layers exchange states instead.
-- ulysses: heads over the fewest ranks whose memory holds the longest sequence, groups
-  balanced by time; every mixing layer pays two all-to-alls (arXiv 2309.14509).
+- headrace: the planner that training uses. Models of full attention alone keep tokens on the rank
+  where attention has them, hybrids on the node; shards may be unequal, within memory. Moves between
+  layouts overlap attention and its projections, in waves of heads; the alternatives' moves do not,
+  as published.
+- even: every sequence in 2P chunks over all P ranks, one single ring (Transformer Engine). A
+  hybrid's linear layers pass states over these chunks, as if the batch were one sequence: no
+  more states than that.
+- allgather: the stream in 2P chunks, rank i has chunks i and 2P − 1 − i; all keys and values are
+  gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2). A hybrid's linear layers
+  pass states over P chunks of the stream; moving there from the 2P chunks is not priced.
+- hybrid-dp: each sequence on the fewest ranks whose memory holds it, longest first to the least
+  busy ones; tokens stay there in all layers, and ranks of different groups meet only at the end of
+  a step (ByteScale, arXiv 2502.21231; Megatron's dynamic context parallelism). Linear layers pass
+  states as ours do, over the two chunks that a rank has of a shared sequence.
+- zeppelin: arXiv 2509.21841. Our placing, with the limits that suit it best (level 1.3), stands for
+  its partitioner; single rings, with routing; tokens are evened out around each mixing layer. It
+  treats every mixing layer as quadratic, so tokens are moved around a hybrid's linear layers too,
+  in which keys and values go round the rings.
+- zeppelin-states: not a published system: zeppelin, but linear layers pass states instead.
+- ulysses: heads over the fewest ranks whose memory holds the longest sequence, groups balanced by
+  time; every mixing layer pays two all-to-alls (arXiv 2309.14509).
 """
 
 from __future__ import annotations
@@ -34,19 +36,19 @@ import numpy as np
 
 from parallel.planning.clusters import MEMORY_SLACK, Cluster, slack
 from parallel.planning.cost import LayerPrice, price, ring_travel
-from parallel.planning.costs import BACKWARD, TRAVEL, Costs, Traffic
+from parallel.planning.costs import ATTENTION_WORK, RING_TRAFFIC, Costs, Traffic
 from parallel.planning.heads import fractions
 from parallel.planning.layout import Array, Plan, Topology
 from parallel.planning.ordering import shard_bounds
-from parallel.planning.owners import everywhere, room
+from parallel.planning.owners import on_all_ranks, rank_capacity
 from parallel.planning.placing import Limits, balanced
 from parallel.planning.plan import build, plan
 from parallel.planning.prices import Prices
 from parallel.planning.states import price_states
 from parallel.simulation.models import Model, costs
 
-STEP = 3.0  # a dense layer's forward and backward, in units of its forward
-BOTH = float(BACKWARD.sum())
+STEP = 3.0  # forward and backward of a dense layer, in units of its forward
+BOTH = float(ATTENTION_WORK.sum())  # forward and backward of attention, in units of its forward
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ class Outcome:
     """One step of one strategy.
 
     Attributes:
-        seconds: of the step.
-        busy: float64 (ranks,), seconds of arithmetic of each rank.
-        inside, between: bytes sent in the step, all ranks together.
-        memory: activations of the fullest rank as a multiple of the even share.
+        seconds: length of the step.
+        busy: float64 (ranks,), seconds that each rank computes.
+        inside, between: bytes that all ranks send inside nodes and between nodes.
+        memory: activations of the fullest rank, as a multiple of the even share.
     """
 
     seconds: float
@@ -68,7 +70,7 @@ class Outcome:
 
     @property
     def balance(self) -> float:
-        """Mean arithmetic over that of the busiest rank."""
+        """Mean seconds of computing over those of the busiest rank."""
         return float(self.busy.mean() / self.busy.max())
 
 
@@ -89,12 +91,13 @@ class Case:
 
     @property
     def room(self) -> float:
-        """Tokens of a rank at which its memory is at the limit, if all layers hold as many."""
-        return room(self.lengths, self.topology, MEMORY_SLACK)
+        """Tokens with which a rank's memory is at its limit, if all layers hold as many."""
+        return rank_capacity(self.lengths, self.topology, MEMORY_SLACK)
 
     @property
     def slack(self) -> float:
-        """How uneven full attention's tokens may be for the memory of all layers to keep within."""
+        """Fraction by which a rank's tokens in full attention may exceed the even share, by
+        memory: see `clusters.slack`."""
         model = self.model
         others = model.layers * model.stream_bytes + model.linear_layers * model.mixer_bytes
         return slack(model.full_layers * model.mixer_bytes, model.mixer_bytes, others)
@@ -103,20 +106,27 @@ class Case:
         return costs(self.cluster, self.model, routed)
 
     def published(self, routed: bool = False) -> Costs:
-        """For plans that split no heads, and know of full attention alone."""
+        """Costs for alternatives that split no heads and plan by full attention only."""
         return replace(self.costs(routed), heads=1, kv_heads=1, rest=0.0)
 
     def linear_seconds(self, tokens: Array | float) -> Array | float:
-        """Of everything but full attention, forward and backward, for tokens of one rank."""
+        """Seconds of all layers but full attention, forward and backward, for a rank's tokens."""
         return STEP * tokens * self.model.rest_flops / self.cluster.matmul_flops
 
     def attention_seconds(self) -> Array:
-        """Of each sequence's full attention uncut, all layers, forward and backward."""
+        """float64 (N,): seconds of each sequence's full attention on one rank, all layers, forward
+        and backward."""
         zero = np.zeros(len(self.lengths))
         return BOTH * self.model.full_layers * self.costs().attention(zero, self.lengths)
 
     def memory(self, stream: float, mixing: float, transient: float = 0.0) -> float:
-        """Activations as a multiple of the even share, for the fullest rank's tokens."""
+        """Activations of the fullest rank, as a multiple of the even share.
+
+        Args:
+            stream: its tokens in the stream.
+            mixing: its tokens in the mixing layers, averaged over the layers.
+            transient: further bytes that it holds at one time.
+        """
         model = self.model
         bytes_each = model.layers * model.stream_bytes, model.layers * model.mixer_bytes
         held = stream * bytes_each[0] + mixing * bytes_each[1] + transient
@@ -124,7 +134,7 @@ class Case:
 
 
 def lower_bound(case: Case) -> float:
-    """Seconds with all work perfectly even over the ranks, no sequence cut, no byte sent."""
+    """Seconds of a step if all work were perfectly even, no sequence cut and no byte sent."""
     return float(
         case.linear_seconds(case.share) + case.attention_seconds().sum() / case.topology.ranks
     )
@@ -147,11 +157,11 @@ def headrace(case: Case) -> Outcome:
 
 
 def price_plan(case: Case, made: Plan) -> Outcome:
-    """A step in which full attention follows a plan and linear layers pass states on."""
+    """A step in which full attention follows the plan and linear layers pass states."""
     model, full = case.model, case.model.full_layers
     layer = price(made, case.costs())
     states, passed = price_states(made, case.costs())
-    # Without any full attention there is the rest alone.
+    # A model without full attention has the other work only.
     seconds = full * layer.seconds or case.linear_seconds(float(made.stream.tokens.max()))
     sent = layer.traffic * full + passed * model.linear_layers
     mixing = (full * made.attention.load + model.linear_layers * made.stream.tokens).max()
@@ -177,10 +187,10 @@ def even(case: Case) -> Outcome:
         else weigh.latency_inside + block / weigh.inside
     )
     travel = (ranks - 1) * hop
-    seconds = np.maximum(BACKWARD * work, TRAVEL * travel).sum()
-    sent = full * (ranks - 1) * block * TRAVEL.sum()
+    seconds = np.maximum(ATTENTION_WORK * work, RING_TRAFFIC * travel).sum()
+    sent = full * (ranks - 1) * block * RING_TRAFFIC.sum()
     one = case.lengths.sum(keepdims=True)
-    made = build("even", one, everywhere(1, case.topology), case.topology, by_node=False)
+    made = build("even", one, on_all_ranks(1, case.topology), case.topology, by_node=False)
     states, passed = _states(case, made)
     busy = np.full(ranks, full * BOTH * work + case.linear_seconds(case.share))
     over = case.topology.nodes if crosses else 0
@@ -208,7 +218,7 @@ def allgather(case: Case) -> Outcome:
         ranks,
     )
     keys = total * weigh.kv_bytes
-    # What a node takes from others comes over its ranks' share of the NICs.
+    # A node receives over its ranks' share of the NICs.
     sizes = np.bincount(topology.node(np.arange(ranks)))
     away = 1 - sizes / ranks
     rate = weigh.between * sizes / topology.ranks_per_node
@@ -216,12 +226,12 @@ def allgather(case: Case) -> Outcome:
     travel += _latency(weigh, topology, ranks)
     made = build("allgather", case.lengths, None, topology, by_node=False)
     states, passed = _states(case, made)
-    sent = full * keys * TRAVEL.sum() * (ranks - 1) / ranks
-    between = full * keys * TRAVEL.sum() * float(away.sum())
+    sent = full * keys * RING_TRAFFIC.sum() * (ranks - 1) / ranks
+    between = full * keys * RING_TRAFFIC.sum() * float(away.sum())
     return Outcome(
         float(
             case.linear_seconds(case.share)
-            + full * (BOTH * work.max() + TRAVEL.sum() * travel)
+            + full * (BOTH * work.max() + RING_TRAFFIC.sum() * travel)
             + states
         ),
         full * BOTH * work + case.linear_seconds(case.share),
@@ -248,7 +258,7 @@ def hybrid_dp(case: Case) -> Outcome:
             seconds = work = BOTH * float(weigh.attention(np.array(0), np.array(n)))
         else:
             group = Topology(size, topology.ranks_per_node)
-            owners = everywhere(1, group)
+            owners = on_all_ranks(1, group)
             made = build("hybrid-dp", np.array([n]), owners, group, by_node=False)
             layer = price(made, weigh)
             seconds, work = float(layer.finish.max(axis=1).sum()), layer.arithmetic.sum(axis=0)
@@ -261,19 +271,19 @@ def hybrid_dp(case: Case) -> Outcome:
         busy[mine] += full * work + linear
         tokens[mine] += n / size
         fullest = max(fullest, n / size)
-    # A rank takes its sequences in micro-batches of what its memory holds.
+    # A rank computes its sequences in micro-batches as large as its memory allows.
     held = max(fullest, min(case.room, float(tokens.max())))
     return Outcome(float(ready.max()), busy, inside, between, case.memory(held, held))
 
 
 def _states(case: Case, made: Plan) -> tuple[float, Traffic]:
-    """What linear layers cost whose states pass over the stream of a plan."""
+    """Seconds and traffic of passing states over a plan's stream, in all linear layers."""
     seconds, passed = price_states(made, case.costs())
     return case.model.linear_layers * seconds, passed * case.model.linear_layers
 
 
 def _latency(weigh: Costs, topology: Topology, ranks: int) -> float:
-    """Seconds before the first byte arrives where so many ranks exchange something."""
+    """Seconds before the first byte arrives, in an exchange of so many adjacent ranks."""
     if ranks == 1:
         return 0.0
     return weigh.latency_between if ranks > topology.ranks_per_node else weigh.latency_inside
@@ -290,7 +300,7 @@ def zeppelin_states(case: Case) -> Outcome:
 def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     model, weigh = case.model, case.published(routed=True)
     limits = Limits(level=1.3, tokens=1.0, slack=case.slack)
-    prices = Prices(case.lengths, case.topology, weigh, settled=True)
+    prices = Prices(case.lengths, case.topology, weigh, by_rank=True)
     owners = balanced(prices, limits)
     made = build("zeppelin", case.lengths, owners, case.topology, by_node=False)
     flat = tuple(
@@ -306,8 +316,8 @@ def _zeppelin(case: Case, keys_everywhere: float) -> Outcome:
     for ring in made.rings:
         seconds, sent = ring_travel(ring, case.topology, weigh)
         travel[ring.members] += seconds
-        ring_inside[ring.members] += sent.inside * TRAVEL.sum()
-        ring_between[ring.members] += sent.between * TRAVEL.sum()
+        ring_inside[ring.members] += sent.inside * RING_TRAFFIC.sum()
+        ring_between[ring.members] += sent.between * RING_TRAFFIC.sum()
     travel *= keys_everywhere
     forward = np.maximum(mixer * tokens, travel).max()
     backward = np.maximum(2 * mixer * tokens, 2 * travel).max()
@@ -342,7 +352,7 @@ def ulysses(case: Case) -> Outcome:
     while 2 * size <= most and case.lengths.max() / size > case.room:
         size *= 2
     groups = topology.ranks // size
-    # The rank with most heads; 40 of them over 16 ranks are 3 there.
+    # Share of the rank with most heads: of 40 over 16 ranks it has 3.
     most_heads = float(fractions(model.heads, model.kv_heads, size)[0].max())
     seconds = case.attention_seconds() * most_heads + case.linear_seconds(case.lengths) / size
     load, tokens = np.zeros(groups), np.zeros(groups)

@@ -1,6 +1,15 @@
-"""Tensors between ranks, by the tables that a plan gives.
+"""Travel: tensors between ranks, as a plan's tables say.
 
-`exchange` sends rows and gives gradients back the way that they came; on it stand `chain` (states
-of linear layers), `view` (a plan as one rank sees it), `rings`, `ulysses` and `attention`. Imports
-`planning`, `peers` and the kernels; never layers or the stream, which stand on it.
+Read in this order:
+
+    exchange    send rows of a tensor to ranks; gradients return the same way
+    chain       the states of linear layers, from fragment to fragment (`planning.passing`)
+    view        a plan as one rank sees it: its fragments, chains and tables; `Shard`
+    rings       softmax attention whose keys and values go round a ring
+    ulysses     softmax attention with heads divided over all ranks, by all-to-all
+    attention   full attention by the plan: moves there, whole sequences and rings, moves back
+
+Every table is made on the host before anything is sent, so both ends of a message know it, and no
+device is waited for. May import `parallel.planning`, `parallel.config`, `parallel.peers` and the
+kernels; not the front (`layers`, `stream`, `world`), which imports this room.
 """

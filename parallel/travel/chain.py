@@ -1,8 +1,13 @@
-"""The states that enter a rank's fragments whose sequences began elsewhere.
+"""The states that enter fragments whose sequences began on other ranks.
 
-`parallel.planning.passing` says which maps and states travel; here they do. Maps are fp32 (fp64
-for fp64 tokens), on the wire too. The backward pass sends gradients the same way from the other
-end: dS_in = Mᵀ dS_out + what the fragment's own outputs ask of S_in.
+A *chain* is the fragments of one sequence, in order. `parallel.planning.passing` lists the
+messages that turn its maps S_out = M · S_in + E into the state that enters each fragment; here they
+are sent. The backward pass goes along the chain from its other end, in the same four turns:
+
+    dS_in = Mᵀ dS_out + E',   E' the gradient of S_in from the fragment's own outputs
+
+Maps and states are fp32 (fp64 for fp64 tokens) when they are sent, too. Shapes, of a sequence:
+E and S (1, H, Dk, Dv); M (1, H), (1, H, Dk) or (1, H, Dk, Dk): see `kernels.segments`.
 """
 
 from __future__ import annotations
@@ -21,16 +26,16 @@ from parallel.planning.heads import Run
 from parallel.planning.passing import Item, Message, Passing
 from parallel.travel.exchange import post
 
-Map = list[Tensor]  # E and M, or E alone where no state enters
-Key = tuple[int, int]  # a chain by place, and a fragment's number in it
+Map = list[Tensor]  # [E, M], or [E] of a fragment that no state enters
+Key = tuple[int, int]  # place of a chain in the rank's list, number of a fragment in the chain
 
 
 class Chain(NamedTuple):
-    """A sequence in several fragments, as a rank that helps to pass its states sees it.
+    """A cut sequence, as seen by a rank that takes part in passing its states.
 
     Attributes:
-        turns: the messages of `passing` that the rank sends or gets.
-        rows: in the rank's shard, of each fragment that it holds, by number.
+        turns: for each turn, the messages of `passing` that this rank sends or receives.
+        rows: for each fragment that this rank holds, by number, its rows in the rank's shard.
     """
 
     passing: Passing
@@ -40,7 +45,10 @@ class Chain(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """Those that a rank takes part in, alike in order on all ranks, and the same from the end."""
+    """The chains that this rank takes part in, in the same order on every rank.
+
+    `backward` holds the same chains with their fragments numbered from the last to the first.
+    """
 
     forward: list[Chain]
     backward: list[Chain]
@@ -49,20 +57,20 @@ class Chains:
 
 
 class Shapes(NamedTuple):
-    """Of a map on the wire."""
+    """Shapes of M and E as they are sent, with all heads of one sequence."""
 
     M: torch.Size
     E: torch.Size
 
 
 class Recurrence(NamedTuple):
-    """A linear layer as the chain sees it: functions of its inputs, which are (1, T, …).
+    """A linear layer's recurrence: functions of its inputs, each (1, T, …), or (H,) if constant.
 
     Attributes:
-        shapes: of its maps.
-        segment: the map (M, E) of all T tokens.
-        final_state: of (entering state or None for zero, *inputs), the state after the last
-            token, differentiable in the inputs.
+        shapes: inputs -> shapes of their maps.
+        segment: inputs -> (M, E), the map of all T tokens.
+        final_state: (state that enters, or None for zeros; *inputs) -> state after the last token;
+            differentiable in the inputs.
     """
 
     shapes: Callable[..., Shapes]
@@ -70,12 +78,12 @@ class Recurrence(NamedTuple):
     final_state: Callable[..., Tensor]
 
 
-class Passage:
-    """The states of one layer on their way.
+class StateTransfer:
+    """The passing of one layer's states, begun by `begin_states` and ended by `arrive`.
 
-    What is computed after `depart` is computed while what the first of the turns sends travels,
-    what after an `advance` while what the next one does, and backward while gradients
-    do. (Autograd goes through functions in the reverse of their order.)
+    Work after `begin_states` overlaps the messages of the first turn, work after each `advance`
+    those of the next turn. In the backward pass too, where autograd runs functions in reverse: the
+    gradients of that work are computed while gradients of states travel.
     """
 
     def __init__(
@@ -85,50 +93,54 @@ class Passage:
         self.chains = chains(self.shapes.E[1])
         first = next(x for x in inputs if x is not None)
         self.like = first.new_empty(0, dtype=accumulation_dtype(first.dtype))
-        self.way: _Way
-        self.Ms: dict[Key, Tensor] = {}  # until they arrive
-        self.states: dict[Key, Tensor] = {}  # of the fragments that they enter; backward
+        self.way: _OneWay  # the pass under way, forward or backward
+        self.Ms: dict[Key, Tensor] = {}  # this rank's, from `begin_states` to `arrive`
+        self.states: dict[Key, Tensor] = {}  # that entered this rank's fragments; for backward
         self.ticket: Tensor
 
     def advance(self) -> None:
-        """Wait for a turn and begin the next one; `arrive` does so with those that are left."""
+        """Wait for the turn under way and begin the next; `arrive` does this for all left over."""
         self.ticket = _Advance.apply(self, self.ticket)
 
     def arrive(self, through: Tensor) -> tuple[Tensor, Tensor]:
-        """The states that enter, one a fragment that began elsewhere, in the order of the shard.
+        """Wait for the states that enter this rank's fragments.
 
         Args:
-            through: a result of what was computed meanwhile. It is returned as it came, and
-                ties the exchange of gradients into the backward pass of every rank, also of
-                one that no state enters.
+            through: a result of the work in between. It is returned unchanged; through it the
+                backward pass of every rank reaches the exchange of gradients, even of a rank
+                that no state enters.
+
+        Returns:
+            `through`, and the states (fragments, H, Dk, Dv) of the fragments that continue a
+            sequence, in the order of the shard.
         """
         ticket = self.ticket
-        del self.ticket  # which holds on to the passage
+        del self.ticket  # its graph refers to this object: a cycle that would keep both alive
         return _Arrive.apply(self, ticket, through)
 
     def last(self, c: int) -> int:
         return self.chains.forward[c].passing.last
 
 
-def depart(
+def begin_states(
     recurrence: Recurrence, chains: Callable[[int], Chains], *inputs: Tensor | None
-) -> Passage:
-    """Compute the maps of this rank's fragments and send them.
+) -> StateTransfer:
+    """Compute the maps of this rank's fragments and begin to send them.
 
     Args:
-        chains: of a number of heads.
-        inputs: of the recurrence, for all tokens of the shard. Gradients of the states travel
-            to the ranks before and into their inputs.
+        chains: number of heads -> the chains of this rank.
+        inputs: of the recurrence, (1, t, …) for the t tokens of the shard. They get the gradients
+            of the states that other ranks receive from here.
     """
-    passage = Passage(recurrence, chains, inputs)
-    passage.ticket = _Depart.apply(passage, *inputs)
-    return passage
+    transfer = StateTransfer(recurrence, chains, inputs)
+    transfer.ticket = _Begin.apply(transfer, *inputs)
+    return transfer
 
 
-class _Depart(torch.autograd.Function):
+class _Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, passage: Passage, *inputs: Tensor | None) -> Tensor:
-        recurrence, chains = passage.recurrence, passage.chains
+    def forward(ctx: Any, transfer: StateTransfer, *inputs: Tensor | None) -> Tensor:
+        recurrence, chains = transfer.recurrence, transfer.chains
         own: dict[Key, Map] = {}
         for c, chain in enumerate(chains.forward):
             for number, rows in chain.rows.items():
@@ -136,27 +148,27 @@ class _Depart(torch.autograd.Function):
                     own[c, number] = [recurrence.final_state(None, *_rows(inputs, rows))]
                 elif number < chain.passing.last:
                     own[c, number] = list(recurrence.segment(*_rows(inputs, rows)))[::-1]
-        passage.Ms = {key: tensors[1] for key, tensors in own.items() if len(tensors) > 1}
-        passage.way = _Way(chains.forward, own, passage)
-        ctx.passage = passage
+        transfer.Ms = {key: tensors[1] for key, tensors in own.items() if len(tensors) > 1}
+        transfer.way = _OneWay(chains.forward, own, transfer)
+        ctx.transfer = transfer
         ctx.save_for_backward(*inputs)
-        return passage.like.new_empty(0)
+        return transfer.like.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        passage, inputs = ctx.passage, ctx.saved_tensors
+        transfer, inputs = ctx.transfer, ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         gradients = [torch.zeros_like(x) if i in wanted else None for i, x in enumerate(inputs)]
-        for (c, mirrored), dstate in passage.way.states().items():
-            number = passage.last(c) - mirrored
-            rows = passage.chains.forward[c].rows[number]
+        for (c, mirrored), dstate in transfer.way.states().items():
+            number = transfer.last(c) - mirrored
+            rows = transfer.chains.forward[c].rows[number]
             with torch.enable_grad():
                 mine = [
                     None if x is None else x.detach().requires_grad_(i in wanted)
                     for i, x in enumerate(_rows(inputs, rows))
                 ]
-                entering = passage.states.get((c, number))
-                final = passage.recurrence.final_state(entering, *mine)
+                entering = transfer.states.get((c, number))
+                final = transfer.recurrence.final_state(entering, *mine)
             leaves: list[Any] = [mine[i] for i in wanted]
             found = torch.autograd.grad(final, leaves, dstate, allow_unused=True)
             for i, gradient in zip(wanted, found, strict=True):
@@ -167,60 +179,62 @@ class _Depart(torch.autograd.Function):
 
 class _Advance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, passage: Passage, ticket: Tensor) -> Tensor:
-        ctx.passage = passage
-        passage.way.advance()
+    def forward(ctx: Any, transfer: StateTransfer, ticket: Tensor) -> Tensor:
+        ctx.transfer = transfer
+        transfer.way.advance()
         return ticket.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, ticket: Tensor) -> tuple[Any, ...]:
-        ctx.passage.way.advance()
+        ctx.transfer.way.advance()
         return None, ticket.new_empty(0)
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, passage: Passage, ticket: Tensor, through: Tensor
+        ctx: Any, transfer: StateTransfer, ticket: Tensor, through: Tensor
     ) -> tuple[Tensor, Tensor]:
-        found, Ms = passage.way.states(), passage.Ms
-        states = torch.cat([*found.values(), passage.like.new_empty(0, *passage.shapes.E[1:])])
-        ctx.passage, ctx.entered, ctx.mapped = passage, list(found), list(Ms)
+        found, Ms = transfer.way.states(), transfer.Ms
+        states = torch.cat([*found.values(), transfer.like.new_empty(0, *transfer.shapes.E[1:])])
+        ctx.transfer, ctx.entered, ctx.mapped = transfer, list(found), list(Ms)
         ctx.save_for_backward(states, *Ms.values())
-        passage.Ms = {}
+        transfer.Ms = {}
         return through.view_as(through), states
 
     @staticmethod
     def backward(ctx: Any, dthrough: Tensor, dstates: Tensor) -> tuple[Any, ...]:
-        passage: Passage = ctx.passage
+        transfer: StateTransfer = ctx.transfer
         states, *saved = ctx.saved_tensors
         Ms = dict(zip(ctx.mapped, saved, strict=True))
-        passage.states = dict(zip(ctx.entered, states.detach().unsqueeze(1), strict=True))
+        transfer.states = dict(zip(ctx.entered, states.detach().unsqueeze(1), strict=True))
         own: dict[Key, Map] = {}
+        # (fragments, H, Dk, Dv) -> (1, H, Dk, Dv) each
         for (c, number), dstate in zip(ctx.entered, dstates.unsqueeze(1), strict=True):
             M = Ms.get((c, number))
             transposed = [] if M is None else [M.mT if M.dim() == 4 else M]
-            own[c, passage.last(c) - number] = [dstate, *transposed]
-        passage.way = _Way(passage.chains.backward, own, passage)
-        return None, passage.like.new_empty(0), dthrough
+            own[c, transfer.last(c) - number] = [dstate, *transposed]
+        transfer.way = _OneWay(transfer.chains.backward, own, transfer)
+        return None, transfer.like.new_empty(0), dthrough
 
 
 def _rows(inputs: Sequence[Any], rows: slice) -> list[Any]:
-    """Those rows; a constant of the layer, with one dimension, has none."""
+    """(1, t, …) -> (1, rows, …) for each input; a constant (H,) and None stay as they are."""
     return [x if x is None or x.dim() == 1 else x[:, rows] for x in inputs]
 
 
-class _Way:
-    """States that pass one way, forward or backward. The first turn begins at once.
+class _OneWay:
+    """One pass of states along the chains, forward or backward. The first turn begins at once.
 
     Args:
-        own: maps of this rank's fragments, but of those that are their sequence's last.
+        way: the chains, fragments numbered in the direction of this pass.
+        own: maps of this rank's fragments, without those that are the last of their chain.
     """
 
-    def __init__(self, way: list[Chain], own: dict[Key, Map], passage: Passage) -> None:
-        self._way, self._chains = way, passage.chains
-        self._shapes, self._like = passage.shapes, passage.like
-        heads = (0, passage.shapes.E[1])
+    def __init__(self, way: list[Chain], own: dict[Key, Map], transfer: StateTransfer) -> None:
+        self._way, self._chains = way, transfer.chains
+        self._shapes, self._like = transfer.shapes, transfer.like
+        heads = (0, transfer.shapes.E[1])
         self._have = {(c, ("fragment", n)): (heads, tensors) for (c, n), tensors in own.items()}
         self._turns = zip(*(chain.turns for chain in way), strict=True)
         self._entering: dict[Key, Tensor] = {}
@@ -228,21 +242,21 @@ class _Way:
         self.advance()
 
     def advance(self) -> None:
-        """Wait for the turn that is under way, and begin the next one."""
+        """Wait for the turn under way, and begin the next."""
         next(self._steps, None)
 
     def states(self) -> dict[Key, Tensor]:
-        """The states that enter this rank's fragments, in the order of chains and fragments."""
+        """Finish all turns: the states that enter this rank's fragments, by chain and fragment."""
         for _ in self._steps:
             pass
         return self._entering
 
     def _pass(self) -> Iterator[None]:
-        """Stops after each turn is begun."""
+        """The four turns of `planning.passing`; yields whenever one has begun."""
         way, have, me = self._way, self._have, self._chains.rank
         arrived = self._turn()
         yield
-        maps = arrived()  # of fragments, to be composed by run
+        maps = arrived()  # of fragments: compose each run's
         composed: dict[Key, tuple[Run, list[Map]]] = {}
         for c, (passing, *_) in enumerate(way):
             for r, (run, parts) in enumerate(zip(passing.runs, passing.parts, strict=True)):
@@ -254,7 +268,7 @@ class _Way:
                         have[c, ("run", r)] = mine, composed[c, r][1][-1]
         arrived = self._turn()
         yield
-        maps = arrived()  # of runs
+        maps = arrived()  # of runs: compose these
         for c, (passing, *_) in enumerate(way):
             for parts in passing.upper:
                 mine = dict(parts).get(me)
@@ -264,7 +278,7 @@ class _Way:
                         have[c, ("entry", r)] = mine, entry[:1]
         arrived = self._turn()
         yield
-        entries = arrived()
+        entries = arrived()  # the states that enter runs: apply each run's prefixes to them
         for (c, r), (mine, found) in composed.items():
             run = way[c].passing.runs[r]
             states = [E for E, *_ in found]
@@ -284,8 +298,8 @@ class _Way:
         }
 
     def _turn(self) -> Callable[[], dict[tuple[int, Item], Map]]:
-        """Begin the next turn; the function returned waits for what it brings to this rank, the
-        heads of each item put together."""
+        """Begin the next turn. The function returned waits for what it brings to this rank: each
+        item's tensors, with the heads from all its senders concatenated."""
         sends: dict[int, list[Tensor]] = {}
         receives: dict[int, list[Tensor]] = {}
         got: dict[tuple[int, Item], list[Map]] = {}
@@ -294,6 +308,7 @@ class _Way:
             for source, target, item, (a, b), whole in turn:
                 if source == me:
                     (first, _), tensors = self._have[c, item]
+                    # (1, heads here, …) -> (1, b − a, …)
                     part = [x[:, a - first : b - first].contiguous() for x in tensors[: 1 + whole]]
                     if target != me:
                         sends.setdefault(target, []).extend(part)
@@ -316,15 +331,20 @@ class _Way:
 
 
 def _composed(maps: list[Map]) -> list[Map]:
-    """The first map, the first two composed, the first three, …; E alone if the first one is."""
+    """Inclusive prefix scan: the first map, the first two composed, the first three, ….
+
+    By recursive doubling, log₂ n steps over all maps at once. If the first map is E alone, the
+    results are.
+    """
     if len(maps) < 2:
         return maps
     alone = len(maps[0]) == 1
-    E = torch.cat([one[0] for one in maps])
-    M = torch.cat([one[-1] for one in [maps[1] if alone else maps[0], *maps[1:]]])
+    E = torch.cat([one[0] for one in maps])  # n of (1, h, Dk, Dv) -> (n, h, Dk, Dv)
+    # If the first map has no M, another stands in for it; what it makes is not used.
+    M = torch.cat([one[-1] for one in [maps[1] if alone else maps[0], *maps[1:]]])  # (n, h, …)
     distance = 1
     while distance < len(maps):
-        # M and E come to be of up to twice as many maps, each with those before it.
+        # Map i now composes the last `distance` maps up to i; then twice as many.
         later = compose_segments((M[distance:], E[distance:]), (M[:-distance], E[:-distance]))
         M, E = (torch.cat([x[:distance], y]) for x, y in zip((M, E), later, strict=True))
         distance *= 2

@@ -1,7 +1,8 @@
-"""Tensors between ranks: who sends what to whom is known on the host beforehand.
+"""Rows of tensors between ranks, where both ends know beforehand what is sent.
 
-Every transfer is a batch of sends and receives between the ranks that need it; both ends read
-the same tables, so no rank waits for a message that nobody sends.
+Every transfer is one batch of point-to-point sends and receives. Both ends have tables from the
+same plan, so no rank waits for a message that nobody sends. `move` is differentiable; `begin_move`
+and `Transfer.arrive` are its two halves, between which other work overlaps it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from torch import Tensor
 from kernels.packing import accumulation_dtype
 from parallel.peers import waiting_for
 
-# Bytes sent to each rank since the start of the process: what the simulator's counts are
-# checked against.
+# Bytes sent to each rank since the process started; tests compare the simulator's counts with it.
 sent_bytes: Counter[int] = Counter()
 
 
@@ -29,10 +29,13 @@ def post(
     receives: Mapping[int, Sequence[Tensor]],
     group: dist.ProcessGroup | None,
 ) -> Callable[[], None]:
-    """Start sending to and receiving from ranks; the function returned waits for the end.
+    """Start sending and receiving; the function returned waits until all is done.
 
-    The tensors are contiguous, and both ends list those of one pair in the same order. None
-    may be touched before the wait.
+    Tensors are contiguous, and sender and receiver list those between them in the same order.
+    Until the wait is over none may be written to, and received ones not be read.
+
+    Raises:
+        LostRankError: a rank is gone, or does not answer within the group's timeout.
     """
     operations = [
         dist.P2POp(dist.irecv, tensor, peer, group)
@@ -53,62 +56,63 @@ def post(
         for i, work in enumerate(works):
             with waiting_for(operations[i].peer if len(works) == len(operations) else None):
                 work.wait()
-        operations.clear()  # until here it kept the tensors alive
+        operations.clear()  # it kept the tensors alive while they were sent
 
     return wait
 
 
 @dataclass(frozen=True, eq=False)
-class Parcels:
-    """Rows of a tensor, by the rank that they go to or come from.
+class PeerRows:
+    """Which rows of a tensor go to, or come from, each rank.
 
     Attributes:
-        counts: how many there are for each rank.
-        rows: (Σ counts,) int64 on the device, rank after rank. Those of one rank are distinct,
-            but where two fragments of one sequence want the same token.
+        counts: number of rows for each rank that has any.
+        rows: (Σ counts,) int64 on the device, rank after rank. A row may be there for several
+            ranks; twice for one rank only if two of its fragments want the same token.
     """
 
     counts: dict[int, int]
     rows: Tensor
 
     def split(self, x: Tensor) -> dict[int, Tensor]:
-        """(Σ counts, …) by rank."""
+        """(Σ counts, …) -> one (count, …) a rank."""
         return dict(zip(self.counts, x.split(list(self.counts.values())), strict=True))
 
 
-def parcels(
+def peer_rows(
     peer: np.ndarray, start: np.ndarray, count: np.ndarray, device: torch.device
-) -> Parcels:
-    """Parcels of runs: `count` rows from `start` for `peer`, in this order for each peer.
+) -> PeerRows:
+    """The table of runs: rows [start, start + count) for `peer`; a peer's runs keep their order.
 
     Args:
         peer, start, count: (runs,) int.
     """
     by_peer = np.argsort(peer, kind="stable")
     peer, start, count = peer[by_peer], start[by_peer], count[by_peer]
-    before = np.cumsum(count) - count
-    rows = np.repeat(start - before, count) + np.arange(count.sum())
-    totals = np.bincount(peer, count).astype(np.int64)
+    before = np.cumsum(count) - count  # exclusive prefix sum
+    rows = np.repeat(start - before, count) + np.arange(count.sum())  # (runs,) -> (Σ count,)
+    totals = np.bincount(peer, count).astype(np.int64)  # (runs,) -> (ranks,)
     counts = {int(r): int(totals[r]) for r in np.flatnonzero(totals)}
-    return Parcels(counts, to_device(rows.astype(np.int64), device))
+    return PeerRows(counts, to_device(rows.astype(np.int64), device))
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What one rank gives and takes when rows change places.
+    """One rank's part in moving rows from a tensor to a result.
 
     Attributes:
-        gives: rows of the tensor here.
-        takes: rows of the result; what nobody gives is zero.
-        rows: of the result.
+        gives: rows of this rank's tensor, by the rank that they go to.
+        takes: rows of this rank's result, by the rank that they come from. Rows that come from
+            nowhere are zero; rows that come more than once are summed.
+        rows: number of rows of the result.
     """
 
-    gives: Parcels
-    takes: Parcels
+    gives: PeerRows
+    takes: PeerRows
     rows: int
 
     def reversed(self, rows: int) -> Table:
-        """The way back to a tensor of so many rows, if each row went to one place."""
+        """The table that moves rows back, to a tensor of `rows` rows; each went to one place."""
         return Table(self.takes, self.gives, rows)
 
 
@@ -118,31 +122,37 @@ def move(
     rank: int,
     group: dist.ProcessGroup | None,
 ) -> list[Tensor]:
-    """Move rows between ranks, each tensor (rows, …) by its table, all in one exchange.
+    """Move rows between ranks, each tensor by its table, all in one exchange.
 
-    Differentiable: gradients travel back, and add up where a row was given more than once.
+    Differentiable: gradients travel back, and are summed where a row went to several places.
+
+    Args:
+        tensors: (rows, …) each.
+
+    Returns:
+        (table.rows, …) each, in the dtype of its tensor.
     """
-    return depart(tensors, tables, rank, group).arrive()
+    return begin_move(tensors, tables, rank, group).arrive()
 
 
-def depart(
+def begin_move(
     tensors: Sequence[Tensor],
     tables: Sequence[Table],
     rank: int,
     group: dist.ProcessGroup | None,
-) -> Journey:
-    """Begin a `move`. What is computed before it arrives is computed while rows travel.
+) -> Transfer:
+    """Begin a `move`. Work between this call and `Transfer.arrive` overlaps the transfer.
 
-    So it is backward: the gradients of what arrives travel while those of what was computed in
-    between are found. (Autograd goes through functions in the reverse of their order.)
+    In the backward pass too: autograd runs functions in reverse, so gradients of the received
+    rows travel while the gradients of the work in between are computed.
     """
-    journey = Journey(tuple(tables), rank, group)
-    journey.ticket = _Depart.apply(journey, *tensors)
-    return journey
+    transfer = Transfer(tuple(tables), rank, group)
+    transfer.ticket = _Begin.apply(transfer, *tensors)
+    return transfer
 
 
-class Journey:
-    """Rows on their way between ranks."""
+class Transfer:
+    """A move that was begun; `arrive` ends it."""
 
     def __init__(self, tables: tuple[Table, ...], rank: int, group: dist.ProcessGroup | None):
         self._tables, self._rank, self._group = tables, rank, group
@@ -151,9 +161,9 @@ class Journey:
         self.ticket: Tensor
 
     def arrive(self) -> list[Tensor]:
-        """Wait for the rows, once: each tensor's (rows of its table, …)."""
+        """Wait for the rows: (table.rows, …) for each tensor. May be called once."""
         ticket = self.ticket
-        del self.ticket  # which holds on to the journey
+        del self.ticket  # its graph refers to this object: a cycle that would keep both alive
         return list(_Arrive.apply(self, ticket))
 
     def start(self, tensors: Sequence[Tensor]) -> None:
@@ -176,16 +186,16 @@ class Journey:
         )
 
     def finish(self) -> list[Tensor]:
-        """What was started, in the direction in which it was."""
+        """Wait for what `start` or `start_back` began, and return it."""
         done, self._finish = self._finish(), list
         return done
 
     def _deliver(
         self,
         sources: Sequence[Tensor],
-        gives: Sequence[Parcels],
+        gives: Sequence[PeerRows],
         targets: list[Tensor],
-        takes: Sequence[Parcels],
+        takes: Sequence[PeerRows],
     ) -> None:
         arrived = _deliver(sources, gives, targets, takes, self._rank, self._group)
 
@@ -196,47 +206,47 @@ class Journey:
         self._finish = finish
 
 
-class _Depart(torch.autograd.Function):
+class _Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, journey: Journey, *tensors: Tensor) -> Tensor:
-        ctx.journey = journey
-        journey.start(tensors)
+    def forward(ctx: Any, transfer: Transfer, *tensors: Tensor) -> Tensor:
+        ctx.transfer = transfer
+        transfer.start(tensors)
         return tensors[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        return None, *ctx.journey.finish()
+        return None, *ctx.transfer.finish()
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, journey: Journey, ticket: Tensor) -> tuple[Tensor, ...]:
-        ctx.journey = journey
-        return tuple(journey.finish())
+    def forward(ctx: Any, transfer: Transfer, ticket: Tensor) -> tuple[Tensor, ...]:
+        ctx.transfer = transfer
+        return tuple(transfer.finish())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        ctx.journey.start_back(gradients)
+        ctx.transfer.start_back(gradients)
         return None, gradients[0].new_empty(0)
 
 
 def _deliver(
     sources: Sequence[Tensor],
-    gives: Sequence[Parcels],
+    gives: Sequence[PeerRows],
     targets: Sequence[Tensor],
-    takes: Sequence[Parcels],
+    takes: Sequence[PeerRows],
     rank: int,
     group: dist.ProcessGroup | None,
 ) -> Callable[[], None]:
-    """Add the given rows of `sources` to the taken rows of `targets`, on all ranks.
+    """Add rows `gives` of `sources`, of all ranks, to rows `takes` of `targets`.
 
-    The function returned waits for the end.
+    The function returned waits until it is done.
     """
     sends: dict[int, list[Tensor]] = {}
     receives: dict[int, list[Tensor]] = {}
     arrivals = []
     for source, given, taken in zip(sources, gives, takes, strict=True):
-        leaving = given.split(source.index_select(0, given.rows))
+        leaving = given.split(source.index_select(0, given.rows))  # (rows, …) -> (count, …) a rank
         arriving = taken.split(source.new_empty(len(taken.rows), *source.shape[1:]))
         if rank in leaving:
             arriving[rank] = leaving.pop(rank)
@@ -252,7 +262,7 @@ def _deliver(
         wait()
         for target, taken, arriving in zip(targets, takes, arrivals, strict=True):
             places = taken.split(taken.rows)
-            # Rank after rank: the rows of one are distinct, so that sums have one order.
+            # Rank after rank, whose rows are distinct: a row's terms are summed in one order.
             for peer, rows in arriving.items():
                 target.index_add_(0, places[peer], rows.to(target.dtype))
 
@@ -260,7 +270,7 @@ def _deliver(
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device; from pinned memory, so that a GPU need not be waited for."""
+    """A copy on the device; to a GPU from pinned memory, so that the host does not wait."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

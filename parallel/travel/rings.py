@@ -1,17 +1,20 @@
-"""Softmax attention of sequences that several ranks share: keys and values go round.
+"""Softmax attention of sequences that several ranks share: keys and values go round a ring.
 
 The layout is the plan's (`parallel.planning.layout.Ring`): each seat of a ring holds an early and
-a late chunk of every sequence, and in every round meets one seat's block of keys and values, its
-own first, while the next round's is on its way. Where several ranks share a seat, each has a slice
-of the heads, and the ring turns for each slice as if there were no other. The parts of a
-softmax are merged by their log-sum-exp:
+a late chunk of every sequence. In every round it attends to one seat's block of keys and values,
+its own first, while the next round's block travels. If several ranks share a seat, each has a
+slice of the heads, and each slice has a ring of its own. The parts of a softmax are merged by
+their log-sum-exp:
 
     lse = log Σ_p exp lse_p        o = Σ_p exp(lse_p − lse) · o_p
 
-The backward pass sends keys and values round once more; with o and lse of whole rows, each part
-of a softmax has its gradients by itself. The gradients of a block add up behind
-it, from member to member of a node; the last one there sends the node's sum to the owner. Sums
-are fp32 in place, and in the dtype of the tokens under way: they take at most one node's ranks.
+The backward pass sends keys and values round again. Given o and lse of whole rows, the gradients of
+each part can be computed by themselves (`kernels.softmax_attention_backward`). The gradients of a
+block are summed from member to member inside a node; the last of them sends the node's sum to the
+block's owner. Sums are fp32 (fp64 for fp64 tokens) where they are computed, and in the dtype of the
+tokens when they are sent: a sum that travels has terms of one node's ranks at most.
+
+Tried and left: running each part's forward pass again, for that part's own o and lse.
 
 Sources: Ring Attention, Liu et al. 2023 (arXiv 2310.01889); Zeppelin (arXiv 2509.21841); heads
 inside a seat: USP, Fang and Zhao 2024 (arXiv 2405.07719).
@@ -34,9 +37,10 @@ from parallel.travel.exchange import post, to_device
 
 
 class Call(NamedTuple):
-    """One call of the kernel: rows of a member's queries against rows of a block of keys.
+    """One call of the kernel: rows `q` of a member's queries on rows `k` of a block of keys.
 
-    The `causal` ones, of a chunk against itself, are the first that their queries meet.
+    A `causal` call (a chunk on itself) is the first one for its queries: it sets o and lse, and
+    later calls are merged into them.
     """
 
     q: slice
@@ -52,17 +56,18 @@ Region = tuple[slice, np.ndarray]  # rows, and the lengths of the chunks in them
 
 
 class Step(NamedTuple):
-    """A round, for one member of the ring. Peers are ranks.
+    """One round, for one member of the ring. Peers are given as ranks.
 
     Attributes:
         calls: what to compute on this round's block.
         tokens: of that block.
-        source: who hands it over; None for the own one.
-        sends: (peer, earlier step) of the blocks that this member hands on for this round.
-        passes_to, passes_from: where the sum of this block's gradients goes (None: it stays),
-            and whence one comes: inside a node that of the next round's block; in the last
-            round of a node, that of the own block.
-        last: of the rounds with blocks from one node.
+        source: the rank that sends it; None if it is the member's own.
+        sends: (peer, step) for each block that this member sends on for this round; it received
+            it for the earlier `step`.
+        passes_to: the rank that gets the sum of this block's gradients so far; None: it stays.
+        passes_from: the rank that a sum comes from in exchange: of the next round's block, or
+            after the last round with a node's blocks, of the own block.
+        last: whether this is the last round with blocks of one node.
     """
 
     calls: list[Call]
@@ -74,17 +79,17 @@ class Step(NamedTuple):
     last: bool
 
 
-Share = list[Step]  # a member's part in a ring
+Share = list[Step]  # a member's rounds
 
 
 def share(ring: Ring, member: int, device: torch.device) -> Share:
-    """What `member` does in its ring's rounds."""
+    """The rounds of one member of a ring."""
     seat, mine = divmod(member, ring.slices)
-    grid, rounds = ring.ranks[:, :, mine], ring.rounds()
+    grid, rounds = ring.ranks[:, :, mine], ring.rounds()  # grid (nodes, seats a node)
     nodes, each = grid.shape
-    ranks = grid.reshape(-1)  # of this slice, by seat
+    ranks = grid.reshape(-1)  # (G,): this slice's rank on each seat
     node, local = divmod(seat, each)
-    met = {int(r.block[seat]): i for i, r in enumerate(rounds)}
+    met = {int(r.block[seat]): i for i, r in enumerate(rounds)}  # block -> round
     steps = []
     for i, r in enumerate(rounds):
         block, outer, last = int(r.block[seat]), i // each, i % each == each - 1
@@ -105,9 +110,10 @@ def share(ring: Ring, member: int, device: torch.device) -> Share:
 
 
 def _calls(ring: Ring, seat: int, block: int, device: torch.device) -> list[Call]:
-    """Which queries of `seat` meet which keys of `block`: see `Ring`.
+    """Which queries of `seat` see which keys of `block`, by the rule of `Ring`.
 
-    Early and late chunks are two regions of a buffer; those of a single sequence are one.
+    A block's early chunks and its late chunks are two regions. With a single sequence they are one:
+    the two chunks are in order, so that one causal call does for both.
     """
 
     def regions(of: int) -> tuple[list[Region], Region, Region]:
@@ -147,7 +153,7 @@ def _cumulative(lengths: np.ndarray, device: torch.device) -> Tensor:
     return to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
 
 
-Block = tuple[Tensor, Tensor, Tensor]  # q (T, Hq, D), k (T, Hk, D) and v (T, Hk, Dv)
+Block = tuple[Tensor, Tensor, Tensor]  # q (n, Hq, D), k (n, Hk, D), v (n, Hk, Dv): n rows of a ring
 
 
 def ring_attention(
@@ -156,11 +162,11 @@ def ring_attention(
     """Causal attention of the rings' sequences.
 
     Args:
-        shares: of this rank, in the plan's order of rings.
-        blocks: of each ring, with this rank's slice of the heads.
+        shares: this rank's rounds in each ring, in the plan's order of rings.
+        blocks: this rank's q, k and v in each ring, with its slice of the heads.
 
     Returns:
-        o (T, Hq, Dv) of each ring, in the dtype of v.
+        o (n, Hq, Dv) of each ring, in the dtype of v.
     """
     return list(_Rings.apply(shares, group, *(x for block in blocks for x in block)))
 
@@ -224,6 +230,7 @@ class _Rings(torch.autograd.Function):
 
 
 def _threes(tensors: Sequence[Tensor]) -> Iterator[Block]:
+    """(q, k, v, q, k, v, …) -> (q, k, v), (q, k, v), …."""
     each = iter(tensors)
     return zip(each, each, each, strict=True)
 
@@ -231,9 +238,9 @@ def _threes(tensors: Sequence[Tensor]) -> Iterator[Block]:
 def _round_trip(
     mine: Share, k: Tensor, v: Tensor, group: dist.ProcessGroup | None
 ) -> Iterator[tuple[Step, Tensor, Tensor]]:
-    """Each round with its block of keys and values; the next one travels meanwhile."""
-    uses = {step: i for i, later in enumerate(mine) for _, step in later.sends}
-    held = {0: (k, v)}
+    """Each round with its block of keys and values; the next round's travels meanwhile."""
+    uses = {step: i for i, later in enumerate(mine) for _, step in later.sends}  # last use
+    held = {0: (k, v)}  # blocks by the round they are used in, kept until they are sent on
     arriving, wait = (k, v), None
     for i, step in enumerate(mine):
         if wait is not None:
@@ -258,7 +265,11 @@ def _round_trip(
 def _pass_on(
     step: Step, sums: list[Tensor], tokens: int, group: dist.ProcessGroup | None
 ) -> Callable[[list[Tensor]], None]:
-    """Start sending `sums` on; the function returned adds what came instead to its argument."""
+    """Start sending `sums` on. The function returned adds the sums received to its argument.
+
+    Args:
+        tokens: number of rows of the sums that come.
+    """
     arriving = [x.new_empty(tokens, *x.shape[1:]) for x in sums]
     assert step.passes_to is not None
     wait = post({step.passes_to: sums}, {step.passes_from: arriving}, group)
@@ -276,7 +287,7 @@ def _add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
 
 
 def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The call's own o (T, Hq, Dv) and lse (T, Hq)."""
+    """o (rows, Hq, Dv) and lse (rows, Hq) over the keys of this call alone."""
     o, lse = kernels.softmax_attention(
         q.unsqueeze(0),
         k.unsqueeze(0),
@@ -294,7 +305,7 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 def _gradients(
     call: Call, q: Tensor, k: Tensor, v: Tensor, do: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of the call's q, k, v, where do, o and lse are those of the whole softmax."""
+    """Gradients of the call's q, k and v, given do, o and lse of whole softmax rows."""
     found = kernels.softmax_attention_backward(
         *(x.unsqueeze(0) for x in (do, q, k, v, o, lse)),
         cu_seqlens=call.cu_seqlens,

@@ -1,4 +1,8 @@
-"""A batch's plan as one rank sees it, and the shard of the stream that it holds."""
+"""A batch's plan as one rank sees it, and the shard of the stream that it holds.
+
+A rank's fragments come in two groups. Those that *continue* a sequence, whose first tokens lie in
+another fragment, come first in the shard; those that start their sequence follow.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,21 @@ from parallel.config import Attention
 from parallel.planning.layout import Layout, Plan, moves
 from parallel.planning.passing import Passing
 from parallel.travel.chain import Chain, Chains
-from parallel.travel.exchange import Table, parcels, to_device
+from parallel.travel.exchange import Table, peer_rows, to_device
 
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A batch's plan as one rank sees it. All of it is on the host.
+    """A batch's plan as one rank sees it, with the tables that its layers share.
 
     Attributes:
-        plan: alike on all ranks.
+        plan: the same on all ranks; on the host.
+        rank: this rank.
         group: all ranks, for the messages of layers.
         attention: the strategy of full attention.
-        device: of the rank.
+        device: of this rank; tables of rows go there.
     """
 
     plan: Plan
@@ -39,26 +44,30 @@ class View:
     device: torch.device
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
-    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` makes: a table that the layers of a batch share."""
+    def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make()` returns, made once for each key: a table that the batch's layers share."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     @cached_property
     def crossing(self) -> bool:
-        """Whether any sequence is in several fragments: alike on all ranks."""
+        """Whether any sequence of the batch is cut. The same on all ranks."""
         return bool(self.plan.crossing)
 
     @cached_property
-    def entering(self) -> int:
-        """Fragments of this rank that go on from elsewhere. They are its first."""
+    def continued(self) -> int:
+        """How many of this rank's fragments continue a sequence. They are its first ones."""
         stream = self.plan.stream
         return int((stream.start[stream.rows(self.rank)] > 0).sum())
 
     def chains(self, heads: int) -> Chains:
-        """The sequences whose states, of so many heads, this rank helps to pass."""
-        return self.once(("chains", heads), lambda: self._chains(heads))
+        """The cut sequences with a fragment on this rank's node, whose states it helps to pass.
+
+        Args:
+            heads: of a state.
+        """
+        return self.cached(("chains", heads), lambda: self._chains(heads))
 
     def _chains(self, heads: int) -> Chains:
         each = self.plan.topology.ranks_per_node
@@ -78,32 +87,36 @@ class View:
         )
 
     def halo(self, reach: int) -> Table:
-        """The up to `reach` tokens before each fragment that goes on from elsewhere.
+        """Table that fetches the `reach` tokens before each fragment that continues a sequence.
 
-        Into `reach` rows for each, which end with the token before the fragment; what lies
-        before the sequence's first token is zero.
+        (t, …) -> (continued · reach, …): `reach` rows for each such fragment, the last one the
+        token just before it; rows before the sequence's first token are zero.
         """
-        return self.once(("halo", reach), lambda: self._halo(reach))
+        return self.cached(("halo", reach), lambda: self._halo(reach))
 
     def _halo(self, reach: int) -> Table:
         stream = self.plan.stream
         on = np.flatnonzero(stream.start > 0) if reach else np.zeros(0, np.int64)
         rank, end = stream.rank[on], stream.start[on]
         start = np.maximum(end - reach, 0)
-        place = np.arange(len(on)) - np.searchsorted(rank, rank)  # among those of the rank
+        place = np.arange(len(on)) - np.searchsorted(rank, rank)  # number among its rank's
         offset = place * reach + reach - (end - start)
         one = np.ones_like(on)
         wanted = Layout(
             stream.sequence[on], start, end, rank, offset, 0 * one, one, 0 * stream.tokens
         )
-        return self._fetched(wanted, self.entering * reach)
+        return self._fetched(wanted, self.continued * reach)
 
-    def reaching(self, reach: int) -> tuple[Table, Tensor, int]:
-        """Every fragment with the up to `reach` tokens before it: the way there, its
-        `cu_seqlens`, and the tokens of the longest."""
-        return self.once(("reaching", reach), lambda: self._reaching(reach))
+    def with_preceding(self, reach: int) -> tuple[Table, Tensor, int]:
+        """Table that fetches every fragment with the up to `reach` tokens of its sequence before.
 
-    def _reaching(self, reach: int) -> tuple[Table, Tensor, int]:
+        Returns:
+            the table, (t, …) -> (r, …); `cu_seqlens` (fragments + 1,) int32 of these r rows; and
+            the number of rows of the longest.
+        """
+        return self.cached(("with_preceding", reach), lambda: self._with_preceding(reach))
+
+    def _with_preceding(self, reach: int) -> tuple[Table, Tensor, int]:
         stream = self.plan.stream
         start = np.maximum(stream.start - reach, 0)
         wanted = Layout.stack(stream.sequence, start, stream.end, stream.rank, len(stream.tokens))
@@ -113,13 +126,17 @@ class View:
         return table, to_device(cu_seqlens.astype(np.int32), self.device), int(sizes.max())
 
     def _fetched(self, wanted: Layout, rows: int) -> Table:
-        """From the stream to a layout that may hold tokens more than once."""
+        """Table from the stream to the layout `wanted`, which may hold tokens more than once.
+
+        Args:
+            rows: number of this rank's rows in `wanted`.
+        """
         found = moves(self.plan.stream, wanted, self.plan.cu_seqlens)
         gives, takes = found.sent(self.rank), found.received(self.rank)
         tokens = found.tokens
         return Table(
-            parcels(found.target[gives], found.source_offset[gives], tokens[gives], self.device),
-            parcels(found.source[takes], found.target_offset[takes], tokens[takes], self.device),
+            peer_rows(found.target[gives], found.source_offset[gives], tokens[gives], self.device),
+            peer_rows(found.source[takes], found.target_offset[takes], tokens[takes], self.device),
             rows,
         )
 
@@ -129,11 +146,11 @@ class Shard:
     """The part of a stream that one rank holds.
 
     Attributes:
-        lengths: tokens of each fragment, on the host: no device is asked for them.
+        lengths: tokens of each of the N fragments, on the host, so that no device is waited for.
         cu_seqlens: (N + 1,) int32 on the device, the same in cumulative form.
-        positions: (T,) int64 on the device, each token's position in its sequence.
-        view: how it lies among the shards of other ranks; None if there are none, and every
-            fragment begins its sequence or goes on from a cache.
+        positions: (t,) int64 on the device, each token's position in its sequence.
+        view: the batch's plan, seen from this rank. None if no other rank shares the stream; then
+            every fragment starts its sequence, or continues one from a cache.
     """
 
     lengths: tuple[int, ...]
@@ -146,13 +163,13 @@ class Shard:
         return sum(self.lengths)
 
     @cached_property
-    def begun(self) -> Tensor | None:
-        """`cu_seqlens` of the fragments that go on from elsewhere; None if there is but one."""
-        entering = self.view.entering if self.view else 0
+    def cu_seqlens_continued(self) -> Tensor | None:
+        """`cu_seqlens` of the fragments that continue a sequence; None if there is exactly one."""
+        entering = self.view.continued if self.view else 0
         return self.cu_seqlens[: entering + 1] if entering != 1 else None
 
     @cached_property
-    def later(self) -> Tensor:
-        """`cu_seqlens` of all other fragments."""
-        entering = self.view.entering if self.view else 0
+    def cu_seqlens_starting(self) -> Tensor:
+        """`cu_seqlens` of the fragments that start their sequence, counted from the first one."""
+        entering = self.view.continued if self.view else 0
         return self.cu_seqlens[entering:] - sum(self.lengths[:entering])

@@ -40,8 +40,12 @@ Op = Callable[..., Any]
 def assert_close(
     actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str, terms: int = 1
 ) -> None:
-    """`terms` is how many numbers of size 1 and of either sign each expected one is the sum of:
-    their roundings add up to those of √terms, however little the sum itself comes to."""
+    """Compare to the tolerance of the dtype.
+
+    Args:
+        terms: each expected number is a sum of so many terms of size 1 and either sign: rounding
+            errors add up to those of √terms, however small the sum is.
+    """
     assert actual.shape == expected.shape, f"{what}: {actual.shape} for {expected.shape}"
     if not actual.numel():
         return

@@ -244,7 +244,7 @@ def test_the_final_state_alone_has_gradients(decay, delta):
 
 @pytest.mark.parametrize(("decay", "delta"), ROWS)
 @pytest.mark.parametrize("cu_seqlens", [None, [0], [0, 0, 0]])
-def test_no_tokens_pass_the_state_on(decay, delta, cu_seqlens):
+def test_without_tokens_the_final_state_is_the_initial_one(decay, delta, cu_seqlens):
     N = None if cu_seqlens is None else len(cu_seqlens) - 1
     inputs = tokens(decay, delta, 0, N=N, B=2 if cu_seqlens is None else 1)
     state = inputs["initial_state"].requires_grad_()

@@ -1,4 +1,4 @@
-"""The affine map of a segment against the state that `linear_attention`'s definition reaches."""
+"""The affine map of a segment against the final state of `linear_attention`'s definition."""
 
 from functools import partial, reduce
 from itertools import pairwise
@@ -44,7 +44,7 @@ def test_packed_segments_have_a_map_each(decay, delta):
 
 
 @pytest.mark.parametrize(("decay", "delta"), ROWS)
-def test_the_map_is_no_larger_than_it_need_be(decay, delta):
+def test_the_map_is_a_factor_a_diagonal_or_a_matrix(decay, delta):
     inputs = tokens_without_q(decay, delta, 40, Dk=20, Dv=12)
     del inputs["initial_state"]
     M, E = segment_state(**{n: x if x is None else x.bfloat16() for n, x in inputs.items()})
@@ -87,7 +87,7 @@ def test_an_empty_segment_is_the_identity(decay, delta):
 
 @pytest.mark.parametrize("log_decay", [-20.0, -1e4])
 @pytest.mark.parametrize("delta", [False, True])
-def test_a_wiped_state_leaves_a_finite_map(delta, log_decay):
+def test_a_decay_to_zero_leaves_a_finite_map(delta, log_decay):
     inputs = tokens_without_q("vector", delta, 67)
     inputs["decay"][:, 30:40] = log_decay
     assert_agrees(mapped_state, final_state, inputs, dtype=torch.float32)

@@ -77,7 +77,7 @@ def flash_forward(q, k, v, *, p):
     return o, lse.t(), None
 
 
-def flash_backward(do, o, q, k, v, *, lse, chance, p):
+def flash_backward(do, o, q, k, v, *, lse, rng_state, p):
     """The same kernels' gradients, from the o and lse that they are given."""
     dq, dk, dv = (torch.full_like(x, float("nan")) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]

@@ -33,7 +33,7 @@ STREAMS = [
 
 
 def plans_in_waves(waves: int) -> AbstractContextManager[object]:
-    """Every plan made meanwhile has so many waves of heads."""
+    """Inside this context every plan has `waves` waves of heads."""
 
     def planned(*arguments: Any, **more: Any) -> Plan:
         return dataclasses.replace(plan(*arguments, **more), waves=waves)
@@ -43,7 +43,7 @@ def plans_in_waves(waves: int) -> AbstractContextManager[object]:
 
 @contextmanager
 def lopsided_shards() -> Iterator[None]:
-    """Every plan made meanwhile has shards of very different sizes; none is empty."""
+    """Inside this context every plan has shards of very different sizes; none is empty."""
 
     def shards(held: np.ndarray) -> np.ndarray:
         weights = np.array([1, 4, 2, 3])[: len(held)]
@@ -58,7 +58,7 @@ def lopsided_shards() -> Iterator[None]:
 
 
 def noting(told: list[str], owner: type, name: str, what: str) -> AbstractContextManager[object]:
-    """Calls of a function of `owner` are told, in their order."""
+    """Inside this context calls of `owner.name` append `what` to `told`."""
     real = getattr(owner, name)
 
     def noted(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The contract: however a batch is shared out, a model's loss and gradients are the same.
+"""The contract: however a batch is divided over ranks, a model's loss and gradients are the same.
 
 A hybrid trains under DeepSpeed on 2 to 4 ranks; losses, gradient norms and the first step's
 gradient of every parameter are compared with a plain loop on one process, which cuts nothing.
@@ -58,7 +58,7 @@ STREAMS = [
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How the same training is shared out."""
+    """How the same training is divided over ranks."""
 
     attention: Attention
     stage: int = 1

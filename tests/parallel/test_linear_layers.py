@@ -16,7 +16,7 @@ import kernels
 import parallel
 from parallel import ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
-from parallel.travel.chain import _Way
+from parallel.travel.chain import _OneWay
 from parallel.travel.exchange import sent_bytes
 from tests.parallel.across import STREAMS, difference, noting
 from train.model.config import ModelConfig
@@ -61,7 +61,7 @@ def random(*shape: int, seed: int) -> Tensor:
 def recurrences(
     world: World, lengths: list[int], each: int, attention: Attention
 ) -> dict[str, float]:
-    """The error of each row of the table."""
+    """The error of each recurrence of the table."""
     world = dataclasses.replace(world, ranks_per_node=each)
     T = sum(lengths)
     errors = {}
@@ -177,8 +177,8 @@ def sent_by_the_delta_rule(world: World, length: int) -> int:
 
 
 @pytest.mark.parametrize("length", [40, 400])
-def test_linear_layers_send_states_alone(ranks, length: int) -> None:
-    """Of four ranks, 1 and 2 compose a head each, of 0's E and the maps of 1 and 2.
+def test_linear_layers_send_only_states(ranks, length: int) -> None:
+    """Of four ranks, 1 and 2 compose one head each, from rank 0's E and the maps of ranks 1 and 2.
 
     Each is told two parts of E and one of M by the others, and tells two others their states: of
     2 heads in fp32 that is 4 E and an M forward, and as much back, whatever the length.
@@ -188,11 +188,11 @@ def test_linear_layers_send_states_alone(ranks, length: int) -> None:
 
 
 def calls_of_a_layer(world: World) -> list[str]:
-    """What one gated layer does while states travel, forward and backward."""
+    """The calls of one gated layer while states travel, forward and backward, in order."""
     told: list[str] = []
-    turn, world = _Way._turn, dataclasses.replace(world, ranks_per_node=1)
+    turn, world = _OneWay._turn, dataclasses.replace(world, ranks_per_node=1)
 
-    def noted_turn(way: _Way) -> Callable[[], dict]:
+    def noted_turn(way: _OneWay) -> Callable[[], dict]:
         told.append("turn")
         arrived = turn(way)
 
@@ -209,7 +209,7 @@ def calls_of_a_layer(world: World) -> list[str]:
     _, _, shard = distribute(count, count, np.array([0, 29, 48]), world, ParallelConfig())
     x = torch.randn(1, shard.tokens, 16, requires_grad=True)
     with (
-        mock.patch.object(_Way, "_turn", noted_turn),
+        mock.patch.object(_OneWay, "_turn", noted_turn),
         noting(told, Later, "__call__", "piece"),
         noting(told, _Rows, "backward", "piece"),
     ):
@@ -217,6 +217,6 @@ def calls_of_a_layer(world: World) -> list[str]:
     return told
 
 
-def test_pieces_of_the_gate_are_made_while_states_travel(ranks) -> None:
-    """One a turn, forward and backward."""
+def test_pieces_of_the_gate_are_computed_while_states_travel(ranks) -> None:
+    """One piece a turn, forward and backward."""
     assert ranks(2).run(calls_of_a_layer) == [["turn", "piece", "arrives"] * 8] * 2

@@ -1,4 +1,4 @@
-"""A rank that dies or stands still ends the others, who name it and the step."""
+"""If a rank dies or stops, the others end with an error that names it and the step."""
 
 from __future__ import annotations
 

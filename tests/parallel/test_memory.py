@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from parallel import ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
-from parallel.travel.chain import Passage
-from parallel.travel.exchange import Journey
+from parallel.travel.chain import StateTransfer
+from parallel.travel.exchange import Transfer
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.planning import planner_of
@@ -41,7 +41,7 @@ STREAMS = [[4096], [1500, 900, 700, 500, 200, 100, 100, 60, 30, 6], [128] * 32]
 def step(
     world: World, strategy: Attention, lengths: list[int], checkpointed: bool = False
 ) -> tuple[Shard, Callable[[], Tensor]]:
-    """A batch's shard, and a function for a model's loss of it."""
+    """A batch's shard, and a function that computes a model's loss of it."""
     torch.manual_seed(0)
     model = Model(replace(CONFIG, checkpoint_activations=checkpointed), VOCABULARY)
     count = np.arange(sum(lengths))
@@ -87,17 +87,17 @@ def test_a_rank_needs_memory_for_its_share(ranks, strategy: Attention, lengths: 
 @pytest.mark.parametrize(
     ("checkpointed", "lengths"), [(False, STREAMS[1]), (True, [4800, 4800, 4800, 1984])]
 )
-def test_attention_takes_more_than_a_share_where_that_is_little_of_all(
+def test_attention_may_hold_more_than_its_share_if_all_activations_stay_within_it(
     ranks, checkpointed: bool, lengths: list[int]
 ) -> None:
-    """Of a step's memory; the longer the sequences, the less do gradients of parameters weigh."""
+    """Attention's tokens exceed the even share by more than 15 %, the memory of a step does not."""
     found, held = zip(*ranks(RANKS).run(peak, "balanced", lengths, checkpointed), strict=True)
     assert max(held) > 1.15
     assert max(found) <= 1.15 * alone(checkpointed, *lengths) / RANKS
 
 
 def left_after_a_step(world: World) -> tuple[int, int]:
-    """Exchanges begun in a step, and those that are still there when it is over."""
+    """How many exchanges a step begins, and how many of these objects are alive after it."""
     begun: list[weakref.ref[Any]] = []
 
     def noted(kind: type) -> Any:
@@ -110,7 +110,7 @@ def left_after_a_step(world: World) -> tuple[int, int]:
 
     gc.disable()  # nothing may wait for it: it would be a step's activations
     try:
-        with noted(Passage), noted(Journey):
+        with noted(StateTransfer), noted(Transfer):
             _, loss = step(world, "balanced", [256])
             loss().backward()
     finally:
@@ -118,7 +118,7 @@ def left_after_a_step(world: World) -> tuple[int, int]:
     return len(begun), sum(one() is not None for one in begun)
 
 
-def test_a_step_leaves_nothing_behind(ranks) -> None:
+def test_a_step_leaves_no_exchange_in_memory(ranks) -> None:
     for begun, left in ranks(RANKS).run(left_after_a_step):
         assert begun > 0
         assert left == 0

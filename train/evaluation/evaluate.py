@@ -82,11 +82,16 @@ def evaluate(
             size += int(byte_lengths[batch.labels[batch.labels >= 0]].sum())
     engine.train()
     world.sum(positions.sums)
-    nats, hits, targets = positions.sums.sum(1).tolist()
-    row: dict[str, Any] = {"val_loss": nats / max(targets, 1)}
+    return summary(positions, size) | {"val_loss_by_position": positions.loss()}
+
+
+def summary(sums: ByOctave, size: int) -> dict[str, Any]:
+    """`val_loss`, `val_accuracy` and, if `size`, bytes of text, is not 0, `val_bpb`; {} without
+    a target."""
+    nats, hits, targets = sums.sums.sum(1).tolist()
+    if not targets:
+        return {}
+    row: dict[str, Any] = {"val_loss": nats / targets}
     if size:
         row["val_bpb"] = nats / math.log(2) / size
-    return row | {
-        "val_accuracy": hits / max(targets, 1),
-        "val_loss_by_position": positions.loss(),
-    }
+    return row | {"val_accuracy": hits / targets}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from data.settings import ConfigError
+from data.spelling import spell
 from data.stream import IGNORED
 from data.tokenizer import Tokenizer
 from parallel import shard
-from train.evaluation.trained import Trained
+from train.evaluation.sampling import Sampling
 from train.model.transformer import Model
 
 # Tokens of a prompt that pass through the model at a time: what is held beside the caches is
@@ -35,70 +36,102 @@ class Decoder:
         self.cache, self.seen = model.new_cache(), 0
         self._device = next(model.parameters()).device
 
-    @torch.no_grad()
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Go on with `tokens`, one at least; the logits (vocabulary,) that follow the last."""
-        *before, last = tokens
-        for begin in range(0, len(before), self.chunk):
-            self._forward(before[begin : begin + self.chunk], asked=False)
-        return self._forward([last], asked=True)
+        ids = torch.tensor(tokens, device=self._device)
+        # Labels without a target: no logits are made that nobody reads.
+        for part in _chunks(ids[:-1], self.chunk):
+            self._forward(part, torch.full_like(part, IGNORED))
+        return self._forward(ids[-1:], None)[0]
+
+    def logits(self, ids: Tensor) -> Iterator[Tensor]:
+        """Go on with `ids` (T,) int64; the logits after each, (up to chunk, vocabulary) a time."""
+        for part in _chunks(ids, self.chunk):
+            yield self._forward(part, None)
+
+    def losses(self, ids: Tensor) -> Iterator[Tensor]:
+        """Go on with `ids` (T,) int64, of which the last is only predicted; −log p in nats of
+        each but the first, (up to chunk,) fp32 a time."""
+        parts = zip(_chunks(ids[:-1], self.chunk), _chunks(ids[1:], self.chunk), strict=True)
+        for part, labels in parts:
+            yield self._forward(part, labels)
 
     @property
     def memory(self) -> int:
         """Bytes that the layers' caches hold."""
         return sum(held.nbytes for layer in self.cache for held in layer.values())
 
-    def _forward(self, tokens: Sequence[int], asked: bool) -> Tensor:
-        here = shard([len(tokens)], self._device, start=self.seen)
-        ids = torch.tensor(tokens, device=self._device)
-        # Labels without a target: no logits are made that nobody reads.
-        labels = None if asked else torch.full_like(ids, IGNORED)
-        logits = self.model(ids, labels, here, self.cache)[0]
-        self.seen += len(tokens)
-        return logits
+    @torch.no_grad()
+    def _forward(self, ids: Tensor, labels: Tensor | None) -> Tensor:
+        """The logits (T, vocabulary); with labels, the loss of each (T,)."""
+        here = shard([len(ids)], self._device, start=self.seen)
+        found = self.model(ids, labels, here, self.cache)
+        self.seen += len(ids)
+        return found if labels is None else found[0]
+
+
+def sample(
+    decoder: Decoder, tokenizer: Tokenizer, ids: Sequence[int], sampling: Sampling
+) -> Iterator[int]:
+    """The tokens that a model makes after `ids`, one at least; what ends a text is not given.
+
+    Rows of the model that are no piece of the tokenizer are never drawn.
+
+    Raises:
+        ConfigError: a logit is not finite.
+    """
+    random = torch.Generator().manual_seed(sampling.seed)
+    fresh = ids
+    for _ in range(sampling.tokens):
+        logits = decoder.feed(fresh)[: tokenizer.vocab_size].double().cpu()
+        top = logits.max()
+        if not torch.isfinite(top):
+            raise ConfigError(
+                f"the logits after {decoder.seen} tokens are not finite: the model has diverged"
+            )
+        if sampling.temperature > 0:
+            # The largest first: no temperature is so low that it overflows.
+            chances = torch.softmax((logits - top) / sampling.temperature, dim=-1)
+            token = int(torch.multinomial(chances, 1, generator=random))
+        else:
+            token = int(logits.argmax())
+        if token in tokenizer.end_ids:
+            return
+        yield token
+        fresh = [token]
+
+
+def write(
+    decoder: Decoder, tokenizer: Tokenizer, ids: Sequence[int], sampling: Sampling
+) -> Iterator[str]:
+    """The text that a model makes after `ids`, in pieces of whole characters, while it is made."""
+    return spell(tokenizer, ids, sample(decoder, tokenizer, ids, sampling))
 
 
 def generate(
     model: Model, tokenizer: Tokenizer, prompt: str, tokens: int, temperature: float, seed: int = 0
 ) -> str:
-    """Go on from `prompt` by up to `tokens` tokens, less if the text ends before.
+    """`prompt` and what comes after it; see `Trained.generate`."""
+    ids = encode(tokenizer, prompt)
+    pieces = write(Decoder(model), tokenizer, ids, Sampling(tokens, temperature, seed))
+    return tokenizer.decode(ids[1:]) + "".join(pieces)
 
-    The same seed gives the same text; a temperature of 0 takes the likeliest token.
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """`bos_id` and the pieces of `text`, as every document of training begins.
+
+    Raises:
+        ConfigError: `text` has half a surrogate pair in it, which UTF-8 cannot hold.
     """
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    ids += _continue(Decoder(model), tokenizer.eos_id, ids, tokens, temperature, seed)
-    return tokenizer.decode(ids[1:])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the text is not UTF-8: character {error.start + 1} is {text[error.start]!r}"
+        ) from None
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
-def show(trained: Trained, prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    """Print what `generate` gives, and how fast it went."""
-    tokenizer, decoder = trained.material.tokenizer, Decoder(trained.model)
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    began = time.monotonic()
-    made = _continue(decoder, tokenizer.eos_id, ids, tokens, temperature, seed)
-    seconds = time.monotonic() - began
-    print(tokenizer.decode([*ids[1:], *made]))
-    print(
-        f"\n{trained.checkpoint}: {len(ids)} tokens in, {len(made)} out in {seconds:.1f} s; "
-        f"the caches hold {decoder.memory / 1e6:.2f} MB after {decoder.seen} tokens"
-    )
-
-
-def _continue(
-    decoder: Decoder, eos_id: int, ids: list[int], tokens: int, temperature: float, seed: int
-) -> list[int]:
-    random = torch.Generator().manual_seed(seed)
-    made: list[int] = []
-    fresh = ids
-    while len(made) < tokens:
-        logits = decoder.feed(fresh).float().cpu()
-        if temperature > 0:
-            chances = torch.softmax(logits / temperature, dim=-1)
-            token = int(torch.multinomial(chances, 1, generator=random))
-        else:
-            token = int(logits.argmax())
-        if token == eos_id:
-            break
-        made.append(token)
-        fresh = [token]
-    return made
+def _chunks(ids: Tensor, size: int) -> Iterator[Tensor]:
+    """`ids` in parts; none if there are no ids."""
+    return iter(ids.split(size) if len(ids) else ())

@@ -1,4 +1,4 @@
-"""What a trained model makes of long contexts: `python -m train evaluate RUN`.
+"""What a trained model makes of long contexts: `python -m train evaluate FOLDER`.
 
 One dictionary of plain numbers is measured, then printed, saved, drawn and given to
 TensorBoard:
@@ -6,12 +6,13 @@ TensorBoard:
 - loss by position and by length of document, at the training length and at 2 and 4 times it;
 - recall: pairs of a key and a value, asked for later, by number of pairs and length;
 - a needle: something shown once in held-out text, asked for at the end, by depth and length.
+
+What cannot be measured, for want of text or room, is left out.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Batch
+from data import Batch, CodedText, HeldOut, HeldOutText
+from data.config import longest_seq_len
+from data.settings import ConfigError
 from parallel import shard
-from train.evaluation.evaluate import ByOctave
+from train.evaluation.evaluate import ByOctave, summary
 from train.evaluation.trained import Trained
 from train.monitor import figures
 from train.monitor.metrics import METRICS
-from train.survival.manifest import step_of
 
 FACTORS = (1, 2, 4)  # lengths, as multiples of the training length
 PAIRS = (4, 8, 16, 64, 256)
@@ -39,20 +41,60 @@ Probe = tuple[np.ndarray, np.ndarray] | None
 Say = Callable[[str], None]
 
 
-def measure(trained: Trained, tokens: int, samples: int, say: Say = lambda line: None) -> Report:
+def held_out(trained: Trained, text: str | None, tokens: int) -> tuple[HeldOut, str | None]:
+    """What to measure on, and what it is called; None is what the run holds out.
+
+    Args:
+        text: a file, folder or glob of any kind that `data.sources` reads.
+        tokens: to read of the file, at most.
+
+    Raises:
+        ConfigError: there is no text.
+    """
+    config, stored = trained.config, trained.stored
+    if text is not None:
+        try:
+            coded = CodedText(text, config.data, trained.tokenizer, tokens)
+        except ConfigError as error:
+            raise ConfigError(f"--text: {error}") from None
+        return HeldOutText(coded, config.train), coded.name
+    if not stored.has_data:
+        raise ConfigError(f"{stored.folder} has no text of its own to measure on; add --text FILE")
+    return stored.material, None
+
+
+def measure(
+    trained: Trained,
+    on: HeldOut,
+    text: str | None,
+    tokens: int,
+    samples: int,
+    say: Say = lambda line: None,
+) -> Report:
     """Everything above for a model.
 
     Args:
-        tokens: of the validation set, at most, read at each length.
+        on, text: what to measure on, and what it is called, as `held_out` gives them.
+        tokens: of it, at most, read at each length.
         samples: sequences of each number of pairs, depth and length; more where a batch of
             training has more.
         say: told what begins.
+
+    Raises:
+        ConfigError: there is no token to predict.
     """
-    seq_len = trained.config.train.seq_len
+    config = trained.config
+    seq_len = longest_seq_len(config.data, config.train, trained.stored.step)
     lengths = [factor * seq_len for factor in FACTORS]
+    if next(on.validation(tokens, seq_len), None) is None:
+        raise ConfigError(
+            f"{trained.stored.folder}: no token to predict, as no document is held out or "
+            "--tokens is too small; add --text FILE, or train with a larger data.validation"
+        )
     report: Report = {
-        "checkpoint": str(trained.checkpoint),
-        "step": step_of(trained.checkpoint),
+        "checkpoint": str(trained.stored.source),
+        "step": trained.stored.step,
+        "text": text,
         "seq_len": seq_len,
         "validation": {},
         "loss_by_position": {},
@@ -60,23 +102,22 @@ def measure(trained: Trained, tokens: int, samples: int, say: Say = lambda line:
     }
     for length in lengths:
         say(f"validation in sequences of up to {length:,} tokens")
-        summary, by_position, by_document = validate(trained, tokens, length)
-        report["validation"][str(length)] = summary
+        told, by_position, by_document = validate(trained, on, tokens, length)
+        report["validation"][str(length)] = told
         report["loss_by_position"][str(length)] = by_position
         report["loss_by_document_length"][str(length)] = by_document
-    shorter = [max(seq_len // 4, 2), max(seq_len // 2, 2), *lengths]
-    material = trained.material
+    shorter = list(dict.fromkeys([max(seq_len // 4, 2), max(seq_len // 2, 2), *lengths]))
 
     def count(length: int) -> int:
-        return max(samples, trained.config.train.batch_tokens // length)
+        return max(samples, config.train.batch_tokens // length)
 
     def recall(pairs: int, length: int) -> Probe:
         random = np.random.default_rng([pairs, length])
-        return material.recall_probe(random, count(length), length, pairs, min(pairs, QUERIES))
+        return on.recall_probe(random, count(length), length, pairs, min(pairs, QUERIES))
 
     def needle(depth: float, length: int) -> Probe:
         random = np.random.default_rng([round(100 * depth), length])
-        return material.needle_probe(random, count(length), length, depth)
+        return on.needle_probe(random, count(length), length, depth)
 
     say("recall by number of pairs and length")
     report["recall"] = _grid(trained, recall, PAIRS, shorter, "pairs")
@@ -86,28 +127,24 @@ def measure(trained: Trained, tokens: int, samples: int, say: Say = lambda line:
 
 
 def validate(
-    trained: Trained, tokens: int, length: int
+    trained: Trained, on: HeldOut, tokens: int, length: int
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """The validation set in sequences of up to `length` tokens.
+    """What is held out, in sequences of up to `length` tokens.
 
     Returns:
         `val_loss` and its kin as in an evaluation row, the loss by position, and the loss by
         length of document, both by the first number of each octave.
     """
     positions, documents = ByOctave(), ByOctave()
-    byte_lengths = trained.material.tokenizer.byte_lengths()
+    byte_lengths = on.tokenizer.byte_lengths()
     size = 0
-    for batch in trained.material.validation(tokens, length):
+    for batch in on.validation(tokens, length):
         scores = [held.cpu() for held in score(trained, batch)]
         each = np.diff(batch.cu_seqlens)
         positions.add(shard(each, "cpu").positions, *scores)
         documents.add(torch.from_numpy(np.repeat(each, each)), *scores)
         size += int(byte_lengths[batch.labels[batch.labels >= 0]].sum())
-    nats, hits, targets = positions.sums.sum(1).tolist()
-    summary = {"val_loss": nats / max(targets, 1), "val_accuracy": hits / max(targets, 1)}
-    if size:
-        summary["val_bpb"] = nats / math.log(2) / size
-    return summary, positions.loss(), documents.loss()
+    return summary(positions, size), positions.loss(), documents.loss()
 
 
 @torch.no_grad()
@@ -165,7 +202,8 @@ def text(report: Report) -> str:
     lengths = list(report["validation"])
     trained_at = str(report["seq_len"])
     heads = [f"{length}{' *' if length == trained_at else ''}" for length in lengths]
-    lines = [f"{report['checkpoint']}  (* the training length)", ""]
+    on = f" on {report['text']}" if report["text"] else ""
+    lines = [f"{report['checkpoint']}{on}  (* the training length)", ""]
     keys = [key for key in METRICS if key in report["validation"][trained_at]]
     rows = [[METRICS[key], *(report["validation"][n][key] for n in lengths)] for key in keys]
     lines += _table("validation, in sequences of up to", heads, rows)
@@ -221,21 +259,33 @@ def drawings(report: Report) -> dict[str, Any]:
     return drawn
 
 
-def save(report: Report, run: Path, path: Path | None) -> list[Path]:
+def save(report: Report, model: Path, path: Path | None) -> list[Path]:
     """Write the report as JSON and its figures, and both into TensorBoard.
 
     Args:
-        run: the run's folder; everything lies in its `evaluation/`.
+        model: the model's folder; everything lies in its `evaluation/`, and there in a folder of
+            its own if it is of another text than the run's.
         path: of the JSON, if elsewhere.
 
     Returns:
         The files, the JSON first.
+
+    Raises:
+        ConfigError: one cannot be written.
     """
+    folder = model / FOLDER / (report["text"] or "")
+    try:
+        return _save(report, folder, path)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
+def _save(report: Report, folder: Path, path: Path | None) -> list[Path]:
     from torch.utils.tensorboard import SummaryWriter
 
-    folder, step = run / FOLDER, report["step"]
-    folder.mkdir(exist_ok=True)
-    path = path or folder / f"step-{step:08d}.json"
+    step = report["step"] or 0
+    folder.mkdir(parents=True, exist_ok=True)
+    path = path or folder / ("report.json" if report["step"] is None else f"step-{step:08d}.json")
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     written = [path]
     with SummaryWriter(str(folder)) as board:

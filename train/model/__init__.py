@@ -1,5 +1,15 @@
-"""The model: blocks of a mixer and an MLP between an embedding and a head.
+"""The model: blocks of a mixer and an MLP, between an embedding and a head.
 
-`mixers/` and `mlps/` hold one file a kind, found by its name. Imports `kernels` and `parallel`, and
-nothing else of `train`.
+Read in this order:
+
+    config         `ModelConfig`: its settings, read without torch
+    transformer    the model itself: embedding, blocks, head
+    mixers/        what mixes the tokens of a sequence: a file each, found by its name
+    mlps/          what a block does with each token by itself
+    norm           the RMSNorm of blocks, mixers and the model's end
+    linear         a linear layer that can be applied in parts, while other parts travel
+
+A new mixer is one file in `mixers/`; `mixers/__init__.py` says what a block expects of it. Shapes:
+x is (1, t, dim) with the t tokens of this rank's shard, all its sequences end to end. May import
+`kernels`, `parallel` and `data.settings`, and nothing else of `train`.
 """

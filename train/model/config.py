@@ -1,4 +1,4 @@
-"""Settings of the model. Light: nothing here imports torch."""
+"""Settings of the model. Imports no torch, so that a config is read and checked at once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ModelConfig:
 
     @property
     def blocks(self) -> list[str]:
-        """The mixer's name of every block."""
+        """The name of each block's mixer, first block first."""
         return [self.pattern[i % len(self.pattern)] for i in range(self.layers)]
 
 

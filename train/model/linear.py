@@ -1,8 +1,8 @@
-"""A linear layer of which a part can be applied at a time, while another part's tensors travel.
+"""A linear layer that can be applied in parts, so that one part's results travel meanwhile.
 
-Rows of the weight give some of the outputs, columns take some of the inputs. The parts of a pass
-fill one gradient between them, each its own block of it, so that a layer in parts writes to memory
-what an undivided one does.
+For a weight (out, in), some rows compute some of the outputs, some columns use some of the inputs.
+In the backward pass all parts write into one gradient tensor, each into its own block, so that a
+layer in parts writes no more memory than a whole one.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Run = tuple[int, int]
+Run = tuple[int, int]  # [first, end)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`; parts are applied by `InParts`, through here, where ZeRO 3 gathers weights."""
+    """`nn.Linear` that `InParts` can apply in parts.
+
+    Parts go through `forward` too, since ZeRO 3 gathers the weight when it is called.
+    """
 
     def forward(self, x: Tensor, part: Callable[[Tensor, Tensor | None], Any] | None = None) -> Any:
         return F.linear(x, self.weight, self.bias) if part is None else part(self.weight, self.bias)
 
 
 class InParts:
-    """One pass through a `Linear`, in so many parts, all of rows or all of columns.
+    """One pass through a `Linear` in `parts` parts, all by rows or all by columns.
 
-    Each part must be used in the backward pass: the last of them to go backward hands over the
-    gradients of them all.
+    Every part must take part in the backward pass: the last one to do so returns the gradients of
+    all.
     """
 
     def __init__(self, linear: Linear, parts: int) -> None:
@@ -37,16 +40,21 @@ class InParts:
         self._weight, self._bias, self._x = (_Gradient(parts) for _ in range(3))
 
     def rows(self, x: Tensor, runs: Sequence[Run]) -> tuple[Tensor, ...]:
-        """The outputs [first, end) of each run, (…, end − first), of the same x (…, in) for all."""
+        """x (…, in) -> the outputs of each run, (…, end − first). All parts have the same x."""
         if self._parts == 1:
             return self._linear(x).split([end - first for first, end in runs], dim=-1)
         gradients = self._weight, self._bias, self._x
         return self._linear(x, lambda w, b: _Rows.apply(x, w, b, tuple(runs), gradients))
 
     def columns(self, x: Tensor, run: Run, onto: Tensor | None) -> Tensor:
-        """What inputs [first, end), (…, end − first), give, added to what others gave: (…, out).
+        """Inputs `run` of the layer -> their part of the outputs, for a layer without bias.
 
-        For a layer without a bias.
+        Args:
+            x: (…, end − first), the inputs of the run.
+            onto: (…, out), the sum of the parts so far; None for the first.
+
+        Returns:
+            (…, out), `onto` with this part added.
         """
         if self._parts == 1:
             return self._linear(x)
@@ -54,14 +62,14 @@ class InParts:
 
 
 class _Gradient:
-    """One tensor's gradient, that several parts fill."""
+    """The gradient of one tensor, written by several parts."""
 
     def __init__(self, parts: int) -> None:
         self._parts = self._missing = parts
         self._sum: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Where to write or add; nothing is there yet if `fresh`."""
+        """The tensor to write to, of the same shape; empty if `fresh` was true."""
         if self._sum is None:
             self._sum = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         return self._sum
@@ -71,7 +79,7 @@ class _Gradient:
         return self._sum is None
 
     def hand_over(self) -> Tensor | None:
-        """To the last part the whole, to others None; then it is as new."""
+        """The whole gradient for the last part that asks, None for the others before it."""
         self._missing -= 1
         if self._missing:
             return None
@@ -98,9 +106,9 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         of_weight, of_bias, of_x = ctx.gradients
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # (…, in) -> (n, in)
         for (a, b), output in zip(ctx.runs, outputs, strict=True):
-            dy = output.reshape(-1, b - a)
+            dy = output.reshape(-1, b - a)  # (…, b − a) -> (n, b − a)
             if ctx.needs_input_grad[0]:
                 first = of_x.fresh
                 dx = of_x.of(x).view_as(rows)
@@ -122,6 +130,7 @@ class _Columns(torch.autograd.Function):
         block = weight[:, slice(*run)]
         if onto is None:
             return F.linear(x, block)
+        # (…, out) -> (n, out), (…, inputs) -> (n, inputs)
         y = torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), block.T)
         return y.view_as(onto)
 

@@ -1,4 +1,4 @@
-"""The norm of blocks, mixers and the model's end."""
+"""The RMSNorm of blocks, of mixers, and of the model's end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kernels.packing import accumulation_dtype
 
 
 class RMSNorm(nn.Module):
-    """`kernels.rms_norm` with its weight; a zero-centred one keeps the weight less one.
+    """`kernels.rms_norm` with its weight: (…, dim) -> (…, dim).
 
-    What is kept then may decay towards zero, as Qwen3-Next does it, and bf16 has its finest
-    steps there.
+    If `zero_centered`, the parameter is the weight less 1, as in Qwen3-Next: weight decay may then
+    pull the weight towards 1, and bf16 has its finest steps around 0.
     """
 
     def __init__(self, dim: int, eps: float, zero_centered: bool = False) -> None:

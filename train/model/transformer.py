@@ -1,7 +1,7 @@
-"""The model: embedding, blocks of mixer and MLP, and a head that is the loss.
+"""The model: an embedding, blocks of a mixer and an MLP, and a head that computes the loss.
 
 x ← x + mixer(norm(x))          x ← x + norm(mixer(x))
-x ← x + mlp(norm(x))       or   x ← x + norm(mlp(x))       where post_norm names the mixer
+x ← x + mlp(norm(x))       or   x ← x + norm(mlp(x))       if post_norm names the mixer
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from train.model.mixers._parts import LowRank
 from train.model.mlps.swiglu import MLP
 from train.model.norm import RMSNorm
 
-Cache = list[dict[str, Tensor]]
+Cache = list[dict[str, Tensor]]  # one dict a block, for its mixer
 
 
 class Block(nn.Module):
+    """A mixer and an MLP on the residual stream: x (1, t, dim) -> (1, t, dim)."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         hidden = config.mlp_dim or 64 * math.ceil(config.dim * 8 / 3 / 64)
@@ -46,8 +48,11 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The output matrix. Without labels it gives the logits, with labels the loss: its sum in
-    training, that of each token in evaluation."""
+    """The output matrix (V, dim): hidden (t, dim) -> logits (t, V) without labels.
+
+    With labels (t,), in training the summed losses of `kernels.linear_cross_entropy`, in evaluation
+    each token's, of `kernels.token_cross_entropy`.
+    """
 
     def __init__(self, vocab_size: int, dim: int, z_loss: float) -> None:
         super().__init__()
@@ -77,7 +82,7 @@ class Model(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self._initialise()
-        # Counted now: under ZeRO 3 a rank's parameters are empty between their uses.
+        # Counted now, since under ZeRO 3 a rank's parameters are empty between their uses.
         self.matmul_parameters = sum(
             parameter.numel()
             for name, parameter in self.named_parameters(remove_duplicate=False)
@@ -85,14 +90,15 @@ class Model(nn.Module):
         )
 
     def _initialise(self) -> None:
-        """Normal weights; what writes to the residual stream is scaled down with the depth."""
+        """Normal weights, biases 0. Matrices that write to the residual stream (`.out`) have
+        1 / √(2 layers) of the standard deviation."""
         std = self.config.init_std
         multipliers = self.lr_multipliers()
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding, Head)):
                 writes_residual = name.endswith(".out")
                 scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
-                # μP: sums over m times as many inputs, so a variance of 1/m.
+                # μP: m times as many inputs are summed, so the variance is 1/m.
                 scale *= multipliers.get(f"{name}.weight", 1.0) ** 0.5
                 nn.init.normal_(module.weight, std=std * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -102,16 +108,16 @@ class Model(nn.Module):
 
     @property
     def width(self) -> float:
-        """How many times wider the residual stream is than where it was tuned; 1 without μP."""
+        """m: dim over the width for which lr and init_std were tuned; 1 without μP."""
         return self.config.dim / (self.config.mup_base_dim or self.config.dim)
 
     def lr_multipliers(self) -> dict[str, float]:
-        """Factors on the learning rate by parameter name; 1 for those that are not named.
+        """Factors on the learning rate, by parameter name; 1 for parameters not named.
 
-        μP for Adam (Yang et al. 2022, arXiv 2203.03466): matrices inside the blocks learn at
-        1/m of the rate of embeddings, norms and other vectors, where m is `width`; their
-        initial variance is 1/m, and so is the factor on the logits. So is nothing whose number
-        of inputs stays as the model grows: heads have a width of their own.
+        μP for Adam (Yang et al. 2022, arXiv 2203.03466): matrices inside the blocks have 1/m of the
+        learning rate of embeddings, norms and other vectors, where m is `width`; their initial
+        variance and the factor on the logits are 1/m too. Matrices whose number of inputs does not
+        grow with dim are left out: the second one of a `LowRank`.
         """
         if self.width == 1:
             return {}
@@ -128,30 +134,30 @@ class Model(nn.Module):
         """The loss over a shard, or the logits that follow each of its tokens.
 
         Args:
-            tokens: (T,) int64, the shard's sequences end to end.
-            labels: (T,) int64, the token to predict at each place, −100 for none; or None.
+            tokens: (t,) int64, the shard's sequences end to end.
+            labels: (t,) int64, the token to predict at each place, −100 for none; or None.
             shard: where the sequences lie.
-            cache: one dict a block, for a sequence that goes on from the call before.
+            cache: of `new_cache`, for a sequence that is continued from call to call.
 
         Returns:
-            Without labels, the logits (T, vocabulary). With labels, in training, (loss,
-            cross_entropy), fp32 sums over the targets, z-loss in the first one only; in
-            evaluation (cross_entropy, likeliest), (T,) fp32 and (T,) bool, each token's own
-            and whether its label is the likeliest token; 0 and false without a label.
+            Without labels, the logits (t, V). With labels, in training (loss, cross_entropy), fp32
+            sums over the targets, the z-loss in the first one only; in evaluation (cross_entropy,
+            likeliest), (t,) fp32 and (t,) bool: each token's cross-entropy, and whether its label
+            is the likeliest token; 0 and false without a label.
         """
-        x = self.embedding(tokens).unsqueeze(0)
+        x = self.embedding(tokens).unsqueeze(0)  # (t,) -> (1, t, dim)
         for layer, block in enumerate(self.blocks):
             if self.config.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, shard, use_reentrant=False)
             else:
                 x = block(x, shard, None if cache is None else cache[layer])
-        hidden = self.norm(x).squeeze(0)
+        hidden = self.norm(x).squeeze(0)  # (1, t, dim) -> (t, dim)
         return self.head(hidden if self.width == 1 else hidden / self.width, labels)
 
     def new_cache(self) -> Cache:
         return [{} for _ in self.blocks]
 
     def flops(self, lengths: Sequence[int] | np.ndarray) -> float:
-        """FLOPs of one forward over sequences of these lengths, each kind of layer for itself."""
+        """FLOPs of one forward pass over sequences of these lengths, mixers included."""
         mixing = sum(block.mixer.mixing_flops(lengths) for block in self.blocks)
         return 2.0 * sum(lengths) * self.matmul_parameters + mixing

@@ -97,13 +97,17 @@ def _last(run: Path, config: Config, metric: str) -> float:
     path = run / "metrics.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        step = max((int(row["step"]) for row in rows), default=0)
+        found = [row for row in rows if "val_loss" in row and row["step"] == step]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); train the run first") from None
-    found = [row for row in rows if "val_loss" in row]
-    if not found or found[-1]["step"] < config.train.steps:
+    if step < config.train.steps:
         raise ConfigError(
-            f"{run} is at step {found[-1]['step'] if found else 0} of {config.train.steps}; "
-            "train it to its end first"
+            f"{run} is at step {step} of {config.train.steps}; train it to its end first"
+        )
+    if not found:
+        raise ConfigError(
+            f"{run} has no evaluation of step {step}: no document was held out; see data.validation"
         )
     if metric not in found[-1]:
         raise ConfigError(f"{run} has no {metric}; --metric may be another")

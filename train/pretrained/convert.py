@@ -24,7 +24,7 @@ from train.model.config import ModelConfig, expanded
 from train.model.mixers import hedgehog, liger
 from train.pretrained import adopt, families, weights
 from train.pretrained.distil import Distillation, distil
-from train.pretrained.export import Say
+from train.pretrained.weights import Say
 
 # Layers that have taken over another's projections have more to learn than a model that goes on.
 TAKEN_OVER = 1e-4

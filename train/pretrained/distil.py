@@ -29,7 +29,7 @@ from train.model.mixers._parts import full, repeat_heads
 from train.model.transformer import Model
 from train.pretrained import tokenizer as files
 from train.pretrained.adopt import Pretrained
-from train.pretrained.export import Say
+from train.pretrained.weights import Say
 
 _MAPS = ("q_map", "k_map")
 _REPORTS = 10

@@ -14,6 +14,7 @@ from data.settings import dump
 from train.model import mixers
 from train.model.config import ModelConfig
 
+OWN = "headrace"  # model_type of what transformers does not have
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 # The settings that all attention layers, or all linear ones, of a family have in common.
 _ALIKE = {

@@ -1,4 +1,5 @@
-"""Tensors by name in safetensors files: found without being read, and written in parts."""
+"""Tensors by name in safetensors files: found without being read, seen to be those of a model, and
+written in parts."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +21,10 @@ from torch import Tensor
 from data.beside import mapping, shown
 from data.settings import ConfigError
 from train.engine import WEIGHT
+from train.model.config import ModelConfig
+from train.model.transformer import Model
+
+Say = Callable[[str], None]  # told what is done, a line at a time
 
 PART_BYTES = 4 << 30
 THEIRS = "model"  # what such files are called in Hugging Face's format
@@ -72,6 +78,35 @@ class Tensors:
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._where[name].get_tensor(name + self._suffix)
         return tensor
+
+
+def skeleton(config: ModelConfig, vocab_size: int) -> Model:
+    """The model without memory for its weights: names and shapes."""
+    with torch.device("meta"):
+        return Model(config, vocab_size)
+
+
+def check(model: Model, shapes: dict[str, list[int]], source: Path) -> None:
+    """See that these are the shapes of the model's parameters.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    for name, parameter in model.named_parameters():
+        check_shape(name, parameter, shapes.get(name), source)
+
+
+def check_shape(name: str, parameter: Tensor, shape: list[int] | None, source: Path) -> None:
+    """See that a tensor of this shape is the parameter; None is one that is not there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if shape != list(parameter.shape):
+        raise ConfigError(
+            f"{source} is of another model: {name} is {shape} there and "
+            f"{list(parameter.shape)} by the settings of model"
+        )
 
 
 def of_family(folder: Path) -> Tensors:

@@ -1,4 +1,4 @@
-"""Clusters that plans are priced for: a YAML file here each, sizes in, seconds and bytes out."""
+"""Clusters that plans are priced for: one YAML file each, and the `Costs` that follow from it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,28 @@ import yaml
 
 from parallel.planning.costs import Costs
 
-BF16 = 2  # bytes of a number
-MEMORY_SLACK = 0.15  # how far a rank's activations may exceed the even share
-_AT_WORK = 3  # times q, k, v and o that the backward pass of a layer takes while it runs
+BF16 = 2  # bytes of one number
+MEMORY_SLACK = 0.15  # a rank's activations may exceed the even share by this fraction
+_AT_WORK = 3  # memory of a layer's backward pass while it runs, in units of its q, k, v and o
 _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A kind of node and its network; the YAML files of `clusters/` say what each is."""
+    """A kind of node and its network.
+
+    Attributes:
+        ranks_per_node: GPUs on one node.
+        tflops: peak of one GPU in dense bf16 products, 10¹² FLOPs a second.
+        matmul, attention: shares of that peak which large matrix products, and causal attention
+            over long sequences, reach.
+        inside_gb: 10⁹ bytes a second between one GPU and the others of its node.
+        nics, nic_gbit: network cards of a node, and 10⁹ bits a second of each.
+        network: share of a card's rate that transfers reach.
+        memory_gb: memory of one GPU, 10⁹ bytes.
+        latency_inside_us, latency_between_us: microseconds before the first byte arrives, inside
+            a node and between nodes.
+    """
 
     ranks_per_node: int
     tflops: float
@@ -47,11 +60,12 @@ class Cluster:
     def costs(
         self, heads: int, kv_heads: int, head_dim: int, dim: int, number_bytes: int = BF16
     ) -> Costs:
-        """What the planner weighs here for a layer of full attention.
+        """Costs of one full-attention layer on this cluster.
 
         Args:
-            dim: of what q, k and v are projected from and o to, wave by wave; 0 if not so.
-            number_bytes: of an activation.
+            dim: width of the hidden states that are projected to q, k and v, and to which o is
+                projected back, wave by wave; 0 if the layer does not project wave by wave.
+            number_bytes: bytes of one number of an activation.
         """
         nic = self.nic_gbit / 8 * 1e9 * self.network
         to_qkv, from_o = projections(heads, kv_heads, head_dim, dim)
@@ -73,19 +87,21 @@ class Cluster:
 
 
 def projections(heads: int, kv_heads: int, head_dim: int, dim: int) -> tuple[float, float]:
-    """FLOPs a token, forward, of the projections to q, k and v, and from o."""
+    """Forward FLOPs a token of two projections: hidden states to q, k and v; o back to them."""
     return 2.0 * dim * head_dim * (heads + 2 * kv_heads), 2.0 * dim * head_dim * heads
 
 
 def slack(kept: float, layer: float, others: float) -> float:
-    """How far a rank's tokens in full attention may exceed the even share, for activations.
+    """By which fraction a rank's tokens in full attention may exceed the even share.
 
-    They are kept within `MEMORY_SLACK`; q, k, v and o of these layers are but a part of them.
+    All activations of a rank may exceed it by `MEMORY_SLACK`. Only q, k, v and o of full attention
+    lie unevenly, so their token count may exceed it by more. All arguments are in one unit, say
+    bytes a token.
 
     Args:
-        kept: of q, k, v and o of a token, in all layers that keep them at a time.
-        layer: of these, in one layer.
-        others: of all else that a token leaves behind for the backward pass, in the same units.
+        kept: q, k, v and o of all full-attention layers that keep them at one time.
+        layer: q, k, v and o of one such layer.
+        others: everything else that a token leaves behind for the backward pass.
     """
     uneven = kept + _AT_WORK * layer
     return MEMORY_SLACK * (uneven + others) / uneven
@@ -97,26 +113,36 @@ def clusters() -> list[str]:
 
 
 def load_cluster(name: str) -> Cluster:
-    """The cluster of a name here, or of a YAML file."""
+    """The cluster with that name here, or described by the YAML file at that path.
+
+    Raises:
+        ValueError: neither exists, or a key or value of the file is wrong.
+    """
     path = _HERE / f"{name}.yaml" if name in clusters() else Path(name)
-    return Cluster(**numbers(path, Cluster, f"{name} is no cluster; {', '.join(clusters())} are"))
+    return Cluster(
+        **numbers(path, Cluster, f"cluster is {name!r}; it must be one of {', '.join(clusters())}")
+    )
 
 
 def cluster_of(device: str) -> Cluster:
-    """The cluster here whose name is part of a device's, "NVIDIA H200" say; else that of h800."""
+    """The cluster whose name is part of the device's name ("NVIDIA H200"); h800 if none is."""
     known = [name for name in clusters() if name in device.lower()]
     return load_cluster(known[0] if known else "h800")
 
 
 def numbers(path: Path, schema: type, unknown: str) -> dict[str, Any]:
-    """The mapping in a YAML file, checked against a dataclass of numbers."""
+    """A YAML file's mapping, whose keys are fields of the dataclass `schema` and values > 0.
+
+    Raises:
+        ValueError: no such file (the message begins with `unknown`), a wrong key or value.
+    """
     if not path.is_file():
-        raise ValueError(f"{unknown}, and a YAML file's path is taken too")
+        raise ValueError(f"{unknown}, or the path of a YAML file")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = {each.name for each in fields(schema)}
     if not isinstance(content, dict) or set(content) - known:
         extra = sorted(set(content) - known) if isinstance(content, dict) else content
-        raise ValueError(f"{path}: {extra} not known; the keys are {', '.join(sorted(known))}")
+        raise ValueError(f"{path}: unknown {extra}; the keys are {', '.join(sorted(known))}")
     for key, value in content.items():
         if not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"{path}: {key} is {value!r}; it must be a number above 0")

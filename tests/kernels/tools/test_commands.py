@@ -44,7 +44,7 @@ def test_a_kernel_compiles_and_is_inspected_without_a_gpu():
         assert "wgmma" in report["tensor_cores"]
 
 
-def test_what_is_known_is_not_compiled_again(tmp_path):
+def test_a_second_run_compiles_nothing(tmp_path):
     arguments = ("compile", "--arch", "sm_90", "--only", "linear D128 bfloat16 pair", "--json")
     kept = []
     for _ in range(2):
@@ -54,7 +54,7 @@ def test_what_is_known_is_not_compiled_again(tmp_path):
     assert kept[0] == kept[1]
 
 
-def test_spills_are_seen_where_they_are():
+def test_spills_are_counted():
     # Wider than any model's heads: a state of 256 rows leaves too few registers.
     result = run("compile", "--arch", "sm_90", "--only", "kda D256 bfloat16 forward", "--json")
     reports = json.loads(result.stdout)

@@ -1,4 +1,4 @@
-"""What is decided before a kernel is launched: the assembler, and where chunks lie."""
+"""What is computed before a kernel is launched: the assembler's path, and where chunks lie."""
 
 from types import SimpleNamespace
 

@@ -215,7 +215,7 @@ def test_the_map_of_a_segment_gives_its_final_state(decay, delta, poisoned_memor
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, [0], [0, 0, 0]])
-def test_no_tokens_pass_the_state_on(cu_seqlens):
+def test_without_tokens_the_final_state_is_the_initial_one(cu_seqlens):
     N = None if cu_seqlens is None else len(cu_seqlens) - 1
     inputs = tokens("scalar", True, 0, N=N, B=2 if cu_seqlens is None else 1)
     inputs = {n: x.float().to(DEVICE) for n, x in inputs.items()}

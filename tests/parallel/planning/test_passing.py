@@ -1,4 +1,4 @@
-"""Messages bring every fragment's state to it, and little between nodes."""
+"""Messages bring each fragment the state that enters it, and few of them cross between nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def passings(draw: st.DrawFn) -> tuple[Passing, Topology, int]:
 
 
 def heads_by(messages: list[Message], *fields: str) -> Counter:
-    """Every head of an item, by these fields of its messages."""
+    """How many messages carry each head of an item, counted by these fields of the messages."""
     return Counter(
         (*(getattr(m, field) for field in fields), head)
         for m in messages
@@ -30,7 +30,7 @@ def heads_by(messages: list[Message], *fields: str) -> Counter:
 
 
 @given(passings())
-def test_every_fragment_but_the_last_gives_its_map_once_and_every_one_but_the_first_is_told(
+def test_all_fragments_but_the_last_send_their_map_and_all_but_the_first_get_a_state(
     case: tuple[Passing, Topology, int],
 ) -> None:
     passing, _, heads = case
@@ -60,8 +60,8 @@ def test_between_nodes_go_one_map_and_one_state_a_run(
 
 
 @given(passings())
-def test_what_is_composed_has_arrived(case: tuple[Passing, Topology, int]) -> None:
-    """Whoever sends a run or a state holds the maps that it is made of."""
+def test_a_rank_composes_only_what_it_has_received(case: tuple[Passing, Topology, int]) -> None:
+    """A rank that sends a run's map or a state has received all that these are composed of."""
     passing, _, _ = case
     maps, runs, entries, states = passing.turns()
     came = heads_by(maps, "target", "item")
@@ -80,7 +80,7 @@ def test_what_is_composed_has_arrived(case: tuple[Passing, Topology, int]) -> No
         assert all(came[m.source, item, head] for item in before for head in range(*m.heads))
 
 
-def test_no_map_of_what_begins_a_sequence_travels() -> None:
+def test_first_fragments_and_runs_send_their_state_alone() -> None:
     for holders in ([0, 1], [0, 1, 2, 3, 1], [3, 0, 1]):
         turns = Passing(holders, 4, Topology(4, 2)).turns()
         for turn, kind in zip(turns, ("fragment", "run", "entry", "state"), strict=True):

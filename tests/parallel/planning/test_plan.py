@@ -41,7 +41,7 @@ Place = tuple[int, int]  # rank, offset
 
 
 def owners_of_tokens(layout: Layout, cu_seqlens: np.ndarray) -> list[dict[int, Place]]:
-    """The holder of each slice of every token of the stream; fails on one that is held twice."""
+    """The rank that holds each slice of each token of the stream; fails if two ranks hold one."""
     found: dict[int, dict[int, Place]] = {}
     of: dict[int, int] = {}
     columns = (layout.sequence, layout.start, layout.end, layout.rank, layout.offset)
@@ -72,8 +72,8 @@ def test_every_token_is_owned_once_in_each_layout(made: Plan) -> None:
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.data())
-def test_slices_of_heads_are_all_heads_once(kv_heads: int, ratio: int, data: st.DataObject) -> None:
-    """Each with the keys of its queries, evenly shared in it, as grouped attention wants."""
+def test_slices_cover_every_head_once(kv_heads: int, ratio: int, data: st.DataObject) -> None:
+    """Each slice has the key heads of its query heads, in the ratio of the whole layer."""
     heads = kv_heads * ratio
     slices = data.draw(st.integers(1, heads))
     every = split(heads, kv_heads, slices)
@@ -90,8 +90,8 @@ def test_slices_of_heads_are_all_heads_once(kv_heads: int, ratio: int, data: st.
 
 @quick
 @given(any_plan)
-def test_fragments_that_go_on_from_elsewhere_come_first(made: Plan) -> None:
-    """And neighbours on one rank are one fragment."""
+def test_fragments_that_continue_a_sequence_come_first(made: Plan) -> None:
+    """Adjoining runs of a sequence on one rank are one fragment."""
     for rank in range(made.topology.ranks):
         rows = made.stream.rows(rank)
         begins = (made.stream.start[rows] == 0).tolist()
@@ -105,10 +105,10 @@ def test_fragments_that_go_on_from_elsewhere_come_first(made: Plan) -> None:
 @quick
 @given(batches, topologies, any_costs)
 @example([65], Topology(8, 6), Costs(heads=4, kv_heads=4))  # slices lie over a smaller last node
-def test_tokens_leave_a_node_only_where_it_holds_too_many(
+def test_tokens_leave_a_node_only_if_it_holds_more_than_its_shards(
     lengths: list[int], where: Topology, costs: Costs
 ) -> None:
-    """Of rings whose seats lie on one node; where slices of heads lie on several, tokens must."""
+    """For rings whose seats are on one node; if slices are on several, tokens must cross."""
     made = plan(lengths, where, costs=costs)
     if any(np.ptp(where.node(ring.ranks), axis=2).any() for ring in made.rings):
         return
@@ -212,7 +212,7 @@ def test_a_rank_holds_its_rings_and_then_whole_sequences(made: Plan) -> None:
 
 @pytest.mark.parametrize(("nodes", "each"), [(1, 1), (1, 5), (2, 1), (2, 4), (3, 2)])
 def test_rounds_bring_every_block_to_every_member_once(nodes: int, each: int) -> None:
-    """Followed by hand: a block is handed over only by one who has held it since `ready`."""
+    """Followed round by round: a seat sends only a block that it has had since round `ready`."""
     size = nodes * each
     made = plan([size * 20], Topology(size, each), "even")
     held = [{member: 0} for member in range(size)]
@@ -239,7 +239,7 @@ def test_rounds_bring_every_block_to_every_member_once(nodes: int, each: int) ->
 def test_balanced_keeps_tokens_within_the_slack(
     lengths: list[int], where: Topology, slack: float, costs: Costs
 ) -> None:
-    """Two tokens a ring and sequence are allowed for rounding; of h slices, one counts 1/h."""
+    """Rounding of chunks: two tokens a ring and sequence. One of h slices counts 1/h."""
     made = plan(lengths, where, costs=costs, slack=slack)
     room = np.ceil((1 + slack) * sum(lengths) / where.ranks)
     for rank in range(where.ranks):
@@ -248,7 +248,7 @@ def test_balanced_keeps_tokens_within_the_slack(
 
 
 def pairs(made: Plan) -> np.ndarray:
-    """Query-key pairs of each rank, all heads of one taken together, position by position."""
+    """Query-key pairs of each rank, counted position by position; all heads are one pair."""
     found = np.zeros(made.topology.ranks)
     layout = made.attention
     for start, end, rank, slices in zip(
@@ -265,8 +265,8 @@ def test_short_sequences_stay_whole_and_on_their_node() -> None:
     assert all(len(rows) == 1 for rows in made.fragments)
 
 
-def test_no_sequence_is_cut_where_its_neighbours_spare_it() -> None:
-    """Halves and wholes of a shard, in an order that would cut them if it were kept."""
+def test_no_sequence_is_cut_where_another_order_cuts_none() -> None:
+    """Sequences of a shard and of half a shard, in an order that cuts some of them."""
     made = plan([500, 1000, 500, 1000, 500, 1000, 500, 1000], Topology(6, 6))
     assert all(len(rows) == 1 for rows in made.fragments)
 
@@ -296,7 +296,7 @@ def test_tokens_that_stay_on_their_rank_move_less() -> None:
 
 @pytest.mark.parametrize("by_node", [False, True])
 def test_a_sequence_whose_heads_are_split_lies_in_one_run_on_most_ranks(by_node: bool) -> None:
-    """A state, or a map, has to pass for every run."""
+    """Each run of it on a rank is a fragment, for which a state has to pass."""
     made = plan([60000], Topology(16, 8), "balanced", Costs(heads=16, kv_heads=16), 0.15, by_node)
     (ring,) = made.rings
     assert ring.slices > 1
@@ -304,7 +304,7 @@ def test_a_sequence_whose_heads_are_split_lies_in_one_run_on_most_ranks(by_node:
     assert runs.tolist() == [1] * 16
 
 
-def test_placings_that_differ_in_their_slices_alone_are_told_apart() -> None:
+def test_placings_that_differ_only_in_slices_are_different() -> None:
     ring, ulysses = (
         Owners(np.array([-1]), [np.arange(8).reshape(shape)]) for shape in ((1, 8, 1), (1, 1, 8))
     )
@@ -313,7 +313,7 @@ def test_placings_that_differ_in_their_slices_alone_are_told_apart() -> None:
 
 @pytest.mark.parametrize("by_node", [False, True])
 def test_routing_takes_all_ranks_of_a_node(by_node: bool) -> None:
-    """A ring over two nodes, and a node with more tokens than its share."""
+    """For a ring over two nodes, and for a node that takes tokens from another."""
     lengths = [40000, 7000, *[700] * 30]
     routed, direct = (
         price(plan(lengths, Topology(16, 8), by_node=by_node, routing=on), Costs()).traffic.between

@@ -1,4 +1,4 @@
-"""Plans are made beside the step before, once each, and from what the model is like."""
+"""Plans are made in the background, once each, and from the sizes of the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def same(one: Plan, two: Plan) -> bool:
     )
 
 
-def test_a_batch_begun_before_is_planned_beside_the_caller_and_once(planner: Planner) -> None:
+def test_a_batch_that_was_begun_is_planned_once_and_in_the_background(planner: Planner) -> None:
     threads = []
 
     def watched(*arguments: object, **more: object) -> Plan:

@@ -1,4 +1,4 @@
-"""How large shards are, and what ranks with unequal ones wait for."""
+"""Sizes of shards, and for whom ranks with unequal shards wait."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallel.planning.clusters import MEMORY_SLACK
 from parallel.planning.cost import price
 from parallel.planning.costs import Costs
 from parallel.planning.layout import Layout, Topology, moves
-from parallel.planning.owners import Owners, room, undivided
+from parallel.planning.owners import Owners, on_fewest_ranks, rank_capacity
 from parallel.planning.plan import Strategy, build, plan
 from parallel.planning.prices import Prices
 from tests.parallel.planning.test_plan import (
@@ -55,12 +55,12 @@ def test_shards_are_even_or_within_memory(
 
 @quick
 @given(batches, topologies, st.floats(0, 1))
-def test_an_undivided_sequence_has_the_fewest_ranks_with_room_for_it(
+def test_a_sequence_is_on_the_fewest_ranks_with_room_for_it(
     lengths: list[int], where: Topology, slack: float
 ) -> None:
     each = np.array(lengths, np.int64)
-    owners = undivided(Prices(each, where, Costs(rest=1e-6), True), slack)
-    limit = room(each, where, slack)
+    owners = on_fewest_ranks(Prices(each, where, Costs(rest=1e-6), True), slack)
+    limit = rank_capacity(each, where, slack)
     sizes = [1 if rank >= 0 else owners.grids[-1 - rank].size for rank in owners.owner.tolist()]
     for n, size in zip(lengths, sizes, strict=True):
         assert n <= size * limit or size == where.ranks
@@ -72,8 +72,8 @@ def test_an_undivided_sequence_has_the_fewest_ranks_with_room_for_it(
 
 
 @pytest.mark.parametrize("shards", ["node", "rank"])
-def test_a_rank_that_attention_needs_not_holds_one_token(shards: Any) -> None:
-    """Eight ranks of nine have a sequence to themselves, the ninth is a node of its own."""
+def test_a_rank_without_attention_work_holds_one_token(shards: Any) -> None:
+    """Eight of nine ranks have a sequence each; the ninth, alone on its node, has none."""
     ring = np.arange(8).reshape(1, 8, 1)
     owners = Owners(np.array([-1]), [ring], shards)
     made = build("balanced", np.array([8000]), owners, Topology(9, 8), by_node=True)
@@ -83,8 +83,8 @@ def test_a_rank_that_attention_needs_not_holds_one_token(shards: Any) -> None:
     assert np.bincount(made.stream.rank, made.stream.end - made.stream.start).min() == 1
 
 
-def test_who_has_more_of_attention_has_fewer_tokens() -> None:
-    """A long sequence makes one node's work; the others' short ones are most of the tokens."""
+def test_a_node_with_more_attention_work_has_fewer_tokens() -> None:
+    """One node has a long sequence, the others many short ones, which are most of the tokens."""
     lengths = [3000] + [100] * 90
     costs = Costs(rest=1e-7, heads=8, kv_heads=8)
     made = plan(lengths, Topology(6, 2), costs=costs)
@@ -95,7 +95,7 @@ def test_who_has_more_of_attention_has_fewer_tokens() -> None:
 
 
 def test_a_step_is_as_long_as_the_slowest_pair_that_meets() -> None:
-    """Rank 1 has most tokens, rank 0 attention's work; they wait for each other if one of them
+    """Rank 1 has most tokens, rank 0 most attention work; they wait for each other if one of them
     holds tokens that the other attends to."""
     costs = Costs(rest=1e-6, heads=2, kv_heads=2)
     lengths, where = np.array([3000, 3500]), Topology(2, 1)
@@ -103,12 +103,12 @@ def test_a_step_is_as_long_as_the_slowest_pair_that_meets() -> None:
     found = price(apart, costs)
     rest = np.outer([1, 2], apart.stream.tokens) * costs.rest
     assert apart.stream.tokens.tolist() == [3000, 3500]
-    np.testing.assert_allclose(found.together, (rest + found.finish).max(axis=1))
+    np.testing.assert_allclose(found.slowest, (rest + found.finish).max(axis=1))
     moved = replace(apart, stream=in_shards(apart.stream, [2900, 3600]))
     moved = replace(moved, to_attention=moves(moved.stream, apart.attention, apart.cu_seqlens))
     found = price(moved, costs)
     rest = np.outer([1, 2], moved.stream.tokens) * costs.rest
-    np.testing.assert_allclose(found.together, rest.max(axis=1) + found.finish.max(axis=1))
+    np.testing.assert_allclose(found.slowest, rest.max(axis=1) + found.finish.max(axis=1))
 
 
 def test_ranks_that_never_meet_do_not_wait_between_the_passes() -> None:

@@ -1,4 +1,4 @@
-"""The price of states is that of the messages they travel in, and the planner knows it."""
+"""The price of states is that of their messages, and the planner takes it into account."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_no_state_passes_where_no_sequence_is_cut() -> None:
     assert price_states(made, Costs(states=STATES))[0] == 0
 
 
-def test_states_hide_behind_what_is_computed_meanwhile() -> None:
+def test_states_overlap_what_is_computed_meanwhile() -> None:
     made, costs = plan([60000, 3000], Topology(16, 8)), Costs(states=STATES)
     shown, hidden = (
         price_states(made, replace(costs, states=replace(STATES, map_flops=0, beside_flops=flops)))
@@ -63,8 +63,8 @@ def test_states_hide_behind_what_is_computed_meanwhile() -> None:
     assert (shown[1].between == hidden[1].between).all()
 
 
-def test_where_states_are_dear_attention_gives_way() -> None:
-    """With few tokens a GPU a hybrid's plan is another than that of its attention alone."""
+def test_expensive_states_change_the_plan_of_attention() -> None:
+    """With few tokens a GPU a hybrid gets a plan with slower attention and cheaper states."""
     lengths = np.array([11168, 1437, 64, 3205, 510])
     case = Case(lengths, Topology(16, 8), load_cluster("h800"), MODELS["hybrid-7b"])
     costs = case.costs()

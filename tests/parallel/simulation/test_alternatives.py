@@ -14,7 +14,7 @@ import yaml
 from parallel.planning import plan as planning
 from parallel.planning.clusters import clusters, load_cluster
 from parallel.planning.layout import Topology
-from parallel.planning.owners import everywhere
+from parallel.planning.owners import on_all_ranks
 from parallel.simulation import simulate
 from parallel.simulation.models import MODELS
 from parallel.simulation.strategies import Case, lower_bound, our_plan, price_plan
@@ -38,9 +38,9 @@ from tests.parallel.simulation.test_simulate import EVEN_SHARDS, a_case
     ],
 )
 def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bound: float) -> None:
-    """On the cluster with the slowest network; and how near to the bound we come there.
+    """On the cluster with the slowest network, where we also stay near the bound.
 
-    Over batches: on single ones an alternative may be ahead that gives its ranks unequal tokens.
+    In the mean over batches: on a single one an alternative with unequal shards may be ahead.
     """
     batches = 4 if gpus < 256 else 2
     given = simulate.Settings("a800", model, lengths, gpus, 4096, 65536, batches, 0)
@@ -106,16 +106,16 @@ def test_few_long_sequences_come_near_the_bound(
     assert np.mean(found) <= over_bound
 
 
-def test_no_alternative_is_quicker_where_one_nearly_is() -> None:
-    """A setting where one long stood half a percent ahead: the best alternative gives its ranks
-    unequal tokens, and has no weights to gather in step."""
+def test_no_alternative_is_quicker_in_the_closest_known_setting() -> None:
+    """A setting in which one was half a percent ahead for long: the best alternative gives its
+    ranks unequal numbers of tokens, and they need not gather weights at the same time."""
     assert_nobody_is_ahead(
         simulate.Settings("h800", "llama-30b", "github", 32, 8192, 131072, 1, 7118)
     )
 
 
 def assert_nobody_is_ahead(given: simulate.Settings | Case) -> None:
-    """To a thousandth."""
+    """No alternative's step is shorter than ours by more than a thousandth."""
     cases = [given] if isinstance(given, Case) else simulate.cases(given)
     rows = simulate.by_strategy(cases)
     ours = rows.pop("headrace")
@@ -125,7 +125,7 @@ def assert_nobody_is_ahead(given: simulate.Settings | Case) -> None:
 @pytest.mark.parametrize("kind", ["one", "few", "equal", "one among short ones", "powers of two"])
 @pytest.mark.parametrize("gpus", [2, 3, 5, 7, 8, 12, 24, 36, 64])
 def test_no_alternative_is_quicker_on_an_odd_batch(kind: str, gpus: int) -> None:
-    """Of 512 tokens a GPU and more; of fewer, a step is latencies alone."""
+    """With 512 tokens a GPU or more; with fewer, a step is mostly latencies."""
     rng = np.random.default_rng(gpus)
     tokens = gpus * int(rng.choice([512, 2048, 8192]))
     match kind:
@@ -145,7 +145,7 @@ def test_no_alternative_is_quicker_on_an_odd_batch(kind: str, gpus: int) -> None
 
 @pytest.mark.parametrize("model", ["llama-3b", "hybrid-7b"])
 def test_one_document_among_thousands_is_placed_well_at_the_first_try(model: str) -> None:
-    """There is time to try but two or three placings of so many."""
+    """With so many sequences there is time to try only two or three placings."""
     short = np.random.default_rng(0).integers(16, 600, 2700).tolist()
     case = replace(a_case([1_280_000, *short], 128, model), cluster=load_cluster("h200"))
     assert price_plan(case, our_plan(case)).seconds <= 1.01 * lower_bound(case)
@@ -164,7 +164,7 @@ def test_one_document_among_thousands_is_placed_well_at_the_first_try(model: str
 def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(
     model: str, ranks_per_node: int, quicker: float
 ) -> None:
-    """Inside a node a dense model's step is as long either way."""
+    """In a model of full attention alone, on one node, such cuts gain nothing."""
     case = replace(a_case([19] * 77, 3, model), cluster=load_cluster("h800"))
     case = replace(case, topology=Topology(3, ranks_per_node))
     made = our_plan(case)
@@ -173,9 +173,9 @@ def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(
     assert sorted(made.stream.tokens.tolist()) == [25 * 19, 26 * 19, 26 * 19]
     step = price_plan(case, made).seconds
     assert step <= 1.014 * lower_bound(case)
-    even = everywhere(77, case.topology)
+    even = on_all_ranks(77, case.topology)
     with (
-        mock.patch.object(planning, "undivided", return_value=even),
+        mock.patch.object(planning, "on_fewest_ranks", return_value=even),
         mock.patch.object(planning, "_LIMITS", EVEN_SHARDS),
     ):
         assert price_plan(case, our_plan(case)).seconds > quicker * step

@@ -1,4 +1,4 @@
-"""The simulator's byte counts are the bytes that gloo is given to send."""
+"""The simulator counts the bytes that layers really pass to gloo to send."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def sent(
     layer: Callable,
     routing: bool = True,
 ) -> tuple[Sent, Plan]:
-    """What this rank sends in a layer's forward and backward pass."""
+    """Bytes that this rank sends in a layer's forward and backward pass."""
     world = dataclasses.replace(world, ranks_per_node=EACH)
     model = dataclasses.replace(MODEL, alone=alone)
     count = np.arange(sum(lengths))
@@ -85,7 +85,7 @@ def everywhere(found: list[tuple[Sent, Plan]]) -> Sent:
 @pytest.mark.parametrize(
     ("strategy", "alone"), [("balanced", False), ("balanced", True), ("ring", False)]
 )
-def test_of_planned_attention(
+def test_bytes_of_planned_attention(
     ranks, strategy: Attention, alone: bool, routing: bool, lengths: list[int]
 ) -> None:
     found = ranks(RANKS).run(sent, strategy, alone, lengths, attend, routing)
@@ -95,21 +95,22 @@ def test_of_planned_attention(
 
 
 def a_case(lengths: list[int], full_every: int) -> Case:
-    """The simulator's bytes are those of bf16, half of what fp32 sends; its states are fp32."""
+    """A case for the simulator, whose activations are bf16 (half the bytes of the fp32 sent here)
+    and whose states are fp32."""
     model = Model(full_every, HEADS * DIM, HEADS, KV_HEADS, 64, DIM, 64, full_every)
     return Case(np.array(lengths), Topology(RANKS, EACH), load_cluster("h800"), model)
 
 
-def test_of_ulysses(ranks) -> None:
-    """A sequence that needs all ranks."""
+def test_bytes_of_ulysses(ranks) -> None:
+    """For a sequence that needs all ranks."""
     found = ranks(RANKS).run(sent, "ulysses", False, [640], attend)
     simulated = ulysses(a_case([640], 1))
     assert sum(everywhere(found)) == pytest.approx(2 * (simulated.inside + simulated.between))
 
 
 @pytest.mark.parametrize("lengths", STREAMS, ids=str)
-def test_of_all_gather(ranks, lengths: list[int]) -> None:
-    """Keys and values of a rank's first sequence that lie before it, and their gradients."""
+def test_bytes_of_all_gather(ranks, lengths: list[int]) -> None:
+    """Sent are the keys and values before a rank's shard, of its first sequence, and gradients."""
     found = ranks(RANKS).run(sent, "allgather", False, lengths, attend)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     cuts = np.arange(1, RANKS) * sum(lengths) // RANKS
@@ -119,8 +120,8 @@ def test_of_all_gather(ranks, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("lengths", STREAMS, ids=str)
 @pytest.mark.parametrize(("layer", "M"), [(delta_rule, DIM * DIM), (decayed, DIM)])
-def test_of_linear_layers(ranks, layer: Callable, M: int, lengths: list[int]) -> None:
-    """M is a matrix under the delta rule, and a diagonal where there is a decay alone."""
+def test_bytes_of_linear_layers(ranks, layer: Callable, M: int, lengths: list[int]) -> None:
+    """M is a matrix with the delta rule, and a diagonal without."""
     found = ranks(RANKS).run(sent, "balanced", False, lengths, layer)
     states = States(1, HEADS, WORD * M, WORD * DIM * DIM, map_flops=0, beside_flops=0)
     _, traffic = price_states(found[0][1], Costs(states=states))

@@ -22,7 +22,7 @@ from parallel.planning.heads import fractions
 from parallel.planning.layout import Plan, Topology
 from parallel.planning.owners import Owners, grid
 from parallel.planning.plan import Strategy, build, plan
-from parallel.travel.exchange import Journey, sent_bytes
+from parallel.travel.exchange import Transfer, sent_bytes
 from parallel.travel.rings import ring_attention, share
 from tests.parallel.across import STREAMS, difference, noting, plans_in_waves
 from train.model.config import ModelConfig
@@ -87,7 +87,7 @@ def test_every_strategy_equals_one_softmax(
 def test_a_sliding_window_reaches_over_the_cuts(
     ranks, size: int, each: int, window: int, strategy: str
 ) -> None:
-    """fp64: to 1e-10; also between fragments of one sequence that a rank holds."""
+    """fp64: to 1e-10; also if a rank holds several fragments of one sequence."""
     for lengths in STREAMS:
         arguments = (lengths, strategy, window, 4, 2, None, each)
         assert max(ranks(size).run(attention, *arguments)) < 1e-10
@@ -107,7 +107,7 @@ def test_ulysses_splits_any_heads_over_any_ranks(
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_plan_of_a_model_with_heads_equals_one_softmax(ranks, size: int, alone: bool) -> None:
-    """fp64: to 1e-10; with tokens that stay on a node, and on a rank, as a dense model's."""
+    """fp64: to 1e-10; with tokens that stay on their node, and on their rank (no linear layers)."""
     model = FullAttention(heads=4, kv_heads=2, head_dim=DIM, alone=alone)
     for lengths in STREAMS:
         assert max(ranks(size).run(attention, lengths, "balanced", None, 4, 2, model)) < 1e-10
@@ -145,16 +145,18 @@ def in_waves(
 @pytest.mark.parametrize("by_wave", [False, True], ids=["at once", "wave by wave"])
 @pytest.mark.parametrize("waves", [1, 2, 4])
 @pytest.mark.parametrize(("each", "slices"), [(4, 1), (2, 1), (4, 2), (2, 2)])
-def test_heads_come_in_waves(ranks, each: int, slices: int, waves: int, by_wave: bool) -> None:
-    """fp64: to 1e-10; whether a caller has all heads at once or makes them wave by wave."""
+def test_waves_of_heads_equal_one_softmax(
+    ranks, each: int, slices: int, waves: int, by_wave: bool
+) -> None:
+    """fp64: to 1e-10; whether the caller has all heads at once or computes them wave by wave."""
     for lengths in STREAMS:
         got = ranks(4).run(in_waves, each, lengths, waves, slices, by_wave)
         assert max(got) < 1e-10
 
 
 @pytest.mark.parametrize(("heads", "slices"), [((6, 6), 2), ((10, 10), 4), ((12, 6), 4)], ids=str)
-def test_uneven_slices_take_turns(ranks, heads: tuple[int, int], slices: int) -> None:
-    """fp64: to 1e-10; where no keys are shared, ranks come to have as many heads, or one more."""
+def test_uneven_slices_rotate_from_wave_to_wave(ranks, heads: tuple[int, int], slices: int) -> None:
+    """fp64: to 1e-10; if slices share no key head, ranks have equal heads, or one more."""
     for lengths in STREAMS:
         assert max(ranks(4).run(in_waves, 2, lengths, 2, slices, True, heads)) < 1e-10
     queries, _ = fractions(*heads, slices, waves=2)
@@ -231,7 +233,7 @@ def test_routing_changes_no_result(ranks, strategy: Strategy) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers in any tensor that an op makes."""
+    """Records the number of elements of the largest tensor that any op creates."""
 
     numbers = 0
 
@@ -258,7 +260,7 @@ def largest_tensor(world: World, length: int, strategy: str, window: int | None)
     [("balanced", None), ("ring", None), ("ulysses", None), ("allgather", 64)],
 )
 def test_no_rank_holds_a_copy_of_the_stream(ranks, strategy: str, window: int | None) -> None:
-    """No tensor is larger than a shard's q by more than a channel's padding to eight."""
+    """No tensor is larger than a shard's q, whose channels may be padded to a multiple of eight."""
     length = 8192
     share = length // 4 * 4 * (DIM + 8)
     assert max(ranks(4).run(largest_tensor, length, strategy, window)) <= share
@@ -288,7 +290,7 @@ def test_a_ring_sends_a_block_a_round_and_twice_as_much_back(ranks, ranks_per_no
 
 
 def calls_of_a_layer(world: World, waves: int) -> list[str]:
-    """What one layer of attention does, forward and backward, in the order of its calls."""
+    """The calls of one attention layer, forward and backward, in order."""
     told: list[str] = []
 
     settings = {"attention": {"heads": 4, "head_dim": DIM}}
@@ -298,9 +300,9 @@ def calls_of_a_layer(world: World, waves: int) -> list[str]:
         stack.enter_context(plans_in_waves(waves))
         _, _, shard = distribute(count, count, np.array([0, 29, 48]), world, ParallelConfig())
         for owner, name, what in (
-            (Journey, "start", "departs"),
-            (Journey, "start_back", "departs"),
-            (Journey, "finish", "arrives"),
+            (Transfer, "start", "departs"),
+            (Transfer, "start_back", "departs"),
+            (Transfer, "finish", "arrives"),
             (_Rows, "forward", "to qkv"),
             (_Rows, "backward", "to qkv"),
             (_Columns, "forward", "from o"),
@@ -313,7 +315,7 @@ def calls_of_a_layer(world: World, waves: int) -> list[str]:
 
 
 def test_the_first_and_the_last_wave_travel_beside_projections(ranks) -> None:
-    """Forward q, k and v of the first and o of the last, backward the gradients of the same."""
+    """Forward q, k, v of the first wave and o of the last one, backward their gradients."""
     to, back, go, come = "to qkv", "from o", "departs", "arrives"
     forward = [to, go, to, go, come, go, come, go, come, back, come, back]
     backward = [back, go, back, go, come, go, come, go, come, to, come, to]

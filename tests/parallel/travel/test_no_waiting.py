@@ -1,4 +1,4 @@
-"""Nothing on the way of a step makes the host wait for a device.
+"""No op of a step makes the host wait for a device.
 
 Ops whose result the host must read (`item`, `nonzero`, a mask as an index, a copy to the CPU) wait
 on a GPU for all that runs there. Without a GPU they can still be seen: every op of a hybrid's

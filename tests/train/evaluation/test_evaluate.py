@@ -20,7 +20,7 @@ from train.__main__ import main
 from train.config import read
 from train.evaluation.evaluate import ByOctave
 from train.evaluation.longcontext import validate
-from train.evaluation.trained import trained
+from train.evaluation.trained import load
 from train.model import mixers
 from train.monitor.table import kind
 
@@ -80,14 +80,14 @@ def test_octaves_hold_what_belongs_to_them() -> None:
 
 def test_validation_agrees_with_the_logits_of_every_token(text_run: Path) -> None:
     """The row of the last step, and the same by hand from all logits of the saved weights."""
-    made = trained(text_run, read(text_run / "config.yaml"))
+    made = load(text_run)
     losses: list[np.ndarray] = []
     right: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     size = 0
-    byte_lengths = made.material.tokenizer.byte_lengths()
-    for batch in made.material.validation(2048):
+    byte_lengths = made.tokenizer.byte_lengths()
+    for batch in made.stored.material.validation(2048):
         each = np.diff(batch.cu_seqlens)
         with torch.no_grad():
             logits = made.model(torch.from_numpy(batch.tokens), None, shard(each, "cpu"))
@@ -101,7 +101,7 @@ def test_validation_agrees_with_the_logits_of_every_token(text_run: Path) -> Non
         size += int(byte_lengths[batch.labels[asked]].sum())
     loss, hit, position, length = map(np.concatenate, (losses, right, positions, lengths))
 
-    summary, by_position, by_document = validate(made, 2048, 128)
+    summary, by_position, by_document = validate(made, made.stored.material, 2048, 128)
     (row,) = [row for row in rows(text_run) if row.get("step") == 2 and "val_loss" in row]
     for got in (summary, row):
         assert got["val_loss"] == pytest.approx(loss.mean(), rel=1e-5)
@@ -163,7 +163,31 @@ def test_generate_goes_on_from_a_prompt(
     assert main(["generate", str(text_run), "x", "--temperature", "-1"]) == 2
     assert "--temperature is -1.0" in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "x"]) == 2
-    assert "is no run's folder" in capsys.readouterr().err
+    assert "holds no model" in capsys.readouterr().err
+
+
+def test_a_prompt_that_the_task_does_not_know_is_told_at_the_end(
+    recall_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps are done by then: all that is missing is the sample."""
+    file = recall_run.parent.parent / "recall.yaml"
+    words = [f"run.root={tmp_path}", "train.steps=1", "eval.sample_tokens=3"]
+    assert main([str(file), *words]) == 0
+    told = capsys.readouterr().out
+    assert "no sample: 'def' is no token of the recall task" in told
+    assert "to go on:" in told
+    assert main(["generate", str(tmp_path / "recall"), "3 4", "--tokens", "2"]) == 0
+    assert len(capsys.readouterr().out.split()) == 4
+    assert main(["generate", str(tmp_path / "recall"), "def "]) == 2
+
+
+@pytest.mark.parametrize("word", ["eval.sample_tokens=-1", "eval.temperature=-0.5"])
+def test_a_sample_that_cannot_be_made_is_refused_before_the_run(
+    word: str, text_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(text_run.parent.parent / "tiny.yaml"), word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert word.partition("=")[0] in line
 
 
 def test_a_run_on_recall_goes_on_to_the_same_bits(recall_run: Path) -> None:

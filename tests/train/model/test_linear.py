@@ -1,4 +1,4 @@
-"""A linear layer in parts gives what an undivided one gives, forward and backward."""
+"""A linear layer in parts equals a whole one, forward and backward."""
 
 from __future__ import annotations
 

@@ -106,7 +106,8 @@ def test_decoding_by_pieces_gives_the_logits_of_one_forward() -> None:
 
 def test_generation_is_greedy_at_temperature_zero_and_seeded_above() -> None:
     class Letters:
-        bos_id, eos_id = 0, 1
+        vocab_size, bos_id = VOCABULARY, 0
+        end_ids = frozenset({1})
 
         def encode(self, text: str) -> list[int]:
             return [ord(letter) % VOCABULARY for letter in text]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from data import tokenizer as tokenizers
-from train.config import Config
+from data.tokenizer import Tokenizer
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.pretrained import export as exported
 from train.pretrained import weights
+from train.pretrained.folder import find
 
-VOCABULARY = 53
+VOCABULARY = 600
 PLAIN = {"qk_norm": False, "output_gate": False}
 OLMO = {"qk_norm_over": "heads", "output_gate": False, "head_dim": 8}
 GDN = {"heads": 2, "value_heads": 4, "head_dim": 6, "value_head_dim": 10}
@@ -95,22 +98,25 @@ def make(settings: ModelConfig, vocabulary: int = VOCABULARY) -> Model:
     return model
 
 
-def save(model: Model, folder: Path) -> Path:
-    """A folder as `import` leaves it, without a tokenizer."""
+def save(model: Model, folder: Path, tokenizer: Tokenizer) -> Path:
+    """A folder as `import` leaves it."""
     folder.mkdir()
     weights.write(model.named_parameters(), folder, weights.OURS)
+    (folder / tokenizer.file).write_bytes(tokenizer.model)
+    sections = {
+        "model": asdict(model.config),
+        "data": {"tokenizer": str(folder / tokenizer.file)},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     return folder
 
 
 def export(model: Model, folder: Path, style: str = "auto", dtype: str = "fp32") -> list[str]:
     """What `export` says, of a folder with the model's weights."""
-    run = save(model, folder.with_name(f"{folder.name}-run"))
     pieces = tokenizers.train([Path(__file__).read_text(encoding="utf-8")], 600)
-    (run / pieces.file).write_bytes(pieces.model)
-    settings = Config(model=model.config)
-    settings.data.tokenizer = str(run / pieces.file)
+    run = save(model, folder.with_name(f"{folder.name}-run"), pieces)
     said: list[str] = []
-    exported.export(run, settings, folder, None, style, dtype, said.append)
+    exported.export(find(run), folder, style, dtype, said.append)
     return said
 
 

@@ -17,6 +17,7 @@ from train.config import Config, read
 from train.pretrained import adopt
 from train.pretrained import export as exported
 from train.pretrained import tokenizer as files
+from train.pretrained.folder import find
 
 pytestmark = pytest.mark.usefixtures("torch_code")
 
@@ -101,12 +102,11 @@ def test_a_chat_survives_import_and_export(instruct: Path, tmp_path: Path) -> No
     held = tokenizers.load(Path(str(settings.data.tokenizer)))
     assert (held.bos_id, held.eos_id, held.pad_id) == (1, 2, 3)
     assert held.end_ids == {0, 2}
-    exported.export(tmp_path / "ours", settings, tmp_path / "hf", None, "auto", "fp32", print)
+    exported.export(find(tmp_path / "ours"), tmp_path / "hf", "auto", "fp32", print)
     check(tmp_path / "hf", instruct, 300)
     # And a second time round.
     adopt.adopt(tmp_path / "hf", tmp_path / "again", print)
-    settings = read(tmp_path / "again" / "config.yaml")
-    exported.export(tmp_path / "again", settings, tmp_path / "hf2", None, "auto", "fp32", print)
+    exported.export(find(tmp_path / "again"), tmp_path / "hf2", "auto", "fp32", print)
     check(tmp_path / "hf2", instruct, 300)
 
 
@@ -130,8 +130,7 @@ def test_a_chat_survives_a_run_whose_import_is_gone(
     run = tmp_path / "runs" / "onward"
     ours.rename(tmp_path / "moved")
     words = [f"data.tokenizer={corpus}/tokenizer.json"]
-    settings = read(run / "config.yaml", words)
-    exported.export(run, settings, tmp_path / "hf", None, "auto", "fp32", print)
+    exported.export(find(run, words), tmp_path / "hf", "auto", "fp32", print)
     check(tmp_path / "hf", instruct, 400)
 
 

@@ -28,13 +28,14 @@ from tests.train.pretrained.shapes import (
 )
 from tests.train.runs import rows
 from train.__main__ import main
-from train.config import Config, read
+from train.config import read
 from train.model import mixers
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.pretrained import adopt, weights
 from train.pretrained import export as exported
 from train.pretrained import tokenizer as files
+from train.pretrained.folder import find
 from train.survival import manifest
 
 pytestmark = pytest.mark.usefixtures("torch_code")
@@ -90,9 +91,7 @@ def test_import_gives_back_the_model_and_every_bit_of_theirs(name: str, tmp_path
             assert torch.equal(held.read(label), parameter), label
         assert layers(settings.model) == layers(model.config)
     # What is exported once more has the bits of the first export.
-    again = Config(model=settings.model)
-    again.data.tokenizer = settings.data.tokenizer
-    exported.export(tmp_path / "back", again, tmp_path / "again", None, "auto", "fp32", print)
+    exported.export(find(tmp_path / "back"), tmp_path / "again", "auto", "fp32", print)
     first, second = (weights.of_family(tmp_path / folder) for folder in ("hf", "again"))
     assert first.names == second.names
     assert all(torch.equal(first.read(label), second.read(label)) for label in first.names)

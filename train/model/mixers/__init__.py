@@ -1,10 +1,10 @@
-"""Mixers: how tokens learn of each other. One file each, found by its name.
+"""Mixers: the layers in which tokens of a sequence affect each other. A file each.
 
-A mixer's file holds `Config`, a dataclass of its settings (read from
-`model.mixers.<name>`), and `Mixer`, a subclass of the one below. The name in
-`model.pattern` is the file's. A name may also be made up in `model.mixers`, with `kind`
-naming the file: two kinds of attention in one model, say. Files whose names begin with an
-underscore are no mixers: `_parts.py` has what several of them share.
+A mixer's file holds `Config`, a dataclass of its settings (`model.mixers.<name>.*`), and `Mixer`,
+a subclass of the one below. `model.pattern` names the file. A model may also use one file under
+several names with different settings: then `model.mixers.<name>.kind` names the file. Files whose
+names begin with an underscore are no mixers; `_parts.py` has what several mixers share. `gla.py` is
+a good one to read first.
 """
 
 from __future__ import annotations
@@ -33,29 +33,32 @@ class Mixer(nn.Module, ABC):
         super().__init__()
 
     def reset_parameters(self) -> None:
-        """Initialise what is no Linear's weight or bias; those the model has set already."""
+        """Initialise the parameters that are not weights or biases of an `nn.Linear`, which the
+        model initialises before."""
 
     @abstractmethod
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
-        """Mix the tokens of `x` (1, T, dim) within the sequences of `shard`.
+        """Mix tokens inside the sequences of `shard`: x (1, t, dim) -> (1, t, dim).
 
-        `cache` is None in training. In generation it is a dict, empty before a sequence's
-        first call, in which the mixer leaves what the sequence's next call needs.
+        Args:
+            cache: None in training. In generation a dict, empty before a sequence's first call, in
+                which the mixer keeps what the sequence's next call needs: a state, or keys and
+                values.
         """
 
     @abstractmethod
     def mixing_flops(self, lengths: Sequence[int] | np.ndarray) -> float:
-        """FLOPs of one forward over sequences of these lengths, without the projections."""
+        """FLOPs of one forward pass over sequences of these lengths, without projections."""
 
 
 def names() -> list[str]:
-    """Every mixer there is a file for."""
+    """Names of all mixers: of the files here that do not begin with an underscore."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in found if not name.startswith("_"))
 
 
 def resolve(name: str, config: ModelConfig) -> tuple[ModuleType, Any]:
-    """The file and the filled settings behind a name of `model.pattern`.
+    """The module and the settings of a name in `model.pattern`.
 
     Raises:
         ConfigError: there is no such mixer, or it has no such setting.
@@ -73,12 +76,13 @@ def resolve(name: str, config: ModelConfig) -> tuple[ModuleType, Any]:
 
 
 def check(config: ModelConfig) -> None:
-    """Fill the settings of every mixer in use, and refuse names that mean nothing.
+    """Check the settings of every mixer in use, and the names in `mixers` and `post_norm`.
 
-    Settings of a mixer that there is may wait for a pattern that uses it: a sweep's base.
+    Settings of a mixer that no block uses are allowed if it has a file: the base of a sweep sets
+    several.
 
     Raises:
-        ConfigError: as `resolve`.
+        ConfigError: as `resolve`, or a name is neither in the pattern nor that of a file.
     """
     for name in dict.fromkeys(config.pattern):
         resolve(name, config)

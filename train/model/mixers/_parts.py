@@ -1,4 +1,4 @@
-"""Parts that several mixers are made of; a mixer's own file holds what is its own."""
+"""Parts that several mixers share: heads, projections, convolution, recurrence, gates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.model.linear import InParts, Linear
 
 @dataclass
 class Heads:
-    """Settings of every mixer whose state is a matrix a head."""
+    """Settings of every mixer whose state is one matrix a head."""
 
     heads: int = setting(4, "heads of q and k")
     value_heads: int | None = setting(None, "heads of v, a multiple of heads (null: as many)")
@@ -45,15 +45,16 @@ class Heads:
 
 @dataclass
 class ConvolvedHeads(Heads):
-    """Those of a mixer that is published with the short convolution."""
+    """`Heads` for mixers that are published with the short convolution."""
 
     conv_size: int = setting(4, "tokens under the short convolution; 0 for none")
 
 
 class LinearMixer(mixers.Mixer):
-    """A mixer on the one recurrence, with its projections to q, k, v and from the output.
+    """A mixer on `kernels.linear_attention`, with its projections to q, k, v and from o.
 
-    A subclass adds what makes decay, β and gates, and a `forward` that reads as its equation.
+    A subclass adds the projections to decay, β and gates, and a `forward` that reads as its
+    equation.
     """
 
     delta = False  # whether the recurrence is the delta rule
@@ -78,7 +79,10 @@ class LinearMixer(mixers.Mixer):
     def project(
         self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v by head, after the short convolution and SiLU if there is one."""
+        """x (1, t, dim) -> q, k (1, t, Hk, Dk) and v (1, t, Hv, Dv).
+
+        After the short convolution and SiLU, if there is one.
+        """
         qkv = convolved(self.qkv(x), self.conv, self.conv_bias, shard, cache)
         q, k, v = qkv.split(self.widths, dim=-1)
         return by_head(q, self.heads), by_head(k, self.heads), by_head(v, self.value_heads)
@@ -90,12 +94,12 @@ class LinearMixer(mixers.Mixer):
 
 
 def short_filters(channels: int, size: int) -> nn.Parameter | None:
-    """Filters of a short convolution over `size` tokens; None without one."""
+    """Filters (channels, size) of a short convolution; None for size 0."""
     return nn.Parameter(torch.empty(channels, size)) if size else None
 
 
 def reset_filters(filters: Tensor | None) -> None:
-    """As `nn.Conv1d` begins."""
+    """Initialise filters (channels, size) as `nn.Conv1d` does."""
     if filters is not None:
         bound = filters.shape[1] ** -0.5
         nn.init.uniform_(filters, -bound, bound)
@@ -108,7 +112,7 @@ def convolved(
     shard: Shard,
     cache: dict[str, Tensor] | None,
 ) -> Tensor:
-    """`x` after the short convolution and SiLU; `x` itself without filters."""
+    """x (1, t, channels) after the short convolution and SiLU; x itself if filters are None."""
     if filters is None:
         return x
     x, halo = parallel.short_convolution(
@@ -135,7 +139,7 @@ def recur(
     scale: float | None = None,
     meanwhile: Later | None = None,
 ) -> Tensor:
-    """o of `kernels.linear_attention`, from the cache's state if there is a cache."""
+    """o (1, t, Hv, Dv) of `kernels.linear_attention`; from and to the state in a cache, if any."""
     o, state = parallel.linear_attention(
         q,
         k,
@@ -154,8 +158,8 @@ def recur(
 
 
 class Later:
-    """A projection of x that is wanted only when states have arrived, and made while they travel:
-    the `meanwhile` of `parallel.linear_attention`."""
+    """A projection of x that is computed in pieces while states travel: a `meanwhile` for
+    `parallel.linear_attention`, whose `value` is there afterwards."""
 
     def __init__(self, linear: Linear, x: Tensor) -> None:
         self._linear, self._x = linear, x
@@ -170,24 +174,25 @@ class Later:
 
     @property
     def value(self) -> Tensor:
-        """(…, out), once all pieces are made."""
+        """The projection (…, out), once all pieces were computed."""
         return self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces, dim=-1)
 
 
 def average(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, cache: dict[str, Tensor] | None
 ) -> Tensor:
-    """Σ_j ⟨q_i, k_j⟩ v_j / Σ_j ⟨q_i, k_j⟩ over j ≤ i, for q and k that are never negative.
+    """o_i = Σ_j ⟨q_i, k_j⟩ v_j / Σ_j ⟨q_i, k_j⟩ over j ≤ i, for q and k that are never negative.
 
-    The sum of the weights comes from one more column of values, all ones.
+    The denominator is the output of one more channel of v, all ones.
     """
+    # v (1, t, H, Dv) -> (1, t, H, Dv + 1)
     o = recur(q, k, F.pad(v, (0, 1), value=1.0), None, None, shard, cache, scale=1.0)
-    # Features may all be 0, and then the gradient must not overflow.
+    # All features may be 0; the gradient must not overflow then.
     return o[..., :-1] / o[..., -1:].clamp_min(1e-12)
 
 
 class LowRank(nn.Module):
-    """A projection through `rank` channels."""
+    """A projection through `rank` channels: (…, dim) -> (…, rank) -> (…, out)."""
 
     def __init__(self, dim: int, rank: int, out: int, bias: bool = False) -> None:
         super().__init__()
@@ -199,11 +204,11 @@ class LowRank(nn.Module):
 
 
 class BoundedForgetGate(nn.Module):
-    """a = γ + (1 − γ) σ(f): HGRN's forget gate, whose lower bound γ grows with the depth.
+    """a = γ + (1 − γ) σ(f): HGRN's forget gate, with a lower bound γ that grows with the depth.
 
-    The papers tie the bounds of all layers by one cumulative softmax over the depth. Here
-    each layer learns its own from where that softmax starts, layer / layers, so that a layer
-    needs no other; the first has none, as there.
+    In the papers the bounds of all layers come from one cumulative softmax over the depth. Here
+    each layer learns its own γ, starting at layer / layers as that softmax does, so that a layer
+    depends on no other. The first layer has no bound, as in the papers.
     """
 
     def __init__(self, dim: int, layer: int, layers: int) -> None:
@@ -213,7 +218,7 @@ class BoundedForgetGate(nn.Module):
         self.bound = nn.Parameter(torch.full((dim,), start)) if layer else None
 
     def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """log a and 1 − a, each in a form that is exact near 0."""
+        """f (…, dim) -> log a and 1 − a, (…, dim) each, both exact near 0."""
         f = full(f)
         if self.bound is None:
             return F.logsigmoid(f), torch.sigmoid(-f)
@@ -223,22 +228,22 @@ class BoundedForgetGate(nn.Module):
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
-    """(…, heads · D) to (…, heads, D)."""
+    """(…, heads · D) -> (…, heads, D)."""
     return x.unflatten(-1, (heads, -1))
 
 
 def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """(…, heads, D) to (…, heads · times, D), copies side by side; once is a view."""
+    """(…, heads, D) -> (…, heads · times, D), a head's copies adjacent; a view for times 1."""
     return x.unsqueeze(-2).expand(*x.shape[:-1], times, x.shape[-1]).flatten(-3, -2)
 
 
 def full(x: Tensor) -> Tensor:
-    """`x` in fp32, or as it is if that is fp64: for what goes into an exponent."""
+    """x in fp32 (fp64 stays): for what goes into an exponent."""
     return x.to(accumulation_dtype(x.dtype))
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """`x` with rows of length 1."""
+    """x (…, D) with every row scaled to length 1."""
     return x * torch.rsqrt(full(x).square().sum(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 

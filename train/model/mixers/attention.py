@@ -89,30 +89,34 @@ class ProjectedMixer(mixers.Mixer):
         self.out = Linear(query_dim, model.dim, bias=False)
 
     def project(self, x: Tensor, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
-        """q (1, T, heads, D), k and v (1, T, kv_heads, D), normed and turned."""
+        """x (1, t, dim) -> q (1, t, heads, D), k and v (1, t, kv_heads, D), normed and rotated."""
         q, k, v = self.project_unturned(x)
         return self.turn(q, shard), self.turn(k, shard), v
 
     def project_unturned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same without rotary embedding."""
+        """As `project`, without rotary embedding."""
         return self.by_head(self.qkv(x))
 
     def by_head(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v side by side, to heads with their norms."""
+        """(1, t, (heads + 2 · kv_heads) · D) -> q, k and v by head, normed."""
         q, k, v = qkv.split(self.widths, dim=-1)
         return self.normed(q, k, v)
 
     def normed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """To heads with their norms; some of the heads will do if each has a norm of its own."""
+        """(1, t, heads · D) each -> (1, t, heads, D), q and k normed.
+
+        These may be some of the heads only, unless the norm is over all heads.
+        """
         if self.norm_over == "heads":
             q, k = self.q_norm(q), self.k_norm(k)
+        # (1, t, heads · D) -> (1, t, heads, D)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.norm_over == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
     def turn(self, head: Tensor, shard: Shard) -> Tensor:
-        """Rotary embedding on the share of each head that has it."""
+        """Rotary embedding of (1, t, heads, D), on the first `rotary_dim` channels."""
         if not self.rotary_dim:
             return head
         return kernels.rotary_embedding(
@@ -120,8 +124,8 @@ class ProjectedMixer(mixers.Mixer):
         )
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
-        """From o (1, T, heads, D) of the block's input `x` to the residual stream."""
-        o = o.flatten(-2)
+        """o (1, t, heads, D) -> (1, t, dim): gated by x, the block's input, and projected."""
+        o = o.flatten(-2)  # (1, t, heads, D) -> (1, t, heads · D)
         if self.gate is not None:
             o = o * self.gate(x).sigmoid()
         return self.out(o)
@@ -140,7 +144,7 @@ class Mixer(ProjectedMixer):
 
     @property
     def by_wave(self) -> bool:
-        """Whether a head's q, k and v can be had without the other heads'."""
+        """Whether q, k and v of some heads can be computed without the other heads."""
         return self.conv is None and self.norm_over != "heads"
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
@@ -151,7 +155,7 @@ class Mixer(ProjectedMixer):
         return self.finish(attend(q, k, v, shard, cache, self.window), x)
 
     def _in_waves(self, x: Tensor, shard: Shard) -> Tensor:
-        """Each wave of heads on its way as soon as it is projected; what comes back likewise."""
+        """Project and send one wave of heads after the other, then receive and project back."""
         attention = parallel.SoftmaxAttention(shard, self.heads, self.kv_heads, self.window)
         qkv = InParts(self.qkv, len(attention.leaving))
         out = InParts(self.out, len(attention.arriving))
@@ -164,13 +168,13 @@ class Mixer(ProjectedMixer):
             gates = self.gate(x).sigmoid().split([b - a for a, b in columns], dim=-1)
         y = None
         for waves, run, gate in zip(attention.arriving, columns, gates, strict=True):
-            o = attention.receive(waves).flatten(-2)
+            o = attention.receive(waves).flatten(-2)  # (1, t, h, D) -> (1, t, h · D)
             y = out.columns(o if gate is None else o * gate, run, y)
         assert y is not None  # a layer has a wave of heads
         return y
 
     def _rows(self, waves: Waves) -> list[Run]:
-        """Of the waves' q, k and v among all outputs of `qkv`."""
+        """Rows of `qkv` that compute the waves' q, k and v."""
         begins = itertools.accumulate(self.widths, initial=0)
         runs = (self._channels(waves, heads) for heads in (self.heads, *[self.kv_heads] * 2))
         return [(begin + a, begin + b) for begin, (a, b) in zip(begins, runs, strict=False)]
@@ -193,12 +197,12 @@ def attend(
     cache: dict[str, Tensor] | None,
     window: int | None,
 ) -> Tensor:
-    """o of `kernels.softmax_attention`, to the keys and values in the cache too."""
+    """o (1, t, heads, D) of softmax attention; with a cache also to the keys and values in it."""
     cu_seqlens_k = None
     if cache is not None:
         if "k" in cache:
             k, v = torch.cat([cache["k"], k], dim=1), torch.cat([cache["v"], v], dim=1)
-        # What a window has passed by is never seen again.
+        # Keys before every later token's window are dropped.
         kept = 0 if window is None else max(0, k.shape[1] - window + 1)
         cache.update(k=k[:, kept:], v=v[:, kept:])
         cu_seqlens_k = torch.tensor([0, k.shape[1]], dtype=torch.int32, device=k.device)

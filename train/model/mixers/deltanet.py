@@ -46,4 +46,5 @@ class Mixer(LinearMixer):
         later = None if self.gate is None else Later(self.gate, x)
         o = recur(unit_length(q), unit_length(k), v, None, beta, shard, cache, meanwhile=later)
         gate = None if later is None else by_head(later.value, self.value_heads)
+        # (1, t, Hv, Dv) -> (1, t, Hv · Dv) -> (1, t, dim)
         return self.out(self.norm(o, gate).flatten(-2))

@@ -32,7 +32,10 @@ class Config(ConvolvedHeads):
 
 
 class Mixer(LinearMixer):
-    """Projections, a short convolution, the recurrence, a gated norm."""
+    """S_t = a_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ, keys of length 1, a gated norm on o.
+
+    log a_t = −exp(A_log) · softplus(dt_t + dt_bias), one a token and head.
+    """
 
     delta = True
 
@@ -40,7 +43,7 @@ class Mixer(LinearMixer):
         super().__init__(model, config, layer)
         self.largest_beta = 2 if config.negative_eigenvalues else 1
         self.gate = Linear(model.dim, self.value_dim, bias=False)
-        # β and the input-dependent part of the decay: a number each, a token and head.
+        # (…, dim) -> (…, 2 · Hv): β, and the part of the decay that depends on the token.
         self.beta_decay = nn.Linear(model.dim, 2 * self.value_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
@@ -57,4 +60,5 @@ class Mixer(LinearMixer):
         beta = self.largest_beta * beta.sigmoid()
         gate = Later(self.gate, x)
         o = recur(unit_length(q), unit_length(k), v, decay, beta, shard, cache, meanwhile=gate)
+        # (1, t, Hv, Dv) -> (1, t, Hv · Dv) -> (1, t, dim)
         return self.out(self.norm(o, by_head(gate.value, self.value_heads)).flatten(-2))

@@ -43,4 +43,5 @@ class Mixer(LinearMixer):
         decay = F.logsigmoid(full(by_head(self.decay(x), self.value_heads))) / self.gate_divisor
         gate = Later(self.gate, x)
         o = recur(q, k, v, decay, None, shard, cache, meanwhile=gate)
+        # (1, t, Hv, Dv) -> (1, t, Hv · Dv) -> (1, t, dim)
         return self.out(self.norm(o, by_head(gate.value, self.value_heads)).flatten(-2))

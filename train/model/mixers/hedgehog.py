@@ -18,14 +18,14 @@ from train.model.mixers.attention import ProjectedMixer, Projections
 
 @dataclass
 class Config(Projections):
-    """Those of the attention layer that it stands in for."""
+    """The settings of the attention layer that it replaces."""
 
 
 class Mixer(ProjectedMixer):
     """o_i = Σ_j w_ij v_j / Σ_j w_ij, w_ij = ⟨φ_q(q_i), φ_k(k_j)⟩, φ(x) = softmax([2Wx, −2Wx]).
 
-    Its projections are attention's, so that it can be made of one: then W, a matrix a head
-    that begins as the identity, is what distillation has to learn.
+    Its projections are those of attention, so that a pretrained attention layer can be converted.
+    W, a matrix (D, D) for each head that starts as the identity, is what distillation learns.
     """
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
@@ -51,6 +51,6 @@ class Mixer(ProjectedMixer):
 
 
 def features(x: Tensor, weight: Tensor) -> Tensor:
-    """φ(x) (…, heads, 2 D) of x (…, heads, D) for a weight (heads, D, D): positive, sum 1."""
+    """φ: x (…, heads, D) -> (…, heads, 2 · D), positive with sum 1, for a weight (heads, D, D)."""
     y = 2 * torch.einsum("...hi,hoi->...ho", x, weight)
     return torch.cat([y, -y], dim=-1).softmax(-1)

@@ -28,7 +28,7 @@ class Config:
 
 
 class Mixer(mixers.Mixer):
-    """h_t = a_t h_{t−1} + (1 − a_t) silu(i_t), a gated norm on h."""
+    """h_t = a_t h_{t−1} + (1 − a_t) silu(i_t), element-wise, and a gated norm on h."""
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)

@@ -1,4 +1,4 @@
-"""HGRN-2 (Qin et al. 2024, arXiv 2404.07904): a channel takes in as much as it forgets."""
+"""HGRN-2 (Qin et al. 2024, arXiv 2404.07904): HGRN's gates with a matrix state, k = 1 − a."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Config = Heads
 
 
 class Mixer(LinearMixer):
-    """k = 1 − a and q = silu(…); what the others project to k is the forget gate."""
+    """S_t = Diag(a_t) S_{t−1} + (1 − a_t) v_tᵀ, o_t = S_tᵀ silu(q_t), a norm on o.
+
+    The projection that makes k in other mixers makes the forget gate a here.
+    """
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
@@ -34,4 +37,5 @@ class Mixer(LinearMixer):
         q, k = F.silu(q), rest.to(q.dtype)
         decay = repeat_heads(log_a, self.value_heads // self.heads)
         o = recur(q, k, v, decay, None, shard, cache)
+        # (1, t, Hv, Dv) -> (1, t, Hv · Dv) -> (1, t, dim)
         return self.out(self.norm(o.flatten(-2)))

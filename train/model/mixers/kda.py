@@ -34,7 +34,7 @@ class Config(ConvolvedHeads):
 
 
 class Mixer(LinearMixer):
-    """Gated DeltaNet with a finer decay, and a sigmoid for the output's gate."""
+    """Gated DeltaNet with a decay for each channel of k, and a sigmoid gate on the output."""
 
     delta = True
 
@@ -58,4 +58,5 @@ class Mixer(LinearMixer):
         step = F.softplus(full(self.decay(x)) + full(self.dt_bias))
         decay = -full(self.A_log).exp().unsqueeze(-1) * by_head(step, self.value_heads)
         o = recur(unit_length(q), unit_length(k), v, decay, beta, shard, cache)
+        # (1, t, Hv, Dv) -> (1, t, Hv · Dv) -> (1, t, dim)
         return self.out(self.norm(o).flatten(-2) * self.gate(x).sigmoid())

@@ -19,7 +19,7 @@ from train.model.mixers.attention import ProjectedMixer, Projections, attend
 
 @dataclass
 class Config(Projections):
-    """Those of the attention layer that it is made of."""
+    """The settings of the attention layer that it is made from, and its own."""
 
     window: int = setting(64, "tokens that the softmax half sees, itself included")
     gate_pool: int = setting(1, "channels of a key head that one gate is the mean of")
@@ -37,8 +37,8 @@ class Config(Projections):
 class Mixer(ProjectedMixer):
     """o = ½ GLA(softmax(q), softmax(k), v, a) + ½ softmax attention in a window.
 
-    log a = log σ(pooled k) / 16: the gates come from the keys, so that there is no parameter
-    that the attention layer has not. Positions are in the window's half alone.
+    log a = log σ(pooled k) / 16: the gates are computed from the keys, so that it has only the
+    parameters of the attention layer. Only the window's half has rotary embedding.
     """
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
@@ -49,6 +49,7 @@ class Mixer(ProjectedMixer):
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         q, k, v = self.project_unturned(x)
         near = attend(self.turn(q, shard), self.turn(k, shard), v, shard, cache, self.window)
+        # (1, t, kv_heads, D) -> (1, t, kv_heads, D / pool) -> (1, t, kv_heads, D)
         pooled = full(k).unflatten(-1, (-1, self.pool)).mean(-1)
         decay = F.logsigmoid(pooled).repeat_interleave(self.pool, dim=-1) / self.normalizer
         k, v, decay = (

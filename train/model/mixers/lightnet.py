@@ -23,7 +23,8 @@ from train.model.mixers._parts import (
 )
 from train.model.norm import RMSNorm
 
-# Logits of k beyond are cut: a million of e^40 summed are a long way from the end of fp32.
+# Logits of k are clamped to ± this: a sum of a million times e^40, 2·10²³, is far below fp32's
+# largest number, 3·10³⁸.
 LARGEST = 40.0
 
 
@@ -59,10 +60,12 @@ class Mixer(LinearMixer):
         )
         if cache is not None and sums is not None:
             cache["sums"] = sums
-        # From the ratio, for z itself soon has no digits left for a small difference. A
-        # sequence's first token has nothing to forget, so any finite decay will do.
+        # The decay is computed from the ratio: z_{t−1} − z_t as a difference would soon be
+        # rounded to 0. At a sequence's first token the ratio is 1 and the decay −∞; no state
+        # enters there, so the ratio is clamped and any finite decay does.
         k = (new / total).clamp_max(1 - torch.finfo(new.dtype).eps)
         k = by_head(k, self.heads)
         decay = repeat_heads(torch.log1p(-k), self.value_heads // self.heads)
         o = recur(F.silu(q), k.to(q.dtype), v, decay, None, shard, cache)
+        # (1, t, Hv, Dv) -> (1, t, Hv · Dv) -> (1, t, dim)
         return self.out(self.norm(o.flatten(-2), self.gate(x)))

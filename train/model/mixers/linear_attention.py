@@ -15,7 +15,7 @@ from train.model.config import ModelConfig
 from train.model.mixers._parts import Heads, LinearMixer, average, recur
 from train.model.norm import RMSNorm
 
-# Those that are never negative can weigh an average.
+# "elu", "relu" and "softmax" are never negative, as output_norm=sum needs.
 FEATURE_MAPS = {
     "elu": lambda x: F.elu(x) + 1,
     "relu": torch.relu,
@@ -61,4 +61,5 @@ class Mixer(LinearMixer):
             o = average(q, k, v, shard, cache)
         else:
             o = recur(q, k, v, None, None, shard, cache)
+        # (1, t, Hv, Dv) -> (1, t, Hv · Dv) -> (1, t, dim)
         return self.out((o if self.norm is None else self.norm(o)).flatten(-2))

@@ -56,9 +56,10 @@ class Mixer(LinearMixer):
         C, B, values = self.project(x, shard, cache)
         dt = F.softplus(full(self.dt(x)) + full(self.dt_bias))
         decay = -full(self.A_log).exp() * dt
-        taken = values * dt.unsqueeze(-1).to(values.dtype)
+        taken = values * dt.unsqueeze(-1).to(values.dtype)  # (1, t, H) -> (1, t, H, 1)
         gate = Later(self.gate, x)
         y = recur(C, B, taken, decay, None, shard, cache, scale=1.0, meanwhile=gate)
         y = (y + self.D.unsqueeze(-1) * values).flatten(-2) * F.silu(gate.value)
+        # A norm for each group of heads: (1, t, H · D) -> (1, t, groups, H / groups · D)
         normed = kernels.rms_norm(y.unflatten(-1, (self.heads, -1)), None, eps=self.norm_eps)
         return self.out(normed.flatten(-2) * self.norm)

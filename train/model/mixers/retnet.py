@@ -46,4 +46,5 @@ class Mixer(LinearMixer):
         decay = torch.log1p(-torch.exp2(-5 - head))
         gate = Later(self.gate, x)
         o = recur(q, k, v, decay, None, shard, cache, meanwhile=gate)
+        # (1, t, Hv, Dv) -> (1, t, Hv · Dv) -> (1, t, dim)
         return self.out(self.norm(o, by_head(gate.value, self.value_heads)).flatten(-2))

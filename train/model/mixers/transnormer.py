@@ -19,9 +19,10 @@ from train.model.mixers._parts import Heads, LinearMixer, recur
 from train.model.mixers.attention import attend
 from train.model.norm import RMSNorm
 
-# Between blocks scores are less than within them by twice this: e^−120 is nothing.
+# Scores of pairs in different blocks are lowered by twice this against those of pairs in one block,
+# and their weights by a factor of e^−120.
 APART = 60.0
-MARKED = 8  # channels that say so; head widths stay multiples of what flash kernels take
+MARKED = 8  # channels that do it: so many, since flash kernels want widths that are multiples of 8
 
 
 @dataclass
@@ -54,21 +55,24 @@ class Mixer(LinearMixer):
         if self.norm is None:
             return self.out(self._within_blocks(q, k, v, shard, cache).flatten(-2))
         o = recur(F.elu(q) + 1, F.elu(k) + 1, v, None, None, shard, cache)
+        # (1, t, Hv, Dv) -> (1, t, Hv · Dv) -> (1, t, dim)
         return self.out(self.norm(o.flatten(-2)))
 
     def _within_blocks(
         self, q: Tensor, k: Tensor, v: Tensor, shard: Shard, cache: dict[str, Tensor] | None
     ) -> Tensor:
-        """Attention under a window of a block, which reaches into one block before at most.
+        """Attention inside blocks of `block` tokens, as a window of that width.
 
-        Marks on q and k, +1 and −1 by turns from block to block, take that one out. So blocks
-        may lie on two ranks like any window.
+        A window reaches into at most one earlier block. To mask that one, q and k get channels that
+        are +1 in every other block and −1 in the rest. So blocks need no more exchange between
+        ranks than a window.
         """
         assert self.block is not None
         width = self.head_dim + MARKED
         mark = 1.0 - 2.0 * (shard.positions // self.block % 2)
+        # (t,) -> (1, t, H, MARKED)
         mark = mark.to(q.dtype)[:, None, None].expand(*q.shape[1:3], MARKED).unsqueeze(0)
-        # The scores are divided by √width, those of attention by √head_dim.
+        # `attend` divides scores by √width; ours should be divided by √head_dim.
         size = math.sqrt(APART * math.sqrt(width) / MARKED)
         q = torch.cat([q * math.sqrt(width / self.head_dim), size * mark], dim=-1)
         k = torch.cat([k, size * mark], dim=-1)

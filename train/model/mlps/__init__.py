@@ -1,1 +1,1 @@
-"""MLPs: what a block does with each token by itself. One file each, beside `mixers/`."""
+"""MLPs: what a block does with each token by itself, (…, dim) -> (…, dim). A file each."""

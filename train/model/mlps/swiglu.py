@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class MLP(nn.Module):
-    """out(SiLU(gate) ⊙ up), gate and up in one projection: (…, dim) to (…, dim)."""
+    """out(SiLU(gate) ⊙ up), gate and up in one projection: (…, dim) -> (…, dim)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -15,5 +15,5 @@ class MLP(nn.Module):
         self.out = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, dim=-1)
+        gate, up = self.up(x).chunk(2, dim=-1)  # (…, 2 · hidden) -> two of (…, hidden)
         return self.out(F.silu(gate) * up)
