@@ -21,6 +21,7 @@ from torch import Tensor
 
 import data
 from data import tokenizer as tokenizers
+from data.pieces import MOST_IDS
 from data.recall import SOURCE as RECALL
 from data.settings import ConfigError, build, override
 from data.tokenizer import Tokenizer
@@ -183,7 +184,8 @@ def _of_description(folder: Path, overrides: Sequence[str], say: Say) -> Stored:
         values["train.batch_tokens"] = (max(length, Config().train.batch_tokens), where)
     values["run.name"] = (folder.resolve().name, where)
     rows = found.model.embedding.num_embeddings
-    if (tokenizer := files.find(folder, rows, say)) is not None:
+    # Whether it has as many pieces as the model has rows, `Stored.tokenizer` sees.
+    if (tokenizer := files.find(folder, MOST_IDS, lambda line: None)) is not None:
         values["data.tokenizer"] = (str(folder / tokenizer.file), where)
     override(values, overrides)
     config = build(Config, values, where)
