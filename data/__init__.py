@@ -4,7 +4,8 @@
     for batch in Batches(corpus, StreamConfig(), DataConfig()): …
 
 The files, in the order that text passes through them: `sources` reads documents, `sample`
-picks what the `tokenizer` learns from, `encode` codes in many processes, `store` writes so
+picks what the `tokenizer` learns from (one made elsewhere is `pieces` and what the files
+`beside` it say), `encode` codes in many processes, `store` writes so
 that nothing is lost, `prepare` runs these; `corpus` maps what is stored, `order` says
 which document is next, `mixture` from which source, `packing` and `balance` which batch its
 pieces lie in, `plan` and `stream` give out the batches. `recall` makes batches of a synthetic task

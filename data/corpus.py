@@ -3,7 +3,8 @@
 A corpus is a folder:
 
     manifest.json       counts, digests, the recipe; its presence says that all is whole
-    tokenizer.model     the tokenizer that made the tokens (or tokenizer.json)
+    tokenizer.model     the tokenizer that made the tokens (or tokenizer.json), and the files
+                        that belong to it (data/beside.py)
     tokens-00000.bin …  uint16 or uint32; a document is [bos] + pieces + [eos], in one shard
     offsets.bin         int64 (documents + 1,): where each document starts, over all shards
     by_length.bin       int64: each source's training documents, shortest first

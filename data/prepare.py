@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from data import beside
 from data import tokenizer as tokenizers
 from data.config import DataConfig
 from data.corpus import MANIFEST, Corpus, manifest_digest
@@ -112,7 +113,9 @@ def _recipe(config: DataConfig, sources: list[Source]) -> str:
         path = Path(config.tokenizer)
         if not path.is_file():
             raise ConfigError(f"data.tokenizer is {path}; there is no such file")
-        recipe += [digest(path)]
+        held = beside.gather(path.parent).items()
+        marks = {name: hashlib.blake2b(content).hexdigest() for name, content in held}
+        recipe += [digest(path), *([marks] if marks else [])]
     return hashlib.blake2b(json.dumps(recipe).encode(), digest_size=6).hexdigest()
 
 
@@ -168,7 +171,8 @@ def publish(
     validation: float,
 ) -> dict[str, Any]:
     """Make the finished files in `part` a corpus at `path`: indices, digests, manifest, rename."""
-    written = journal.digests | {tokenizer.file: digest_of(tokenizer.model)}
+    files = {tokenizer.file: tokenizer.model, **tokenizer.beside}
+    written = journal.digests | {name: digest_of(content) for name, content in files.items()}
     for name, expected in written.items():
         if digest(part / name) != expected:
             raise ConfigError(
@@ -176,7 +180,7 @@ def publish(
             )
     held, indices = index(part, journal.documents, validation)
     names = [shard_name(i) for i in range(len(journal.shards))]
-    digests = {name: written[name] for name in (*names, tokenizer.file)} | indices
+    digests = {name: written[name] for name in (*names, *files)} | indices
     documents = sum(journal.documents)
     manifest = {
         "format": FORMAT,
@@ -227,6 +231,7 @@ def _tokenizer(
     else:
         log(f"training a tokenizer of {config.vocab_size} pieces")
         tokenizer = tokenizers.train(sample(sources), config.vocab_size, config.model_type)
+    beside.write(tokenizer.beside, part)
     partial = part / "tokenizer.part"
     partial.write_bytes(tokenizer.model)
     partial.replace(part / tokenizer.file)

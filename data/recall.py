@@ -101,11 +101,12 @@ class Numbers:
 
     bos_id, eos_id = 0, -1
     end_ids: frozenset[int] = frozenset()
-    byte_runs: frozenset[int] = frozenset()
+    pad_id: int | None = None
     file = "numbers.json"
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+        self.beside: dict[str, bytes] = {}
         self.model = json.dumps({"vocab_size": vocab_size}).encode()
 
     def encode(self, text: str) -> list[int]:

@@ -13,9 +13,7 @@ _CONTEXT = 16  # tokens of what comes before
 def spell(tokenizer: Tokenizer, before: Iterable[int], tokens: Iterable[int]) -> Iterator[str]:
     """The text of `tokens`, piece by piece.
 
-    A piece is given when nothing that follows can change it: not while it ends inside a
-    character, and not inside a run of bytes, which some decoders give up as a whole when one
-    of them fits nowhere.
+    A piece is given when nothing that follows can change it: not while it ends inside a character.
 
     Args:
         before: tokens of whole characters that come before, of which some decoders need the last.
@@ -31,8 +29,8 @@ def spell(tokenizer: Tokenizer, before: Iterable[int], tokens: Iterable[int]) ->
     for token in tokens:
         fresh.append(token)
         seen, text = text, _after(tokenizer, given, fresh)
-        # A token that shows nothing, as control pieces do, ends neither a character nor a run.
-        if text == seen or token in tokenizer.byte_runs or text.endswith(_NO_CHARACTER):
+        # A token that shows nothing, as control pieces do, ends no character.
+        if text == seen or text.endswith(_NO_CHARACTER):
             continue
         yield text
         given, fresh, text = fresh, [], ""

@@ -19,6 +19,7 @@ punctuation, all BPE; unigram has 0.286 where BPE has 0.278 and trains 20 times 
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -27,6 +28,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data import beside as files
+from data import pieces
 from data.settings import ConfigError
 from data.windows import WINDOW, WINDOW_OF_SUMS, encode_long
 
@@ -37,8 +40,9 @@ RESERVED = re.compile("([\u2581\ue00a\ue020]+)")
 # Characters that a model must have are left out of it if a text has none of them and little else.
 _REQUIRED = f"a b{NEWLINE}{INDENT}"
 _INDENTED = re.compile(NEWLINE + " +")
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
-_PROBE = "\n\tif a ▁ b:  # \x00 ﬁ é 漢字 🙂\r\n        return 1234\n"
+_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]")
+_EOS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[EOS]", "[SEP]")
+_PROBE = "\n\tif a ▁ b:  # \x00 ﬁ é e\u0301 漢字 🙂\r\n        return 1234\n"
 
 
 class Tokenizer(Protocol):
@@ -48,7 +52,8 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     end_ids: frozenset[int]  # eos, and what else ends a text or a turn: generation stops there
-    byte_runs: frozenset[int]  # bytes that `decode` gives up a run at a time: see `spelling`
+    pad_id: int | None
+    beside: dict[str, bytes]  # the files that belong to it, by name: see data/beside.py
     file: str  # its name inside a corpus
     model: bytes  # what that file holds
 
@@ -67,20 +72,27 @@ class SentencePiece:
 
     Args:
         model: the serialised model, without normalisation.
+        beside: the files that belong to it, by name.
     """
 
     file = "tokenizer.model"
-    byte_runs: frozenset[int] = frozenset()
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, beside: dict[str, bytes] | None = None) -> None:
         import sentencepiece
 
-        self.model = model
+        if not model:
+            raise ConfigError("it is empty")  # of which sentencepiece complains line by line
+        self.model, self.beside = model, beside or {}
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._pieces.get_piece_size()
-        self.eos_id: int = self._pieces.eos_id()
-        self.bos_id: int = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else self.eos_id
-        self.end_ids = frozenset({self.eos_id} - {-1})
+        marks = files.marks(self.beside, self._id, self.vocab_size)
+        eos, bos = self._pieces.eos_id(), self._pieces.bos_id()
+        self.eos_id: int = eos if marks.eos is None else marks.eos
+        self.bos_id: int = bos if marks.bos is None else marks.bos
+        if self.bos_id < 0:
+            self.bos_id = self.eos_id
+        self.end_ids = marks.ends | {self.eos_id} - {-1}
+        self.pad_id = marks.pad
         names = [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
         self._folds = any(NEWLINE in name for name in names)
         self._bytes = [self._spelling(i, name) for i, name in enumerate(names)]
@@ -103,7 +115,7 @@ class SentencePiece:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; bytes that are no whole character become U+FFFD."""
-        return b"".join([self._bytes[token] for token in tokens]).decode("utf-8", "replace")
+        return _text(self._bytes, tokens)
 
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int64: UTF-8 bytes of text each piece stands for, 0 for control pieces."""
@@ -113,6 +125,10 @@ class SentencePiece:
     def _window(self) -> int:
         kind = _proto(self.model).trainer_spec
         return WINDOW_OF_SUMS if kind.model_type == kind.UNIGRAM else WINDOW
+
+    def _id(self, name: str) -> int | None:
+        token: int = self._pieces.piece_to_id(name)  # that of <unk> for a name that it has not
+        return token if self._pieces.id_to_piece(token) == name else None
 
     def _spelling(self, token: int, piece: str) -> bytes:
         if self._pieces.is_control(token) or self._pieces.is_unknown(token):
@@ -130,87 +146,116 @@ class HuggingFace:
 
     Args:
         model: the file's content.
+        beside: the files that belong to it, by name.
+        settings: what of the content to go by, if not by all of it.
     """
 
     file = "tokenizer.json"
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        beside: dict[str, bytes] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
         try:
             from tokenizers import Tokenizer as Loaded
         except ImportError:
             raise ConfigError(
                 "data.tokenizer is a tokenizer.json; reading it needs `pip install tokenizers`"
             ) from None
-        self.model = model
-        self._loaded = Loaded.from_str(model.decode("utf-8-sig"))
+        self.model, self.beside = model, beside or {}
+        content = json.loads(model) if settings is None else settings
+        self._loaded = Loaded.from_str(json.dumps(content))
         self._loaded.no_truncation()
         self._loaded.no_padding()
         # Text that spells a control piece is text.
         self._loaded.encode_special_tokens = True
-        self.vocab_size: int = self._loaded.get_vocab_size()
-        self.bos_id = self._first_of("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "[CLS]")
-        self.eos_id = self._first_of("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
-        if self.eos_id < 0:
-            self.eos_id = self.bos_id
-        if self.bos_id < 0:
-            self.bos_id = self.eos_id
-        self.end_ids = frozenset({self.eos_id} - {-1})
-        self.byte_runs = frozenset(
-            token for name, token in self._loaded.get_vocab().items() if _BYTE.fullmatch(name)
-        )
-        self._controls = {
-            i for i, token in self._loaded.get_added_tokens_decoder().items() if token.special
-        }
+        named = self._mark()
+        added = self._loaded.get_added_tokens_decoder()
+        controls = {token for token, held in added.items() if held.special} | named
+        unknown = content["model"].get("unk_token")
+        if isinstance(unknown, str) and (token := self._loaded.token_to_id(unknown)) is not None:
+            controls.add(token)
+        self._bytes = pieces.spellings(self._loaded, content, controls)
+        self._lengths = np.array([len(spelling) for spelling in self._bytes], dtype=np.int64)
+        self.vocab_size = len(self._bytes)  # an id may be missing below the highest
+        self._reserved = pieces.reserved(content)
+        found = [self._loaded.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self._byte_ids = [token for token in found if token is not None]
+        if len(self._byte_ids) < 256:
+            self._reserved = None
 
     def encode(self, text: str) -> list[int]:
         """The pieces of `text`, without bos and eos."""
-        return encode_long(text, self._encode, self._lengths)
+        tokens: list[int] = []
+        for i, part in enumerate(self._reserved.split(text) if self._reserved else [text]):
+            if i % 2:
+                tokens.extend(self._byte_ids[byte] for byte in part.encode())
+            elif part:
+                tokens.extend(encode_long(part, self._encode, self._lengths))
+        return tokens
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._loaded.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`; control pieces are nothing."""
-        return self._loaded.decode(list(tokens), skip_special_tokens=True)
+        """The text of `tokens`; bytes that are no whole character become U+FFFD."""
+        return _text(self._bytes, tokens)
 
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int64: UTF-8 bytes of text each piece stands for, 0 for control pieces."""
         return self._lengths.copy()
 
-    @cached_property
-    def _lengths(self) -> np.ndarray:
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        # Beside a letter, so that a leading space is not stripped and half a character is seen.
-        beside = self._loaded.encode("a", add_special_tokens=False).ids
-        for token in range(self.vocab_size):
-            name = self._loaded.id_to_token(token)
-            if name is None or token in self._controls:
-                continue
-            text = self._loaded.decode([*beside, token], skip_special_tokens=False)
-            if "\ufffd" in text:  # a byte-level piece; each letter of its name is a byte
-                lengths[token] = len(name)
-            else:
-                lengths[token] = len(text.encode()) - 1
-        return lengths
+    def _mark(self) -> set[int]:
+        """Set what marks a text, as the files beside say it; the pieces of bos and eos.
 
-    def _first_of(self, *names: str) -> int:
-        found = [self._loaded.token_to_id(name) for name in names]
-        return next((token for token in found if token is not None), -1)
+        Where they say nothing names tell: of special pieces first, of ordinary ones last.
+        """
+        added = self._loaded.get_added_tokens_decoder()
+        ids = self._loaded.get_vocab(with_added_tokens=True)
+        special = {held.content: token for token, held in added.items() if held.special}
+        by_hand = {held.content: token for token, held in added.items()}
+        marks = files.marks(self.beside, ids.get, max(ids.values(), default=-1) + 1)
+        bos, eos = marks.bos, marks.eos
+        for pool in (special, by_hand, ids):
+            if pool is ids and (bos is not None or eos is not None):
+                break
+            bos = _first(_BOS, pool) if bos is None else bos
+            eos = _first(_EOS, pool) if eos is None else eos
+        found = [token for token in (bos, eos) if token is not None]
+        self.bos_id, self.eos_id = (found[0], found[-1]) if found else (-1, -1)
+        self.end_ids = marks.ends | {self.eos_id} - {-1}
+        self.pad_id = marks.pad
+        return set(found)
+
+
+def _first(names: Iterable[str], pool: dict[str, int]) -> int | None:
+    return next((pool[name] for name in names if name in pool), None)
+
+
+def _text(spellings: list[bytes], tokens: Iterable[int]) -> str:
+    """Ids as text. A model may have more rows than there are pieces: those are nothing."""
+    count = len(spellings)
+    joined = b"".join([spellings[token] for token in tokens if token < count])
+    return joined.decode("utf-8", "replace")
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer in a .model or .json file; a .model's normalisation is switched off.
+    """The tokenizer in a .model or .json file, with what the files beside it say.
 
     Raises:
-        ConfigError: if it cannot be read, marks no end of text, or loses characters.
+        ConfigError: if it cannot be read, marks no end of text, loses characters, or a file
+            beside it is malformed.
     """
+    beside = files.gather(path.parent)
     try:
-        made = parse(path.read_bytes(), path.name)
-    except ConfigError:
-        raise
+        made = parse(path.read_bytes(), path.name, beside)
+    except ConfigError as error:
+        raise ConfigError(f"data.tokenizer is {path}; {error}") from None
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
         raise ConfigError(f"data.tokenizer is {path}; it cannot be read ({reason})") from None
     if made.eos_id < 0:
         raise ConfigError(f"data.tokenizer is {path}; it has no piece for the end of a text")
@@ -222,22 +267,31 @@ def load(path: Path) -> Tokenizer:
     return made
 
 
-def parse(model: bytes, name: str) -> Tokenizer:
-    """The tokenizer that a file of this name holds."""
-    return HuggingFace(model) if name.endswith(".json") else _plain(model)
+def parse(model: bytes, name: str, beside: dict[str, bytes] | None = None) -> Tokenizer:
+    """The tokenizer that a file of this name holds, for text as it is.
 
+    What one was trained to do to text first is switched off if it loses some.
 
-def _plain(model: bytes) -> SentencePiece:
-    """A SentencePiece model that takes text as it is, whatever it was trained to do first."""
-    made = SentencePiece(model)
+    Args:
+        beside: the files that belong to it.
+    """
+    json_like = name.endswith(".json")
+    made = HuggingFace(model, beside) if json_like else SentencePiece(model, beside)
     if made.decode(made.encode(_PROBE)) == _PROBE:
         return made
+    if json_like:  # the file itself stays: what is exported is what was imported
+        return HuggingFace(model, beside, pieces.plain(json.loads(model)))
+    return SentencePiece(_plain(model), beside)
+
+
+def _plain(model: bytes) -> bytes:
+    """A SentencePiece model without normalisation."""
     proto = _proto(model)
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.precompiled_charsmap = b""
     proto.normalizer_spec.add_dummy_prefix = False
     proto.normalizer_spec.remove_extra_whitespaces = False
-    return SentencePiece(proto.SerializeToString())
+    return bytes(proto.SerializeToString())
 
 
 def _proto(model: bytes) -> Any:

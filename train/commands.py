@@ -92,7 +92,7 @@ def export(arguments: list[str]) -> int:
     from train.pretrained.folder import find
 
     found = find(Path(options.folder), options.overrides, options.step, print)
-    write(found, Path(options.to), options.style, options.dtype, print)
+    write(found, _to(options), options.style, options.dtype, print)
     return 0
 
 
@@ -107,7 +107,7 @@ def import_(arguments: list[str]) -> int:
 
     from train.pretrained.adopt import adopt
 
-    adopt(Path(options.model), Path(options.to), print)
+    adopt(Path(options.model), _to(options), print)
     return 0
 
 
@@ -137,13 +137,19 @@ def convert(arguments: list[str]) -> int:
     from train.pretrained.distil import Distillation
 
     how = Distillation(text, options.steps, options.lr) if text else None
-    make(Path(options.model), Path(options.to), pattern, how, print)
+    make(Path(options.model), _to(options), pattern, how, print)
     return 0
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="HF_DIR", help="a folder in Hugging Face's format")
     parser.add_argument("--to", metavar="DIR", required=True, help="the folder to write")
+
+
+def _to(options: argparse.Namespace) -> Path:
+    """The folder to write; Path would take an empty name for the current one."""
+    _require(bool(options.to.strip()), "--to is empty; name the folder to write")
+    return Path(options.to)
 
 
 def generate(arguments: list[str]) -> int:

@@ -17,7 +17,7 @@ from data.tokenizer import HuggingFace, Tokenizer
 TEXT = "def f(x):\n    return '漢字🙂 é' + \"\t\U0010fffd\"  # 12\n\n"
 
 
-def byte_fallback() -> HuggingFace:
+def byte_fallback() -> Tokenizer:
     """As Llama 2 has it: pieces of letters, `<0x0A>` for bytes, a word begun by a space."""
     letters = sorted({letter for letter in TEXT if ord(letter) < 128 and letter != " "})
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters]
@@ -53,7 +53,7 @@ def byte_fallback() -> HuggingFace:
         },
         "model": model,
     }
-    return HuggingFace(json.dumps(whole).encode())
+    return tokenizers.parse(json.dumps(whole).encode(), "tokenizer.json")
 
 
 def byte_level() -> HuggingFace:

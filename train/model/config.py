@@ -30,6 +30,9 @@ class ModelConfig:
         None, "μP: width at which lr and init_std were tuned; both follow dim from there (null: no)"
     )
     z_loss: float = setting(0.0, "weight of logsumexp² of the logits in the loss")
+    max_positions: int | None = setting(
+        None, "longest sequence that imported weights were trained on; `export` says it again"
+    )
     checkpoint_activations: bool = setting(
         False, "keep only each block's input for the backward pass, and compute the rest again"
     )
@@ -38,7 +41,9 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        require_positive(self, "layers", "dim", "mlp_dim", "mup_base_dim", prefix="model.")
+        require_positive(
+            self, "layers", "dim", "mlp_dim", "mup_base_dim", "max_positions", prefix="model."
+        )
         if self.dim % 8:
             raise ConfigError(f"model.dim is {self.dim}; it must be a multiple of 8")
         if not self.pattern:

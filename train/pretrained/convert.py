@@ -22,10 +22,16 @@ from data.settings import ConfigError
 from train.model import mixers
 from train.model.config import ModelConfig, expanded
 from train.model.mixers import hedgehog, liger
-from train.pretrained import adopt, families
+from train.pretrained import adopt, families, weights
 from train.pretrained.distil import Distillation, distil
 from train.pretrained.weights import Say
 
+# Layers that have taken over another's projections have more to learn than a model that goes on.
+TAKEN_OVER = 1e-4
+WHY = (
+    "is a third of the peak that such models are pretrained at: more than for training on, since "
+    "layers have a new part; the default is for random weights"
+)
 RECIPES = {"liger": liger, "hedgehog": hedgehog}
 
 
@@ -41,22 +47,25 @@ def convert(
     Raises:
         ConfigError: the model cannot be read, or the pattern asks for what it cannot become.
     """
-    pretrained = adopt.read(source)
-    config = hybrid(pretrained.config, pattern)
-    maps: dict[str, Tensor] = {}
-    if "hedgehog" in config.blocks:
-        if distillation is None:
-            raise ConfigError(
-                "--pattern names hedgehog, whose maps are learned: add --text RUN.yaml"
-            )
-        maps = distil(pretrained, config, distillation, say)
+    with weights.making(to) as folder:
+        pretrained = adopt.read(source)
+        config = hybrid(pretrained.config, pattern)
+        maps: dict[str, Tensor] = {}
+        if "hedgehog" in config.blocks:
+            if distillation is None:
+                raise ConfigError(
+                    "--pattern names hedgehog, whose maps are learned: add --text RUN.yaml"
+                )
+            maps = distil(pretrained, config, distillation, say)
 
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        yield from pretrained.named_weights()
-        yield from maps.items()
+        def named() -> Iterator[tuple[str, Tensor]]:
+            yield from pretrained.named_weights()
+            yield from maps.items()
 
-    adopt.write(config, weights(), source, to, say)
-    say(f"{source} as {', '.join(config.blocks)} in {to}; to train on: {adopt.onward(to)}")
+        adopt.write(config, named(), source, folder, to, say)
+    say(f"{source} as {', '.join(config.blocks)} in {to}")
+    say(f"to train on: {adopt.onward(to, TAKEN_OVER)}")
+    say(f"optim.lr={TAKEN_OVER} {WHY}")
 
 
 def hybrid(config: ModelConfig, pattern: list[str]) -> ModelConfig:

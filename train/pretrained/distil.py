@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -170,15 +169,11 @@ def _teacher(pretrained: Pretrained) -> Model:
 
 
 def _batches(pretrained: Pretrained, how: Distillation, say: Say) -> Iterator[Batch]:
-    found: Path | None = files.find(pretrained.source)
+    found = files.find(pretrained.source, pretrained.model.embedding.num_embeddings, say)
     if found is None:
         raise ConfigError(f"{pretrained.source} has no tokenizer to read the text with")
-    material = data.material(replace(how.text.data, tokenizer=str(found)), how.text.train, say)
-    rows = pretrained.model.embedding.num_embeddings
-    if material.tokenizer.vocab_size > rows:
-        raise ConfigError(
-            f"{found} has {material.tokenizer.vocab_size} pieces, and the model only {rows} rows"
-        )
+    file = str(pretrained.source / found.file)
+    material = data.material(replace(how.text.data, tokenizer=file), how.text.train, say)
     stream = material.batches(Cursor())
     try:
         yield from stream

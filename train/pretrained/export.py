@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.config import longest_seq_len
 from data.settings import ConfigError
+from data.tokenizer import Tokenizer
+from train.config import Config
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.pretrained import families, weights
@@ -51,10 +54,10 @@ def export(found: Stored, to: Path, style: str, dtype: str, say: Say) -> None:
         written = _of_family(model, family, found.read)
     description |= {
         "vocab_size": found.vocab_size,
-        "max_position_embeddings": config.train.seq_len,
+        "max_position_embeddings": positions(config, found.step),
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
-        "pad_token_id": None,
+        "eos_token_id": _ends(tokenizer),
+        "pad_token_id": tokenizer.pad_id,
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
     }
     with weights.making(to) as folder:
@@ -106,3 +109,23 @@ def _of_family(
 ) -> Iterator[tuple[str, Tensor]]:
     for link in links(model, family):
         yield from link.to_theirs(read)
+
+
+def positions(config: Config, step: int | None) -> int:
+    """The longest sequence that weights were trained on.
+
+    Args:
+        step: of the run's checkpoint; None for weights that were not trained on since their import.
+    """
+    before = config.model.max_positions
+    if before and step is None:
+        return before
+    return max(before or 0, longest_seq_len(config.data, config.train, step or 0))
+
+
+def _ends(tokenizer: Tokenizer) -> int | list[int] | None:
+    """Where generation stops, as transformers writes it: eos first."""
+    ends = [tokenizer.eos_id, *sorted(tokenizer.end_ids - {tokenizer.eos_id})]
+    if tokenizer.eos_id < 0:
+        return None
+    return ends if len(ends) > 1 else tokenizer.eos_id

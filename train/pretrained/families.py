@@ -1,7 +1,7 @@
 """Families of models that transformers has too: whether a model of ours is one, and its settings.
 
 A family is a row of a table: what its layers have and lack. From the row follow what keeps a
-model of ours from being one, and the settings of `config.json`, both ways.
+model of ours from being one, and the settings of `config.json` (`described` reads those of theirs).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.settings import ConfigError, dump
+from data.settings import dump
 from train.model import mixers
 from train.model.config import ModelConfig
 
 OWN = "headrace"  # model_type of what transformers does not have
-_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 # The settings that all attention layers, or all linear ones, of a family have in common.
 _ALIKE = {
     "attention": ("heads", "kv_heads", "head_dim", "rotary_fraction", "rotary_theta"),
@@ -37,7 +37,8 @@ class Family:
     linear: layers may be Gated DeltaNet. fused: their projections lie together by key head.
     post_norm: blocks that attend norm what mixer and MLP give. free_head_dim: heads may be of
     another width than hidden_size / heads. gated_eps: of the norm after Gated DeltaNet, where
-    it is written into the code; None is that of all norms. own_tokenizer: whose AutoTokenizer
+    it is written into the code; None is that of all norms. norm_eps: where a config.json says
+    nothing. own_tokenizer: whose AutoTokenizer
     takes for granted.
     """
 
@@ -55,6 +56,7 @@ class Family:
     free_head_dim: bool = True
     negative_eigenvalues: bool = False
     gated_eps: float | None = None
+    norm_eps: float = 1e-6
     own_tokenizer: str | None = None
 
     def faults(self, config: ModelConfig) -> list[str]:
@@ -194,110 +196,20 @@ class Family:
                 found["use_sliding_window"] = window is not None
         return found
 
-    def adopt(self, held: dict[str, Any]) -> dict[str, Any]:
-        """The settings of `model` for what a `config.json` holds.
-
-        Raises:
-            ConfigError: naming a key that our layers cannot express, or that is missing.
-        """
-        try:
-            return self._adopt(held)
-        except KeyError as error:
-            raise ConfigError(f"{error.args[0]} is missing") from None
-
-    def _adopt(self, held: dict[str, Any]) -> dict[str, Any]:
-        for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-            if held.get(key, wanted) not in (wanted, None):
-                raise ConfigError(f"{key} is {dump(held[key])}; here it is {dump(wanted)}")
-        if self.fused:
-            _refuse_experts(held)
-        kinds = self._layer_types(held)
-        if _LINEAR in kinds and not self.linear:
-            raise ConfigError(f"layer_types names {_LINEAR}, which {self._is_none('layer')}")
-        # A model that attends in two ways has two names for it.
-        local = "local_attention" if _FULL in kinds else "attention"
-        names = {_FULL: "attention", _SLIDING: local, _LINEAR: "gated_deltanet"}
-        settings: dict[str, dict[str, Any]] = {}
-        for kind in dict.fromkeys(kinds):
-            if kind == _LINEAR:
-                settings[names[kind]] = self._adopt_linear(held)
-                continue
-            settings[names[kind]] = self._adopt_attention(held)
-            if kind == _SLIDING:
-                settings[local] |= {"window": held.get("sliding_window", 4096)}
-                settings[local] |= {} if local == "attention" else {"kind": "attention"}
-        return {
-            "pattern": _period([names[kind] for kind in kinds]),
-            "layers": held["num_hidden_layers"],
-            "dim": held["hidden_size"],
-            "mlp_dim": held["intermediate_size"],
-            "tie_embeddings": bool(held.get("tie_word_embeddings", False)),
-            "init_std": held.get("initializer_range", 0.02),
-            "norm_eps": held.get("rms_norm_eps", 1e-6),
-            "zero_centered_norms": self.zero_centered,
-            "post_norm": ["attention"] if self.post_norm else [],
-            "mixers": settings,
-        }
-
-    def _adopt_attention(self, held: dict[str, Any]) -> dict[str, Any]:
-        rope = held.get("rope_parameters") or held.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ConfigError(f"rope_type is {dump(kind)}; here wavelengths are as in 'default'")
-        none = self.rotary == "all or none" and "rope_parameters" in held
-        theta = rope.get("rope_theta", held.get("rope_theta", None if none else 10000.0))
-        fraction = 1.0 if theta else 0.0
-        if self.rotary == "part":
-            fraction = rope.get("partial_rotary_factor", held.get("partial_rotary_factor", 0.25))
-        heads = held["num_attention_heads"]
-        own = held.get("head_dim") if self.free_head_dim else None
-        return {
-            "heads": heads,
-            "kv_heads": held.get("num_key_value_heads") or heads,
-            "head_dim": own or held["hidden_size"] // heads,
-            "rotary_fraction": fraction,
-            "rotary_theta": float(theta or 10000.0),
-            "qk_norm": self.qk_norm is not None,
-            "qk_norm_over": self.qk_norm or "head",
-            "qkv_bias": self.bias,
-            "output_gate": self.gate,
-        }
-
-    def _adopt_linear(self, held: dict[str, Any]) -> dict[str, Any]:
-        found = {
-            "heads": held["linear_num_key_heads"],
-            "value_heads": held["linear_num_value_heads"],
-            "head_dim": held["linear_key_head_dim"],
-            "value_head_dim": held["linear_value_head_dim"],
-            "conv_size": held.get("linear_conv_kernel_dim", 4),
-        }
-        if self.negative_eigenvalues:
-            found["negative_eigenvalues"] = held.get("linear_allow_neg_eigval", True)
-        if self.gated_eps:
-            found["norm_eps"] = self.gated_eps
-        return found
-
-    def _layer_types(self, held: dict[str, Any]) -> list[str]:
-        """The kind of every layer, also where `config.json` leaves it to a rule."""
-        count, given = held["num_hidden_layers"], held.get("layer_types")
-        if self.linear:
-            every = held.get("full_attention_interval", 4)
-            rule = [_LINEAR if (layer + 1) % every else _FULL for layer in range(count)]
-            return given or rule
-        if self.windows == "all":
-            return [_FULL if held.get("sliding_window", 4096) is None else _SLIDING] * count
-        if self.windows == "none" or not held.get("use_sliding_window"):
-            return [_FULL] * count
-        first = held.get("max_window_layers", 28)
-        return given or [_SLIDING if layer >= first else _FULL for layer in range(count)]
-
 
 FAMILIES = [
     Family("llama", "LlamaForCausalLM"),
     Family("mistral", "MistralForCausalLM", windows="all"),
     Family("qwen2", "Qwen2ForCausalLM", bias=True, windows="some", own_tokenizer="Qwen2"),
     Family("qwen3", "Qwen3ForCausalLM", qk_norm="head", windows="some"),
-    Family("olmo2", "Olmo2ForCausalLM", qk_norm="heads", post_norm=True, free_head_dim=False),
+    Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        qk_norm="heads",
+        post_norm=True,
+        free_head_dim=False,
+        norm_eps=1e-5,
+    ),
     Family(
         "qwen3_next",
         "Qwen3NextForCausalLM",
@@ -343,25 +255,5 @@ def layers(config: ModelConfig) -> Iterator[tuple[str, str, Any]]:
 
 def _layer_type(kind: str, settings: Any) -> str:
     if kind == "gated_deltanet":
-        return _LINEAR
-    return _FULL if settings.window is None else _SLIDING
-
-
-def _refuse_experts(held: dict[str, Any]) -> None:
-    experts, every = held.get("num_experts", 512), held.get("decoder_sparse_step", 1)
-    dense = held.get("mlp_only_layers") or []
-    routed = [
-        layer
-        for layer in range(held["num_hidden_layers"])
-        if layer not in dense and (layer + 1) % every == 0
-    ]
-    if experts and routed:
-        raise ConfigError(f"num_experts is {experts}; here every layer has one dense MLP")
-
-
-def _period(names: list[str]) -> list[str]:
-    """The shortest pattern that, repeated, gives these."""
-    for length in range(1, len(names)):
-        if all(name == names[i % length] for i, name in enumerate(names)):
-            return names[:length]
-    return names
+        return LINEAR
+    return FULL if settings.window is None else SLIDING

@@ -22,6 +22,7 @@ from torch import Tensor
 import data
 from data import tokenizer as tokenizers
 from data.config import RECALL
+from data.pieces import MOST_IDS
 from data.settings import ConfigError, build, override
 from data.tokenizer import Tokenizer
 from train.config import Config, read
@@ -182,12 +183,14 @@ def _of_description(folder: Path, overrides: Sequence[str], say: Say) -> Stored:
         values["train.seq_len"] = (length, where)
         values["train.batch_tokens"] = (max(length, Config().train.batch_tokens), where)
     values["run.name"] = (folder.resolve().name, where)
-    if (tokenizer := files.find(folder)) is not None:
-        values["data.tokenizer"] = (str(tokenizer), where)
+    rows = found.model.embedding.num_embeddings
+    # Whether it has as many pieces as the model has rows, `Stored.tokenizer` sees.
+    if (tokenizer := files.find(folder, MOST_IDS, lambda line: None)) is not None:
+        values["data.tokenizer"] = (str(folder / tokenizer.file), where)
     override(Config, values, overrides)
     config = build(Config, values, where)
     mixers.check(config.model)
-    model = skeleton(config.model, found.model.embedding.num_embeddings)
+    model = skeleton(config.model, rows)
     parameters = dict(model.named_parameters())
     link_of = {name: link for link in found.links for name in link.ours}
 

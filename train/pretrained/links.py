@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from train.model.mixers.attention import Mixer as Attention
 from train.model.mixers.gated_deltanet import Mixer as GatedDeltaNet
-from train.model.transformer import Model
+from train.model.transformer import Block, Model
+from train.pretrained import weights
 from train.pretrained.families import Family
 
 Read = Callable[[str], Tensor]
@@ -26,6 +27,7 @@ class Link:
 
     ours, theirs: rows by name. order: our row i is their row order[i]; None is the same order.
     forth, back: what besides is done to each tensor on the way to them and from them.
+    spellings: other names and cuts of theirs that files have.
     """
 
     ours: Mapping[str, int]
@@ -33,6 +35,21 @@ class Link:
     order: Tensor | None = None
     forth: Callable[[Tensor], Tensor] = _as_it_is
     back: Callable[[Tensor], Tensor] = _as_it_is
+    spellings: tuple[Mapping[str, int], ...] = ()
+
+    def found(self, tensors: weights.Tensors) -> Link:
+        """The link to what a file holds; as it is, if that has none of the spellings."""
+        named = [
+            theirs
+            for theirs in (self.theirs, *self.spellings)
+            if all(name in tensors for name in theirs)
+        ]
+        for theirs in named:
+            if all(
+                rows == -1 or tensors.shape(name)[:1] == [rows] for name, rows in theirs.items()
+            ):
+                return replace(self, theirs=theirs)
+        return replace(self, theirs=named[0]) if named else self
 
     def to_theirs(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         """Their tensors by name, from ours."""
@@ -60,11 +77,10 @@ def links(model: Model, family: Family) -> Iterator[Link]:
     yield _same("embedding.weight", "model.embed_tokens.weight")
     for layer, block in enumerate(model.blocks):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        norms = ("input_layernorm", "post_attention_layernorm")
-        if block.post_norm:
-            norms = ("post_attention_layernorm", "post_feedforward_layernorm")
-        yield _norm(f"{ours}.mixer_norm.weight", f"{theirs}.{norms[0]}.weight", *centre)
-        yield _norm(f"{ours}.mlp_norm.weight", f"{theirs}.{norms[1]}.weight", *centre)
+        for name, spelled in zip(("mixer_norm", "mlp_norm"), _norms(family, block), strict=True):
+            first, *others = (f"{theirs}.{spelling}.weight" for spelling in spelled)
+            link = _norm(f"{ours}.{name}.weight", first, *centre)
+            yield replace(link, spellings=tuple({other: -1} for other in others))
         hidden = block.mlp.out.in_features
         yield _join(
             f"{ours}.mlp.up.weight", f"{theirs}.mlp", {"gate_proj": hidden, "up_proj": hidden}
@@ -127,11 +143,21 @@ def _gated_deltanet(mixer: GatedDeltaNet, family: Family, ours: str, theirs: str
         yield _join(f"{ours}.qkv.weight", theirs, {"q_proj": q, "k_proj": k, "v_proj": v})
         yield _join(f"{ours}.beta_decay.weight", theirs, {"b_proj": heads, "a_proj": heads})
         yield _same(f"{ours}.gate.weight", f"{theirs}.g_proj.weight")
+    whole = {f"{theirs}.conv1d.weight": q + k + v}
+    apart = [f"{theirs}.{letter}_conv1d.weight" for letter in "qkv"]
+    # transformers cuts its one tensor into equal parts when it saves, whatever their widths.
+    part = -(-(q + k + v) // 3)
+    spellings = [
+        dict(zip(apart, (q, k, v), strict=True)),
+        dict(zip(apart, (part, part, q + k + v - 2 * part), strict=True)),
+        whole,
+    ]
     yield Link(
         {f"{ours}.conv": q + k + v},
-        {f"{theirs}.conv1d.weight": q + k + v},
+        whole if family.fused else spellings[0],
         forth=lambda filters: filters.unsqueeze(1),
         back=lambda filters: filters.squeeze(1),
+        spellings=() if family.fused else tuple(spellings[1:]),
     )
     norm, out = ("norm", "out_proj") if family.fused else ("o_norm", "o_proj")
     for one, other in (
@@ -141,6 +167,23 @@ def _gated_deltanet(mixer: GatedDeltaNet, family: Family, ours: str, theirs: str
         ("out.weight", f"{out}.weight"),
     ):
         yield _same(f"{ours}.{one}", f"{theirs}.{other}")
+
+
+def _norms(family: Family, block: Block) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the norms of a block's mixer and MLP in files: as written first, then others.
+
+    OLMo Hybrid's files have names of their own for the norms of its linear blocks. transformers
+    renames them, and when it saves renames one of the attention blocks with them.
+    """
+    if family.linear and not family.fused:
+        if block.post_norm:
+            mixer = ("post_attention_layernorm", "feedforward_layer_norm")
+            return mixer, ("post_feedforward_layernorm",)
+        mlp = ("feedforward_layer_norm", "post_attention_layernorm")
+        return ("attention_layer_norm", "input_layernorm"), mlp
+    if block.post_norm:
+        return ("post_attention_layernorm",), ("post_feedforward_layernorm",)
+    return ("input_layernorm",), ("post_attention_layernorm",)
 
 
 def _same(ours: str, theirs: str) -> Link:

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data import beside
 from data import tokenizer as tokenizers
 from data.settings import ConfigError
 from data.tokenizer import HuggingFace, SentencePiece, Tokenizer
 
 FILES = ("tokenizer.model", "tokenizer.json")
+# Of a tokenizer_config.json what is left when its tokenizer has become another kind of file.
+_CHAT = ("chat_template", "model_max_length", "padding_side", "additional_special_tokens")
 INDENT = "\U0010ffff"
 # A space after a line end, or after such a space: \G is where the last match ended.
 _INDENTED = r"(?<=\n) |\G(?<= ) "
@@ -25,7 +28,7 @@ _INDENTED = r"(?<=\n) |\G(?<= ) "
 
 def write(tokenizer: Tokenizer, folder: Path, say: Callable[[str], None]) -> None:
     """Write what there is to write of `tokenizer`; a line says what cannot be."""
-    (folder / tokenizer.file).write_bytes(tokenizer.model)
+    copy(tokenizer, folder)
     if isinstance(tokenizer, SentencePiece):
         fast, why = _fast(tokenizer)
         if fast is None:
@@ -37,31 +40,51 @@ def write(tokenizer: Tokenizer, folder: Path, say: Callable[[str], None]) -> Non
     else:
         say(f"{tokenizer.file} is the tokenizer; AutoTokenizer has no such")
         return
-    marks = {token["id"]: token["content"] for token in fast.get("added_tokens", [])}
-    settings = {
+    if isinstance(tokenizer, HuggingFace) and beside.TOKENIZER in tokenizer.beside:
+        return  # the settings that were made for it
+    names = {token: name for name, token in fast["model"]["vocab"].items()}
+    names |= {token["id"]: token["content"] for token in fast.get("added_tokens", [])}
+    settings = beside.mapping(tokenizer.beside.get(beside.TOKENIZER, b"{}"), beside.TOKENIZER)
+    chats = "chat_template" in settings or beside.TEMPLATE in tokenizer.beside
+    settings = {key: settings[key] for key in _CHAT if key in settings} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": marks.get(tokenizer.bos_id),
-        "eos_token": marks.get(tokenizer.eos_id),
+        "bos_token": names.get(tokenizer.bos_id),
+        "eos_token": names.get(tokenizer.eos_id),
         "clean_up_tokenization_spaces": False,
-        # Text that spells a control piece is text.
-        "split_special_tokens": True,
+        # Text that spells a control piece is text, but where a template spells them.
+        "split_special_tokens": not chats,
     }
-    _dump(settings, folder / "tokenizer_config.json")
+    if tokenizer.pad_id is not None:
+        settings["pad_token"] = names.get(tokenizer.pad_id)
+    _dump(settings, folder / beside.TOKENIZER)
 
 
-def find(source: Path) -> Path | None:
+def copy(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer's file and those that belong to it."""
+    beside.write({**tokenizer.beside, tokenizer.file: tokenizer.model}, folder)
+
+
+def find(source: Path, rows: int, say: Callable[[str], None]) -> Tokenizer | None:
     """The tokenizer among a model's files; None if there is none that one can train with.
 
     Of two it is the SentencePiece model, from which the other was made. One that loses
-    characters is passed over.
+    characters, or has more pieces than the model has rows, is passed over with a line.
+
+    Raises:
+        ConfigError: a file beside it is malformed.
     """
+    beside.gather(source)
     for name in FILES:
-        if (source / name).exists():
-            try:
-                tokenizers.load(source / name)
-            except ConfigError:
-                continue
-            return source / name
+        if not (source / name).exists():
+            continue
+        try:
+            found = tokenizers.load(source / name)
+        except ConfigError as error:
+            say(f"passed over: {error}")
+            continue
+        if found.vocab_size <= rows:
+            return found
+        say(f"passed over: {source / name} has {found.vocab_size} ids, and the model {rows} rows")
     return None
 
 

@@ -4,16 +4,21 @@ written in parts."""
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.beside import mapping, shown
 from data.settings import ConfigError
 from train.engine import WEIGHT
 from train.model.config import ModelConfig
@@ -26,6 +31,7 @@ THEIRS = "model"  # what such files are called in Hugging Face's format
 OURS = "weights"  # and in a folder that a run starts from
 # A checkpoint keeps more than the weight of each parameter; so does its naming.
 _ENTRY = f"|{WEIGHT}"
+_FILE = re.compile(r"[^/\\]+\.safetensors")
 
 
 class Tensors:
@@ -36,20 +42,23 @@ class Tensors:
         suffix: what the names of the wanted tensors end with; callers leave it out.
 
     Raises:
-        ConfigError: a file is missing or broken.
+        ConfigError: a file is missing or broken, or two have a tensor of one name.
     """
 
     def __init__(self, files: Iterable[Path], suffix: str = "") -> None:
         self._suffix = suffix
-        self._where = {}
+        self._where: dict[str, Any] = {}
         for file in files:
             try:
                 opened = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
+            except (OSError, ValueError, SafetensorError) as error:
                 raise ConfigError(f"{file}: cannot be read ({error})") from None
             for entry in opened.keys():  # noqa: SIM118
                 if entry.endswith(suffix):
-                    self._where[entry.removesuffix(suffix)] = opened
+                    name = entry.removesuffix(suffix)
+                    if name in self._where:
+                        raise ConfigError(f"{file}: {shown(name)} is in another file already")
+                    self._where[name] = opened
 
     @property
     def names(self) -> set[str]:
@@ -59,7 +68,12 @@ class Tensors:
         return name in self._where
 
     def shape(self, name: str) -> list[int]:
-        return self._where[name].get_slice(name + self._suffix).get_shape()
+        shape: list[int] = self._where[name].get_slice(name + self._suffix).get_shape()
+        return shape
+
+    def dtype(self, name: str) -> str:
+        """As safetensors names it: F32, BF16, …"""
+        return str(self._where[name].get_slice(name + self._suffix).get_dtype())
 
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._where[name].get_tensor(name + self._suffix)
@@ -98,23 +112,58 @@ def check_shape(name: str, parameter: Tensor, shape: list[int] | None, source: P
 def of_family(folder: Path) -> Tensors:
     """Those of a model in Hugging Face's format, in one file or many.
 
+    Links are followed: the hub's cache is made of them. What an index names is in the folder.
+
     Raises:
-        ConfigError: there are none; pickled ones are not read.
+        ConfigError: there are none, or an index is malformed; pickled ones are not read.
     """
     index = folder / f"{THEIRS}.safetensors.index.json"
     if index.exists():
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
-            raise ConfigError(f"{index}: is no index of safetensors files") from None
-        return Tensors(folder / file for file in sorted(files))
+        return _indexed(index)
     file = folder / f"{THEIRS}.safetensors"
     if not file.exists():
-        raise ConfigError(
-            f"{folder} holds no {file.name}; weights in other formats are not read, "
-            "save them as safetensors"
-        )
+        raise ConfigError(elsewhere(folder) or f"{folder} holds no {file.name}")
     return Tensors([file])
+
+
+def elsewhere(folder: Path) -> str | None:
+    """What to do about a folder whose model is in another format; None if it is in none."""
+    if not folder.is_dir():
+        return f"{folder} is no folder; name one with config.json and {THEIRS}.safetensors"
+    load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}"
+    for ends, kind, words in (
+        (".gguf", "a GGUF file", ", gguf_file={!r}"),
+        (".bin", "pickled weights, which can run code when they are opened", ""),
+        (".pt", "pickled weights, which can run code when they are opened", None),
+        (".pth", "pickled weights, which can run code when they are opened", None),
+    ):
+        found = sorted(path.name for path in folder.iterdir() if path.name.endswith(ends))
+        if found and not any(path.suffix == ".safetensors" for path in folder.iterdir()):
+            how = "save it as safetensors"
+            if words is not None:
+                how += f" with transformers: {load}{words.format(found[0])}).save_pretrained(DIR)"
+            return f"{folder} holds only {found[0]}, {kind}; {how}"
+    return None
+
+
+def _indexed(index: Path) -> Tensors:
+    try:
+        where = mapping(index.read_bytes(), index).get("weight_map")
+    except OSError as error:
+        raise ConfigError(f"{index}: {error.strerror}") from None
+    if not isinstance(where, dict) or not where:
+        raise ConfigError(f"{index}: weight_map must be a mapping of tensors to files")
+    for file in where.values():
+        # A name with a separator would be another folder's.
+        if not isinstance(file, str) or not _FILE.fullmatch(file) or not file.isprintable():
+            raise ConfigError(
+                f"{index}: {shown(file)} is no name of a safetensors file in its folder"
+            )
+    tensors = Tensors(index.parent / file for file in sorted(set(where.values())))
+    for name, file in where.items():
+        if name not in tensors:
+            raise ConfigError(f"{index}: {shown(name)} is not in {shown(file)}, as it says")
+    return tensors
 
 
 def of_ours(folder: Path) -> Tensors:
@@ -176,21 +225,46 @@ def write(
 
 
 @contextmanager
-def making(folder: Path) -> Iterator[Path]:
-    """A folder to write in, that becomes `folder` when all is written.
+def making(to: Path) -> Iterator[Path]:
+    """A folder to write in, whose content is at `to` when all is written.
+
+    It lies in a new folder of its own beside `to`, or inside of it where `to` is an empty folder
+    already. That one is all that is ever removed, and only what is made here is in it.
 
     Raises:
-        ConfigError: there is something, or it cannot be written.
+        ConfigError: `to` is there already, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already; name another folder, or remove it")
-    part = folder.with_name(f"{folder.name}.partial")
+    folder = Path(os.path.abspath(to))  # of `.` and `..` too
+    holder, parents, done = None, [], False
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        inside = folder.is_dir()
+        if os.path.lexists(folder) and not (inside and not any(folder.iterdir())):
+            raise ConfigError(f"{folder} is there already; name another folder")
+        parents = [parent for parent in folder.parents if not parent.exists()]
+        above = folder.parents[len(parents)]
+        if not above.is_dir():
+            raise ConfigError(f"{above} is no folder; {folder} cannot be in it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = folder if inside else folder.parent
+        holder = Path(tempfile.mkdtemp(prefix=".headrace-", suffix=".partial", dir=place))
+        part = holder / "whole"  # with the permissions of any folder; its holder has fewer
+        part.mkdir()
         yield part
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
+        if inside:
+            # A description says what a folder is: it comes when all else is there.
+            for path in sorted(part.iterdir(), key=lambda path: path.stem == "config"):
+                path.rename(folder / path.name)
+        else:
+            part.rename(folder)
+        done = True
     except OSError as error:
-        raise ConfigError(f"{error.filename or part}: {error.strerror or error}") from None
+        raise ConfigError(f"{error.filename or folder}: {error.strerror or error}") from None
+    except SafetensorError as error:  # a full disk
+        raise ConfigError(f"{folder}: cannot be written ({error})") from None
+    finally:
+        if holder is not None:
+            shutil.rmtree(holder, ignore_errors=True)
+        if not done:
+            for parent in parents:
+                with suppress(OSError):  # something else is in it by now
+                    parent.rmdir()

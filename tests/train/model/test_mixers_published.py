@@ -157,8 +157,13 @@ def test_lightning_attention_of_minimax(layer: int) -> None:
     fill(theirs)
     w = parts(theirs)
     by_head = w["qkv_proj.weight"].unflatten(0, (3, 3, 8))  # head, then q, k, v
+    # norm_eps is of the blocks: the norm inside has an epsilon of its own.
     model = ModelConfig(
-        pattern=["lightning"], layers=4, dim=24, mixers={"lightning": {"heads": 3, "head_dim": 8}}
+        pattern=["lightning"],
+        layers=4,
+        dim=24,
+        norm_eps=0.1,
+        mixers={"lightning": {"heads": 3, "head_dim": 8}},
     )
     ours = {
         "qkv.weight": by_head.transpose(0, 1).flatten(0, 2),
@@ -166,8 +171,23 @@ def test_lightning_attention_of_minimax(layer: int) -> None:
         "norm.weight": w["norm.weight"],
         "out.weight": w["out_proj.weight"],
     }
-    # Theirs divides by layers − 1 + 1e-5, which is 1e-6 of the slope here.
     check_mixer("lightning", model, layer, theirs, ours)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 8, 80])
+def test_lightning_slopes_are_those_of_minimax_in_every_layer(layers: int) -> None:
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "head_dim": 8, "block_size": 2}
+    kinds = ["linear_attention"] * layers
+    published = MiniMaxConfig(num_hidden_layers=layers, layer_types=kinds, **sizes)
+    settings = {"lightning": {"heads": 3, "head_dim": 8}}
+    model = ModelConfig(pattern=["lightning"], layers=layers, dim=24, mixers=settings)
+    for layer in {0, layers // 2, layers - 1}:
+        wanted = MiniMaxLightningAttention(published, layer).slope_rate.flatten()
+        ours: Any = mixers.make("lightning", model, layer)
+        torch.testing.assert_close(ours.slopes(torch.zeros(1)), wanted, rtol=2e-6, atol=0)
 
 
 def test_kimi_delta_attention() -> None:

@@ -108,7 +108,6 @@ def test_generation_is_greedy_at_temperature_zero_and_seeded_above() -> None:
     class Letters:
         vocab_size, bos_id = VOCABULARY, 0
         end_ids = frozenset({1})
-        byte_runs: frozenset[int] = frozenset()
 
         def encode(self, text: str) -> list[int]:
             return [ord(letter) % VOCABULARY for letter in text]

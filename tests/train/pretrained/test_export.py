@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from data import tokenizer as tokenizers
 from data.settings import ConfigError
 from parallel import shard
+from tests.train.pretrained.shapes import (
+    GDN,
+    HYBRID,
+    PLAIN,
+    SHAPES,
+    VOCABULARY,
+    attention,
+    config,
+    export,
+    ids,
+    make,
+)
 from tests.train.runs import rows
 from train.__main__ import main
 from train.config import read
@@ -28,113 +38,10 @@ from train.pretrained import tokenizer as files
 from train.pretrained.folder import find
 from train.survival import manifest
 
-VOCABULARY = 600
-PLAIN = {"qk_norm": False, "output_gate": False}
-OLMO = {"qk_norm_over": "heads", "output_gate": False, "head_dim": 8}
-GDN = {"heads": 2, "value_heads": 4, "head_dim": 6, "value_head_dim": 10}
-HYBRID = ["gated_deltanet", "gated_deltanet", "attention"]
-
-
 pytestmark = pytest.mark.usefixtures("torch_code")
-
-
-def attention(**changes: Any) -> dict[str, Any]:
-    return {"heads": 4, "kv_heads": 2, "head_dim": 6, **changes}
-
-
-def config(pattern: list[str], mixers: dict[str, Any], **changes: Any) -> ModelConfig:
-    settings = {"layers": 5, "dim": 32, "mlp_dim": 44, "init_std": 0.2, **changes}
-    return ModelConfig(pattern=pattern, mixers=mixers, **settings)
-
-
-# Every family, in more than one shape.
-SHAPES: dict[str, ModelConfig] = {
-    "llama": config(["attention"], {"attention": attention(**PLAIN, rotary_theta=5e5)}),
-    "llama-untied": config(
-        ["attention"], {"attention": attention(kv_heads=4, **PLAIN)}, tie_embeddings=False
-    ),
-    "llama-one-kv": config(
-        ["attention"], {"attention": attention(kv_heads=1, head_dim=10, **PLAIN)}, norm_eps=1e-3
-    ),
-    "mistral": config(["attention"], {"attention": attention(**PLAIN, window=7)}),
-    "qwen2": config(["attention"], {"attention": attention(**PLAIN, qkv_bias=True)}),
-    "qwen3": config(["attention"], {"attention": attention(output_gate=False)}),
-    "qwen3-windows": config(
-        ["local", "local", "attention"],
-        {
-            "local": attention(kind="attention", output_gate=False, window=9),
-            "attention": attention(output_gate=False),
-        },
-    ),
-    "olmo2": config(["attention"], {"attention": attention(**OLMO)}, post_norm=["attention"]),
-    "qwen3_next": config(
-        HYBRID,
-        {"gated_deltanet": GDN, "attention": attention(rotary_fraction=0.25, head_dim=16)},
-        zero_centered_norms=True,
-        tie_embeddings=False,
-    ),
-    "qwen3_next-nope": config(
-        HYBRID,
-        {"gated_deltanet": GDN | {"conv_size": 3}, "attention": attention(rotary_fraction=0.0)},
-    ),
-    "qwen3_next-full": config(["attention"], {"attention": attention()}, norm_eps=1e-5),
-    "qwen3_next-mup": config(
-        HYBRID, {"gated_deltanet": GDN, "attention": attention()}, mup_base_dim=8
-    ),
-    "olmo_hybrid": config(
-        HYBRID,
-        {
-            "gated_deltanet": GDN | {"negative_eigenvalues": True, "norm_eps": 1e-5},
-            "attention": attention(**OLMO, rotary_fraction=0.0),
-        },
-        post_norm=["attention"],
-        tie_embeddings=False,
-    ),
-    "olmo_hybrid-rotary": config(
-        HYBRID,
-        {"gated_deltanet": GDN | {"value_heads": 2}, "attention": attention(**OLMO)},
-        post_norm=["attention"],
-        zero_centered_norms=True,
-        norm_eps=1e-5,
-    ),
-}
-
 
 # These reach a family by another way to write the same norms.
 CHANGED = {"qwen3_next-nope", "qwen3_next-full", "qwen3_next-mup", "olmo_hybrid-rotary"}
-
-
-def make(settings: ModelConfig) -> Model:
-    """A model whose every parameter has its say: no norm or bias is left at 0 or 1."""
-    torch.manual_seed(2)
-    model = Model(settings, VOCABULARY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn(parameter.shape))
-    return model
-
-
-def save(model: Model, folder: Path, tokenizer: Path | None = None) -> Path:
-    """A folder as `import` leaves it."""
-    folder.mkdir()
-    weights.write(model.named_parameters(), folder, weights.OURS)
-    sections = {"model": asdict(model.config)}
-    if tokenizer:
-        sections["data"] = {"tokenizer": str(tokenizer)}
-    (folder / "config.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
-    return folder
-
-
-def export(model: Model, folder: Path, style: str = "auto", dtype: str = "fp32") -> list[str]:
-    """What `export` says, of a folder with the model's weights."""
-    pieces = tokenizers.train([Path(__file__).read_text(encoding="utf-8")], VOCABULARY)
-    run = folder.with_name(f"{folder.name}-run")
-    save(model, run, run / pieces.file)
-    (run / pieces.file).write_bytes(pieces.model)
-    said: list[str] = []
-    exported.export(find(run), folder, style, dtype, said.append)
-    return said
 
 
 def transformed(folder: Path) -> nn.Module:
@@ -145,10 +52,6 @@ def transformed(folder: Path) -> nn.Module:
     )
     assert not any(told.values()), told
     return made.eval()
-
-
-def ids(length: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(4))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -196,43 +99,6 @@ def test_import_gives_back_the_model_and_every_bit_of_theirs(name: str, tmp_path
 
 def layers(settings: ModelConfig) -> list[tuple[object, Any]]:
     return [mixers.resolve(name, settings) for name in settings.blocks]
-
-
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3NextForCausalLM"])
-def test_a_model_saved_by_transformers_in_parts_is_imported(name: str, tmp_path: Path) -> None:
-    """And in bf16: the dtype stays, bit by bit."""
-    import transformers
-
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 40,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": name == "Qwen3ForCausalLM",
-    }
-    if name == "Qwen3NextForCausalLM":
-        sizes |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
-        sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "num_experts": 0}
-    architecture = getattr(transformers, name)
-    torch.manual_seed(3)
-    theirs = architecture(architecture.config_class(**sizes)).to(torch.bfloat16)
-    theirs.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
-    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
-    adopt.adopt(tmp_path / "hf", tmp_path / "ours", lambda line: None)
-
-    settings = read(tmp_path / "ours" / "config.yaml")
-    held = weights.of_ours(tmp_path / "ours")
-    ours = Model(settings.model, VOCABULARY)
-    with torch.no_grad():
-        for label, parameter in ours.named_parameters():
-            assert held.read(label).dtype == torch.bfloat16
-            parameter.copy_(held.read(label))
-        theirs = architecture.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-        wanted = theirs(ids(41).unsqueeze(0)).logits[0]
-        got = ours(ids(41), None, shard((41,), "cpu"))
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
 def test_a_model_that_transformers_has_not_goes_through_our_own_format(tmp_path: Path) -> None:
@@ -295,39 +161,6 @@ def test_what_a_family_cannot_express_is_refused_by_the_setting(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
-        ({"hidden_act": "gelu"}, "hidden_act is gelu"),
-        ({"attention_bias": True}, "attention_bias is true"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is yarn"),
-        ({"num_hidden_layers": 6}, "there is no tensor model.layers.5."),
-        ({"num_hidden_layers": 4}, "model.layers.4."),
-        ({"tie_word_embeddings": False}, "there is no tensor lm_head.weight"),
-        ({"intermediate_size": 48}, "is of another model: blocks.0.mlp"),
-    ],
-)
-def test_what_cannot_be_imported_is_refused_by_the_key(
-    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    export(make(SHAPES["llama"]), tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert main(["import", str(tmp_path / "hf"), "--to", str(tmp_path / "back")]) == 2
-    heard = capsys.readouterr().err.strip()
-    assert said in heard
-    assert "\n" not in heard
-    assert not (tmp_path / "back").exists()
-
-
-def test_nothing_is_written_over(tmp_path: Path) -> None:
-    model = make(SHAPES["llama"])
-    export(model, tmp_path / "hf")
-    with pytest.raises(ConfigError, match="is there already"):
-        adopt.adopt(tmp_path / "hf", tmp_path / "hf-run", print)
-
-
-@pytest.mark.parametrize(
     ("stem", "read_back"), [("model", weights.of_family), ("weights", weights.of_ours)]
 )
 def test_large_weights_are_written_in_parts(stem: str, read_back: Any, tmp_path: Path) -> None:
@@ -380,10 +213,12 @@ def test_a_tokenizer_json_goes_as_it_is(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     files.write(pieces, tmp_path / "made", print)
     shutil.copy(tmp_path / "made" / "tokenizer.json", tmp_path / "once")
-    found = files.find(tmp_path / "once")
-    assert found == tmp_path / "once" / "tokenizer.json"
-    files.write(tokenizers.load(found), tmp_path / "again", print)
-    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == found.read_bytes()
+    found = files.find(tmp_path / "once", 600, print)
+    assert found is not None
+    assert found.file == "tokenizer.json"
+    files.write(found, tmp_path / "again", print)
+    once = (tmp_path / "once" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == once
     (tmp_path / "again" / "config.json").write_text('{"model_type": "llama"}')
     theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert (theirs.bos_token_id, theirs.eos_token_id) == (pieces.bos_id, pieces.eos_id)
