@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(command: str, settings: Settings, out: Path | None) -> None:
+    from data.config import SOURCE
     from data.prepare import prepare
-    from data.recall import SOURCE
 
     if settings.data.source == SOURCE:
         raise ConfigError(

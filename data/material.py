@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.config import DataConfig, StreamConfig
+from data.config import SOURCE, DataConfig, StreamConfig
 from data.corpus import Corpus
 from data.held_out import HeldOutDocuments
 from data.prepare import Log, prepare
 from data.probes import TextProbes
-from data.recall import SOURCE, Recall
+from data.recall import Recall
 from data.stream import Batch, Batches, Cursor, Plan, validation_batches
 from data.tokenizer import Tokenizer
 

@@ -36,6 +36,7 @@ from data.store import JOURNAL, Journal, Writer, digest, index, replace, shard_n
 FORMAT = 4
 _VERIFY_BYTES = 1 << 30  # a corpus up to this size is verified whenever it is opened
 _REPORT_SECONDS = 10.0
+_WORKERS_A_CPU = 8  # at most: each of them starts a Python and loads the tokenizer
 
 Log = Callable[[str], None]
 
@@ -199,7 +200,8 @@ def _tokenize(
 ) -> None:
     from tqdm import tqdm
 
-    workers = config.workers or len(os.sched_getaffinity(0))
+    cpus = len(os.sched_getaffinity(0))
+    workers = min(config.workers or cpus, _WORKERS_A_CPU * cpus)
     done = sum(writer.journal.shards)
     log(
         f"tokenising in {workers} processes" + (f", going on after {done:,} tokens" if done else "")

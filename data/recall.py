@@ -23,7 +23,6 @@ from data.config import RecallConfig, StreamConfig
 from data.settings import ConfigError
 from data.stream import IGNORED, Batch, Cursor
 
-SOURCE = "recall"  # what `data.source` names it
 _TRAINING, _VALIDATION = 0, 1
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 import data
+from data.order import mixed
 from data.settings import ConfigError
 from parallel import World, at_step, distribute
+from train import memory
 from train.config import Config, differences
 from train.engine import Engine
 from train.evaluation.evaluate import evaluate
@@ -60,7 +62,11 @@ class Trainer:
         for line in [*notes, *_surroundings(world)]:
             self.say(line)
 
+        memory.check(config, world, _dtype(config, world))
         self.material = data.material(config.data, config.train, log=self.say)
+        if config.eval.sample_tokens:
+            # What cannot be said in these tokens is refused now, and not when all is done.
+            self.material.tokenizer.encode(config.eval.prompt)
         self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
         self.stream = self.material.batches(self.cursor)
         if self.recorder and not saved:
@@ -146,7 +152,7 @@ class Trainer:
                 self._evaluate_if_due()
                 self._saved(self.saver.poll())
             last = self.step == config.train.steps
-            if self.cause or last or self.step % config.checkpoint.every == 0:
+            if self.cause or last or _due(self.step, config.checkpoint.every):
                 self._save()
         self._finish_saving()
 
@@ -164,7 +170,7 @@ class Trainer:
         targets = max(1, sum(batch.targets for batch in batches))
         rate = learning_rate(self.config.optim, self.step, config.steps)
         # Chance is a function of the step, so that a resumed run needs no saved generator.
-        torch.manual_seed((config.seed * world.size + world.rank) << 32 | self.step)
+        torch.manual_seed(mixed(config.seed, world.rank, self.step))
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
         norm, loss = None, 0.0
 
@@ -353,7 +359,7 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         """At every `eval.every`-th step and the last one, unless a run before did."""
         last = self.step == self.config.train.steps
-        due = last or self.step % self.config.eval.every == 0
+        due = last or self.step == 0 or _due(self.step, self.config.eval.every)
         if not self.validation or not due or self.step in self.evaluated:
             return
         lengths = self.material.tokenizer.byte_lengths()
@@ -370,6 +376,10 @@ class Trainer:
         self.evaluated.add(self.step)
         if self.recorder:
             self.recorder.evaluation({"step": self.step, **row})
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _dtype(config: Config, world: World) -> torch.dtype:

@@ -21,12 +21,14 @@ a JSONL file up at its first bad line.
 from __future__ import annotations
 
 import glob
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data import settings
 from data.settings import ConfigError
 from data.sources import files, hub
 from data.sources.document import Document
@@ -109,6 +111,29 @@ def resolve(source: str | list[Any] | dict[str, Any], text_field: str) -> list[S
     return found
 
 
+def absolute(source: Any) -> Any:
+    """`data.source` with every path from the root, for a file that is read anywhere.
+
+    A source keeps its name, by which it is shuffled: where the longer path would give it another,
+    the name is written beside it.
+    """
+    if isinstance(source, list):
+        return [absolute(entry) for entry in source]
+    fields = source if isinstance(source, dict) else _guess(str(source))
+    path = fields.get("path")
+    if not isinstance(path, str) or path in ("stdlib", ""):
+        return source
+    if Path(path).exists() or not glob.has_magic(path):
+        whole = settings.absolute(path)
+    else:
+        fixed, pattern = _split(path)
+        whole = str(Path(glob.escape(settings.absolute(fixed)), pattern))
+    named = {} if "name" in fields or _name(whole) == _name(path) else {"name": _name(path)}
+    if isinstance(source, dict):
+        return {**source, "path": whole, **named}
+    return {"path": whole, **named} if named else whole
+
+
 def _guess(text: str) -> dict[str, Any]:
     """A bare string is a path if there is such a file or it looks like one, else a hub name."""
     looks = any(sign in text for sign in "*?[") or Path(text).suffix or text.startswith((".", "/"))
@@ -127,10 +152,13 @@ def _source(fields: dict[str, Any]) -> Source:
         return Source(name, (), hub=str(hub), **fields)
     if path == "stdlib":
         return Source(fields.pop("name", None) or "stdlib", _stdlib(), **fields)
-    files = _matches(str(path))
-    plain = str(path).rstrip("/").split("*")[0].rstrip("/")
-    name = fields.pop("name", None) or Path(plain).name.split(".")[0] or "files"
-    return Source(name, files, **fields)
+    return Source(fields.pop("name", None) or _name(str(path)), _matches(str(path)), **fields)
+
+
+def _name(path: str) -> str:
+    """What a source is called by its path, unless it is given a name."""
+    plain = path.rstrip("/").split("*")[0].rstrip("/")
+    return Path(plain).name.split(".")[0] or "files"
 
 
 def _stdlib() -> tuple[tuple[str, Path], ...]:
@@ -141,11 +169,30 @@ def _stdlib() -> tuple[tuple[str, Path], ...]:
 
 def _matches(pattern: str) -> tuple[tuple[str, Path], ...]:
     base = Path(pattern)
+    if base.is_file():
+        return ((base.name, base),)
     if base.is_dir():
         paths = [path for path in base.rglob("*") if path.is_file()]
         return _named(pattern, [(path.relative_to(base).as_posix(), path) for path in paths])
+    fixed, _ = _split(pattern)
     paths = [Path(found) for found in glob.glob(pattern, recursive=True)]
-    return _named(pattern, [(path.as_posix(), path) for path in paths if path.is_file()])
+    # By where they lie under the pattern: a corpus is the same wherever its text is.
+    named = [(path.relative_to(fixed).as_posix(), path) for path in paths if path.is_file()]
+    return _named(pattern, named)
+
+
+def _split(pattern: str) -> tuple[str, str]:
+    """The folder before a pattern's first special part, as it is on disk, and the rest."""
+    parts = Path(pattern).parts
+    folder = []
+    for part in parts:
+        literal = re.sub(r"\[([*?[])\]", r"\1", part)
+        if part not in (literal, glob.escape(literal)) or (
+            part == literal and glob.has_magic(part)
+        ):
+            break
+        folder.append(literal)
+    return str(Path(*folder)), str(Path(*parts[len(folder) :]))
 
 
 def _named(pattern: str, named: list[tuple[str, Path]]) -> tuple[tuple[str, Path], ...]:

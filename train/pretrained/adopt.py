@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
-from data.settings import ConfigError, build
+from data.settings import ConfigError, absolute, build
+from data.values import dump
 from train.model import mixers
 from train.model.config import ModelConfig
 from train.model.transformer import Model
@@ -114,15 +114,15 @@ def write(
     with weights.making(to) as folder:
         weights.write(seen(), folder, weights.OURS)
         check(skeleton(config, shapes["embedding.weight"][0]), shapes, source)
-        sections: dict[str, Any] = {"run": {"name": to.name, "start_from": str(to)}}
+        sections: dict[str, Any] = {"run": {"name": to.name, "start_from": absolute(str(to))}}
         found = files.find(source)
         if found is None:
             say(f"{source} has no tokenizer that gives text back as it was: set data.tokenizer")
         else:
             shutil.copyfile(found, folder / found.name)
-            sections["data"] = {"tokenizer": str(to / found.name)}
+            sections["data"] = {"tokenizer": absolute(str(to / found.name))}
         sections["model"] = asdict(config)
-        text = yaml.safe_dump(sections, sort_keys=False)
+        text = dump(sections)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 

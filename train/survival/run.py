@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import yaml
-
 from data.settings import ConfigError
+from data.values import dump
 from train.config import Config
 from train.survival.manifest import CHECKPOINTS, published
 
@@ -70,7 +69,7 @@ def _open(folder: Path, config: Config, fresh: bool, overwrite: bool) -> None:
                 shutil.rmtree(path)
             elif path.name != ".lock":
                 path.unlink()
-    resolved = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    resolved = dump(config.to_dict())
     path, part = folder / "config.yaml", folder / ".config.part"
     try:
         # A disk that is full stops no run that goes on as it was.
