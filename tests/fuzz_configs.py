@@ -149,8 +149,8 @@ def _real(field: Field, chance: random.Random) -> float:
 class Place:
     """A folder with a tiny run's file, the corpora of all cases, and the world they share."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, train: bool) -> None:
+        self.folder, self.train = folder, train
         self.base = tiny.write(
             folder / "tiny.yaml",
             """
@@ -192,11 +192,13 @@ run: {root: runs}
         try:
             config = read(self.base, words)
             mixers.check(config.model)
-        except ConfigError:
-            return main([str(self.base), *words]), "refused"
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            return 2, "refused"
         tokens = config.train.batch_tokens * config.train.accumulate
         large = (
-            tokens > _TOKENS
+            not self.train
+            or tokens > _TOKENS
             or config.model.layers > _LAYERS
             or memory.parameters(config) > _PARAMETERS
         )
@@ -222,24 +224,25 @@ def cases(count: int, seed: int) -> Iterator[tuple[str, list[str]]]:
 
 
 @contextlib.contextmanager
-def place() -> Iterator[Place]:
-    """A folder to work in, which becomes the current one."""
+def place(train: bool = True) -> Iterator[Place]:
+    """A folder to work in, which becomes the current one; without `train` nothing is trained."""
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, HF_HUB_OFFLINE="1"),
         join(),
     ):
-        yield Place(Path(folder))
+        yield Place(Path(folder), train)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Random configurations; 1 if one is a fault.")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry", action="store_true", help="read and check, but train nothing")
     options = parser.parse_args(arguments)
     ends: Counter[str] = Counter()
-    with place() as here:
+    with place(not options.dry) as here:
         for name, words in cases(options.count, options.seed):
             began = time.monotonic()
             end = here.judge(words)
