@@ -64,9 +64,6 @@ class Trainer:
 
         memory.check(config, world, _dtype(config, world))
         self.material = data.material(config.data, config.train, log=self.say)
-        if config.eval.sample_tokens:
-            # What cannot be said in these tokens is refused now, and not when all is done.
-            self.material.tokenizer.encode(config.eval.prompt)
         self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
         self.stream = self.material.batches(self.cursor)
         if self.recorder and not saved:

@@ -227,18 +227,3 @@ checkpoint: {every: 1}
         "train.steps: 3 → 4",
     ]
     assert set((tmp_path / "corpora").iterdir()) == corpora
-
-
-def test_a_prompt_that_the_tokens_cannot_say_is_refused_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], world: None
-) -> None:
-    path = tmp_path / "recall.yaml"
-    path.write_text(
-        "data: {source: recall, recall: {pairs: 2, keys: 4, values: 4, queries: 2}}\n"
-        "train: {steps: 1, batch_tokens: 32, seq_len: 16}\n"
-        "model: {dim: 8, layers: 1, mixers: {gated_deltanet: {heads: 1, head_dim: 4}}}\n"
-        "eval: {prompt: some words}\n"
-    )
-    assert main([str(path), f"run.root={tmp_path}"]) == 2
-    assert capsys.readouterr().err.startswith("'some' is no token of the recall task")
-    assert not (tmp_path / "recall" / "metrics.jsonl").exists()

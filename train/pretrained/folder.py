@@ -21,7 +21,7 @@ from torch import Tensor
 
 import data
 from data import tokenizer as tokenizers
-from data.recall import SOURCE as RECALL
+from data.config import SOURCE as RECALL
 from data.settings import ConfigError, build, override
 from data.tokenizer import Tokenizer
 from train.config import Config, read
