@@ -56,6 +56,7 @@ class DataConfig:
         "stdlib",
         "stdlib, a file, folder or glob, a hub data set, or a list of mappings: see data/; "
         "or recall, a synthetic task",
+        path=True,
     )
     text_field: str = setting("text", "column of JSONL, Parquet and hub sources with the text")
     root: str = setting("corpora", "folder of prepared corpora, shared by all runs", path=True)
@@ -100,8 +101,7 @@ class DataConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every setting, with paths that mean the same in another working directory."""
         whole = with_absolute_paths(self)
-        if self.source != SOURCE:
-            whole["source"] = sources.absolute(self.source)
+        whole["source"] = self.source if self.source == SOURCE else sources.absolute(self.source)
         return whole
 
     def weights(self) -> list[float] | None:

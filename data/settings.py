@@ -322,9 +322,11 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     """Raises ConfigError for a number outside its limits, or text that can be no path."""
     if isinstance(value, str) and metadata.get("path"):
-        if not value.strip() or not value.isprintable():
+        longest = max(len(os.fsencode(part)) for part in value.split("/"))
+        if not value.strip() or not value.isprintable() or longest > 255 or len(value) > 1000:
             raise ConfigError(
-                f"{name} is {_shown(value)}; it must be a path, without control characters"
+                f"{name} is {_shown(value)}; it must be a path, without control characters, of "
+                "names of at most 255 bytes"
             )
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         limits = {key: metadata[key] for key in _LIMITS if key in metadata}

@@ -117,6 +117,8 @@ def test_written_paths_mean_the_same_in_another_folder(
         ("train: {steps: !!int x}", [], "the tag !!int means nothing here"),
         ('eval: {prompt: "\\ud800"}', [], "text must be of whole characters, without NUL"),
         ('run: {root: "a\\nb"}', [], 'run.root is "a\\nb"; it must be a path'),
+        ("", [f"run.start_from={'x' * 300}"], "of names of at most 255 bytes"),
+        ("", [f"data.source={'x/' * 900}"], "it must be a path"),
         ("run: {root: ''}", [], "run.root is ''; it must be a path"),
         ("run: {name: 7}", [], "run.name is 7; it must be text or null, in quotes"),
         ("base: .", [], "Is a directory"),
