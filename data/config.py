@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data.settings import ConfigError, setting
+from data import sources
+from data.settings import ConfigError, setting, with_absolute_paths
 from data.sources.weight import shortened, weight
 
+MOST_TOKENS = 1 << 30  # of a batch: kernels count its tokens in 32 bits
+MOST_PIECES = 1 << 24  # of a vocabulary
 RECALL = "recall"  # what `data.source` names the synthetic task
-
 Packing = Literal["balanced", "sequential", "best_fit"]
 _STAGE_KEYS = ("step", "seq_len", "weights", "long_weight")
 _MOST = 1 << 40  # steps, tokens of a sequence
@@ -19,15 +21,18 @@ _MOST = 1 << 40  # steps, tokens of a sequence
 class RecallConfig:
     """The task of `data.source: recall` (keys `data.recall.*`)."""
 
-    pairs: int = setting(32, "pairs of key and value that a sequence begins with")
+    pairs: int = setting(32, "pairs of key and value that a sequence begins with", least=1)
     fewest: int | None = setting(
-        None, "training: sequences have from so many pairs on (null: all have as many)"
+        None, "training: sequences have from so many pairs on (null: all have as many)", least=1
     )
-    queries: int = setting(64, "queries after the pairs, each for any of them")
-    keys: int = setting(64, "different keys")
-    values: int = setting(64, "different values")
+    queries: int = setting(64, "queries after the pairs, each for any of them", least=1)
+    keys: int = setting(64, "different keys", least=1, most=1 << 20)
+    values: int = setting(64, "different values", least=2, most=1 << 20)
     power: float | None = setting(
-        None, "asked soon: a query's place has probability place^(power − 1) (null: anywhere)"
+        None,
+        "asked soon: a query's place has probability place^(power − 1) (null: anywhere)",
+        above=0,
+        most=100,
     )
 
     def __post_init__(self) -> None:
@@ -38,13 +43,6 @@ class RecallConfig:
                     f"data.recall.{key} is {value}; it must be from 1 to data.recall.{most}, "
                     f"{limit}"
                 )
-        for key, least in (("queries", 1), ("values", 2)):
-            if getattr(self, key) < least:
-                raise ConfigError(
-                    f"data.recall.{key} is {getattr(self, key)}; it must be at least {least}"
-                )
-        if self.power is not None and self.power <= 0:
-            raise ConfigError(f"data.recall.power is {self.power}; it must be above 0, or null")
 
 
 @dataclass
@@ -55,43 +53,43 @@ class DataConfig:
         "stdlib",
         "stdlib, a file, folder or glob, a hub data set, or a list of mappings: see data/; "
         "or recall, a synthetic task",
+        path=True,
     )
     text_field: str = setting("text", "column of JSONL, Parquet and hub sources with the text")
-    root: str = setting("corpora", "folder of prepared corpora, shared by all runs")
+    root: str = setting("corpora", "folder of prepared corpora, shared by all runs", path=True)
     tokenizer: str | None = setting(
-        None, "a .model or tokenizer.json to use; null trains one on a sample of the corpus"
+        None,
+        "a .model or tokenizer.json to use; null trains one on a sample of the corpus",
+        path=True,
     )
-    vocab_size: int = setting(6144, "pieces of a tokenizer trained here")
+    # 256 bytes and the control pieces leave no room for words in fewer.
+    vocab_size: int = setting(
+        6144, "pieces of a tokenizer trained here", least=512, most=MOST_PIECES
+    )
     model_type: Literal["bpe", "unigram"] = setting(
         "bpe", "kind of SentencePiece model trained here: bpe or unigram"
     )
     normalize: bool = setting(False, "bring text to Unicode NFC first; decoding then gives that")
-    workers: int = setting(0, "processes that tokenise; 0 is one a CPU")
+    workers: int = setting(0, "processes that tokenise; 0 is one a CPU", least=0, most=1024)
     max_broken: float = setting(
-        0.1, "share of a source's documents that may be empty, not UTF-8 or broken"
+        0.1, "share of a source's documents that may be empty, not UTF-8 or broken", least=0, most=1
     )
-    validation: float = setting(0.02, "share of documents held out, chosen by their content")
+    validation: float = setting(
+        0.02, "share of documents held out, chosen by their content", least=0, below=1
+    )
     packing: Packing = setting("balanced", "balanced, sequential or best_fit")
-    long_tokens: int = setting(0, "documents of so many tokens or more count as long; 0 is none")
-    long_weight: float = setting(1.0, "how much more often long documents are seen")
+    long_tokens: int = setting(
+        0, "documents of so many tokens or more count as long; 0 is none", least=0, most=MOST_TOKENS
+    )
+    long_weight: float = setting(
+        1.0, "how much more often long documents are seen", least=0, most=1e6
+    )
     stages: list[dict[str, Any]] = setting(
         [], "changes at a step: mappings of step, and seq_len, weights (by source) or long_weight"
     )
     recall: RecallConfig = field(default_factory=RecallConfig)
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 512:
-            raise ConfigError(
-                f"data.vocab_size is {self.vocab_size}; 256 bytes and the control pieces "
-                "leave no room for words below 512"
-            )
-        for name in ("validation", "max_broken"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ConfigError(f"data.{name} is {value}; it must be 0 or more and below 1")
-        for name in ("workers", "long_tokens", "long_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"data.{name} is {getattr(self, name)}; it must be 0 or more")
         if self.long_weight != 1 and not self.long_tokens:
             raise ConfigError("data.long_weight needs data.long_tokens, which says what is long")
         self.stages = [
@@ -101,6 +99,12 @@ class DataConfig:
             raise ConfigError("data.stages: long_weight needs data.long_tokens")
         if self.stages and self.source == RECALL:
             raise ConfigError("data.stages is given; with data.source: recall there are no stages")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, with paths that mean the same in another working directory."""
+        whole = with_absolute_paths(self)
+        whole["source"] = self.source if self.source == RECALL else sources.absolute(self.source)
+        return whole
 
     def weights(self) -> list[float] | None:
         """The weights of the sources in their order; None where they weigh what they hold."""
@@ -158,16 +162,14 @@ def _weights(where: str, given: Any) -> dict[str, float]:
 class StreamConfig:
     """The shape of the stream (keys `train.*`; the training room's settings inherit them)."""
 
-    batch_tokens: int = setting(16384, "tokens of one batch, over all ranks")
-    seq_len: int = setting(2048, "longest sequence in tokens; longer documents are cut")
-    seed: int = setting(0, "seed of the order of documents and of the initial weights")
-    accumulate: int = setting(1, "batches of one optimiser step")
+    batch_tokens: int = setting(
+        16384, "tokens of one batch, over all ranks", least=2, most=MOST_TOKENS
+    )
+    seq_len: int = setting(2048, "longest sequence in tokens; longer documents are cut", least=2)
+    seed: int = setting(0, "seed of the order of documents and of the initial weights", least=0)
+    accumulate: int = setting(1, "batches of one optimiser step", least=1, most=1 << 16)
 
     def __post_init__(self) -> None:
-        if self.seq_len < 2:
-            raise ConfigError(f"train.seq_len is {self.seq_len}; it must be 2 or more")
-        if self.accumulate < 1:
-            raise ConfigError(f"train.accumulate is {self.accumulate}; it must be 1 or more")
         if self.batch_tokens < self.seq_len:
             raise ConfigError(
                 f"train.batch_tokens is {self.batch_tokens}, less than train.seq_len = "

@@ -88,3 +88,8 @@ def mix(value: np.ndarray) -> np.ndarray:
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
+
+
+def mixed(seed: int, *place: int) -> int:
+    """64 bits of these numbers, each 0 or more and of any size: the seed of a place of its own."""
+    return int(np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0])

@@ -49,6 +49,7 @@ _MOST_OF_NAME = 100  # bytes of a source's name in that of the corpus
 _VERIFY_BYTES = 1 << 30  # a corpus up to this size is verified whenever it is opened
 _REPORT_SECONDS = 10.0
 _LOOKED_AT = 10_000  # documents of a source in which there must be one with text
+_WORKERS_A_CPU = 8  # at most: each of them starts a Python and loads the tokenizer
 
 Log = Callable[[str], None]
 
@@ -243,7 +244,8 @@ def _tokenize(
 ) -> None:
     from tqdm import tqdm
 
-    workers = config.workers or len(os.sched_getaffinity(0))
+    cpus = len(os.sched_getaffinity(0))
+    workers = min(config.workers or cpus, _WORKERS_A_CPU * cpus)
     done = sum(writer.journal.shards)
     log(
         f"tokenising in {workers} processes" + (f", going on after {done:,} tokens" if done else "")

@@ -1,34 +1,88 @@
 """Settings: nested dataclasses, read from YAML files and `key=value` overrides.
 
-Every room keeps the dataclass of its own settings; this module fills them and knows none.
-Each field's `metadata["help"]` is its line in `--help`.
+Every room keeps the dataclass of its own settings; this module fills them and knows none. Of
+each field's metadata, `help` is its line in `--help`; `least`, `most`, `above` and `below` bound
+a number, and `path` says that text names a file or folder. All are checked before the dataclass
+is made, so that its `__post_init__` has only to say what settings are to each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import operator
+import os
+import stat
+import sys
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from data import values as plain
+from data.values import dump_line as dump
+
+__all__ = [
+    "ConfigError",
+    "absolute",
+    "build",
+    "describe",
+    "dump",
+    "fields",
+    "load",
+    "override",
+    "setting",
+    "with_absolute_paths",
+]
 
 COMMAND_LINE = "command line"
 
 Schema = TypeVar("Schema")
 
 
+_LARGEST = (1 << 63) - 1  # of a whole number: what C, files and tensors can hold
+_MOST_BASES = 20
+_SHOWN = 100  # characters of a value in a message
+_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+    "most": ("at most", operator.le),
+}
+# YAML 1.1's words for true and false, where one of these is wanted.
+_SWITCHES = {
+    **dict.fromkeys(("yes", "on"), True),
+    **dict.fromkeys(("no", "off"), False),
+}
+
+
 class ConfigError(ValueError):
     """Something the user can mend; the message is one line. Commands print it and exit with 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its default and its line of help."""
-    metadata = {"help": help}
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    path: bool = False,
+) -> Any:
+    """A dataclass field with its default, its line of help, and its limits.
+
+    Args:
+        least, most: a number may be these. above, below: it may not.
+        path: the value names a file or folder.
+    """
+    limits = {"least": least, "most": most, "above": above, "below": below}
+    metadata: dict[str, Any] = {"help": help, "path": path}
+    metadata |= {name: limit for name, limit in limits.items() if limit is not None}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -73,8 +127,8 @@ def override(schema: type, values: dict[str, tuple[Any, str]], overrides: Sequen
     whole = _whole(schema)
     for word in overrides:
         key, equals, text = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{COMMAND_LINE}: {word!r} is not of the form key=value")
+        if not equals or not key.strip():
+            raise ConfigError(f"{COMMAND_LINE}: {_cut(repr(word))} is not of the form key=value")
         for name, leaf in _flatten(_parse(text, f"{COMMAND_LINE}: {key}"), key.strip(), whole):
             _replace(values, name, (leaf, COMMAND_LINE), whole)
 
@@ -107,7 +161,8 @@ def build(
                     raise ConfigError(f"{origin}: {name}: {part} is no mapping")
             inside[leaf] = value
         elif partial is None or (name.partition(".")[0] in sections.difference(partial)):
-            raise ConfigError(f"{origin}: {name}: no such key{_nearest(name, known, sections)}")
+            nearest = _nearest(name, known, sections)
+            raise ConfigError(f"{origin}: {_cut(name)}: no such key{nearest}")
     try:
         return _construct(schema, "", leaves)
     except ConfigError as error:
@@ -116,11 +171,15 @@ def build(
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One setting: its type, default and line of help."""
+    """One setting: its type, default and metadata."""
 
     hint: Any
     default: Any
-    help: str
+    metadata: Mapping[str, Any]
+
+    @property
+    def help(self) -> str:
+        return self.metadata.get("help", "")
 
 
 def fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
@@ -134,7 +193,7 @@ def fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        yield name, Field(hints[field.name], default, field.metadata.get("help", ""))
+        yield name, Field(hints[field.name], default, field.metadata)
 
 
 def describe(schema: type, prefix: str = "") -> str:
@@ -147,9 +206,27 @@ def describe(schema: type, prefix: str = "") -> str:
     return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
 
 
-def dump(value: Any) -> str:
-    """`value` as YAML on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n...")[0].strip()
+def absolute(path: str) -> str:
+    """The path from the root, so that it means the same in every working directory.
+
+    Without `..` where that leads to the same place: past a link to a folder it does not.
+    """
+    short = os.path.abspath(path)
+    same = os.path.realpath(short) == os.path.realpath(path)
+    return short if same else str(Path(path).absolute())
+
+
+def with_absolute_paths(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass, and of those in it, with every path absolute."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = with_absolute_paths(value)
+        elif field.metadata.get("path") and isinstance(value, str):
+            value = absolute(value)
+        found[field.name] = value
+    return found
 
 
 def _replace(
@@ -164,45 +241,56 @@ def _replace(
 
 
 def _read(
-    path: Path, above: tuple[Path, ...], whole: Collection[str]
+    path: Path, above: tuple[str, ...], whole: Collection[str]
 ) -> Iterator[tuple[str, tuple[Any, str]]]:
     """(dotted key, (value, file)) of a file's base and then of the file itself."""
-    if path.resolve() in above:
+    real = os.path.realpath(path)
+    if real in above:
         raise ConfigError(f"{path}: its base files form a circle")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read as a configuration ({reason})") from None
-    content = _parse(text, str(path))
+    if len(above) > _MOST_BASES:
+        raise ConfigError(f"{path}: it is the base of a base of a base, {len(above)} deep")
+    content = _parse(_text(path), str(path))
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys; it is {type(content).__name__}")
+        raise ConfigError(f"{path}: must be a mapping of keys; it is {_shown(content)}")
     base = content.pop("base", None)
     if base is not None:
         if not isinstance(base, str):
-            raise ConfigError(f"{path}: base must name a file; it is {dump(base)}")
-        yield from _read(path.parent / base, (*above, path.resolve()), whole)
+            raise ConfigError(f"{path}: base must name a file; it is {_shown(base)}")
+        yield from _read(path.parent / base, (*above, real), whole)
+    seen = set()
     for name, value in _flatten(content, "", whole):
+        if name in seen:
+            raise ConfigError(f"{path}: the key {_cut(name)} is there twice")
+        seen.add(name)
         yield name, (value, str(path))
+
+
+def _text(path: Path) -> str:
+    """What a file holds; one that may never end, as a pipe, is not opened."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not path.is_dir():
+            raise ConfigError(f"{path}: cannot be read as a configuration (it is no regular file)")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read as a configuration ({reason})") from None
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be read"
-        raise ConfigError(f"{where}{line}: not valid YAML ({problem})") from None
+        return plain.parse(text)
+    except plain.Malformed as error:
+        line = f", line {error.line}" if error.line else ""
+        raise ConfigError(f"{where}{line}: not valid YAML ({error})") from None
 
 
 def _flatten(value: Any, prefix: str, whole: Collection[str]) -> Iterator[tuple[str, Any]]:
     """The dotted keys of nested mappings, down to the settings that are given as a whole."""
     if isinstance(value, dict) and value and prefix not in whole:
         for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key), whole)
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key, whole)
     else:
         yield prefix, value
 
@@ -249,6 +337,7 @@ def _construct(schema: type, prefix: str, leaves: dict[str, Any]) -> Any:
             arguments[field.name] = _construct(hints[field.name], f"{name}.", leaves)
         elif name in leaves:
             arguments[field.name] = leaves[name]
+            _check(name, leaves[name], field.metadata)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{name} is missing; it has no default")
     return schema(**arguments)
@@ -261,13 +350,32 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
+def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a number outside its limits, or text that can be no path."""
+    if isinstance(value, str) and metadata.get("path"):
+        longest = max(len(os.fsencode(part)) for part in value.split("/"))
+        if not value.strip() or not value.isprintable() or longest > 255 or len(value) > 1000:
+            raise ConfigError(
+                f"{name} is {_shown(value)}; it must be a path, without control characters, of "
+                "names of at most 255 bytes"
+            )
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        limits = {key: metadata[key] for key in _LIMITS if key in metadata}
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            limits = {"least": -_LARGEST, "most": _LARGEST} | limits
+        if not all(_LIMITS[key][1](value, limit) for key, limit in limits.items()):
+            wanted = " and ".join(f"{_LIMITS[key][0]} {limit}" for key, limit in limits.items())
+            raise ConfigError(f"{name} is {_shown(value)}; it must be {wanted}")
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     for kind in _choices(hint):
         try:
             return _convert_one(value, kind, where)
         except TypeError:
             continue
-    raise ConfigError(f"{where} is {dump(value)}; it must be {_name(hint)}")
+    quoted = ", in quotes" if str in _choices(hint) and isinstance(value, (int, float)) else ""
+    raise ConfigError(f"{where} is {_shown(value)}; it must be {_name(hint)}{quoted}")
 
 
 def _convert_one(value: Any, kind: Any, where: str) -> Any:
@@ -276,8 +384,9 @@ def _convert_one(value: Any, kind: Any, where: str) -> Any:
     if kind is Any:
         return value
     if origin is typing.Literal:
-        if value in typing.get_args(kind):
-            return value
+        for choice in typing.get_args(kind):
+            if value == choice and isinstance(value, bool) == isinstance(choice, bool):
+                return choice
     elif origin is list:
         if isinstance(value, list):
             (inner,) = typing.get_args(kind)
@@ -288,9 +397,14 @@ def _convert_one(value: Any, kind: Any, where: str) -> Any:
     elif kind is types.NoneType:
         if value is None:
             return None
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in _SWITCHES:
+            return _SWITCHES[value.lower()]
     elif kind is float or kind is int:
         number = _number(value)
-        if number is not None and (kind is float or float(number).is_integer()):
+        if number is not None and (kind is float or number == int(number)):
             return kind(number)
     elif isinstance(value, kind):
         return value
@@ -298,18 +412,20 @@ def _convert_one(value: Any, kind: Any, where: str) -> Any:
 
 
 def _number(value: Any) -> int | float | None:
-    """A number, also as YAML 1.1 misreads it: 3e-4 and 1e6 are text there."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, float)):
-        return value if math.isfinite(value) else None
+    """A finite number, also as text spells it, that a float can hold; None for anything else."""
     if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            return None
-        return number if math.isfinite(number) else None
-    return None
+        return plain.number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if abs(value) <= sys.float_info.max else None
+
+
+def _shown(value: Any) -> str:
+    return _cut(dump(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _name(hint: Any) -> str:

@@ -27,5 +27,9 @@ class ParallelConfig:
     )
     timeout_s: float = field(
         default=600.0,
-        metadata={"help": "seconds that a rank waits in a layer for another before it gives up"},
+        metadata={
+            "help": "seconds that a rank waits in a layer for another before it gives up",
+            "above": 0,
+            "most": 1e7,
+        },
     )

@@ -110,6 +110,7 @@ def train(options: argparse.Namespace) -> int:
 
 def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:
     from parallel import join
+    from train import memory
     from train.loop import Trainer
     from train.model import mixers
     from train.survival.run import claim
@@ -119,7 +120,11 @@ def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:
     # A job that was queued again goes on with what its first start began anew.
     fresh = options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
     patience = timedelta(seconds=config.parallel.timeout_s)
-    with join(layers=patience) as world, claim(config, fresh, options.overwrite, world) as folder:
+    with (
+        memory.told(),
+        join(layers=patience) as world,
+        claim(config, fresh, options.overwrite, world) as folder,
+    ):
         with closing(Trainer(config, folder, command, world, watch)) as trainer:
             code = trainer.run()
         # Who started the ranks ends them soon after the first has ended.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data import DataConfig, StreamConfig
-from data.settings import ConfigError, load, setting
+from data import DataConfig, StreamConfig, sources
+from data.settings import ConfigError, fields, load, setting, with_absolute_paths
 from parallel.config import ParallelConfig
 from train.model.config import ModelConfig
 from train.optimiser.optim import OptimConfig
@@ -17,12 +18,13 @@ from train.survival.faults import FaultsConfig
 
 @dataclass
 class RunConfig:
-    root: str = setting("runs", "folder of all runs")
+    root: str = setting("runs", "folder of all runs", path=True)
     name: str | None = setting(None, "folder of this run under run.root (null: the file's name)")
     start_from: str | None = setting(
         None,
         "folder of weights to begin with: a checkpoint, or what `import` or `convert` wrote "
         "(null: random ones)",
+        path=True,
     )
 
     def __post_init__(self) -> None:
@@ -49,15 +51,10 @@ def check_name(name: str) -> None:
 
 @dataclass
 class TrainConfig(StreamConfig):
-    steps: int = setting(1000, "optimiser steps of the whole run")
+    steps: int = setting(1000, "optimiser steps of the whole run", least=1)
     dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "of weights and activations (auto: bf16 on a GPU, fp32 on a CPU)"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise ConfigError(f"train.steps is {self.steps}; it must be at least 1")
 
 
 @dataclass
@@ -71,37 +68,28 @@ class ZeroConfig:
 class CheckpointConfig:
     every: int = setting(
         500,
-        "steps between checkpoints; the last step always has one. A kill loses at most twice as "
-        "many: a checkpoint is written beside training, and whole before the next one begins",
+        "steps between checkpoints; the last step always has one (0: it alone). A kill loses at "
+        "most twice as many: a checkpoint is written beside training, and whole before the next "
+        "one begins",
+        least=0,
     )
-    keep: int = setting(2, "newest checkpoints to keep; 0 for all")
-    keep_every: int = setting(0, "steps whose multiples are kept for good; 0 for none")
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError(f"checkpoint.every is {self.every}; it must be at least 1")
-        for key in ("keep", "keep_every"):
-            if getattr(self, key) < 0:
-                raise ConfigError(
-                    f"checkpoint.{key} is {getattr(self, key)}; it must not be negative"
-                )
+    keep: int = setting(2, "newest checkpoints to keep; 0 for all", least=0)
+    keep_every: int = setting(0, "steps whose multiples are kept for good; 0 for none", least=0)
 
 
 @dataclass
 class EvalConfig:
-    every: int = setting(250, "steps between evaluations; the first and last always have one")
-    tokens: int = setting(262144, "most tokens of the validation set that an evaluation reads")
+    every: int = setting(
+        250,
+        "steps between evaluations; the first and last always have one (0: they alone)",
+        least=0,
+    )
+    tokens: int = setting(
+        262144, "most tokens of the validation set that an evaluation reads", least=2
+    )
     prompt: str = setting("def ", "text that the sample at the end goes on from")
-    sample_tokens: int = setting(120, "tokens of that sample; 0 for none")
-    temperature: float = setting(0.8, "of that sample; 0 takes the likeliest token")
-
-    def __post_init__(self) -> None:
-        # Two tokens: one, and the one that it predicts.
-        for key, least in (("every", 1), ("tokens", 2), ("sample_tokens", 0), ("temperature", 0)):
-            if getattr(self, key) < least:
-                raise ConfigError(
-                    f"eval.{key} is {getattr(self, key)}; it must be at least {least}"
-                )
+    sample_tokens: int = setting(120, "tokens of that sample; 0 for none", least=0)
+    temperature: float = setting(0.8, "of that sample; 0 takes the likeliest token", least=0)
 
 
 @dataclass
@@ -122,7 +110,8 @@ class Config:
         return Path(self.run.root) / str(self.run.name)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Every setting, as a run writes it: its paths mean the same in any working directory."""
+        return with_absolute_paths(self) | {"data": self.data.to_dict()}
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -139,12 +128,25 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines `key: old → new` for every setting that differs."""
+    """Lines `key: old → new` for every setting that differs, in more than a path's spelling."""
     lines = []
     for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key), new.get(key)
+        before, after, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if _same_place(name, before, after):
+            continue
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{prefix}{key}.")
+            lines += differences(before, after, f"{name}.")
         elif before != after:
-            lines.append(f"{prefix}{key}: {before} → {after}")
+            lines.append(f"{name}: {before} → {after}")
     return lines
+
+
+def _same_place(name: str, before: Any, after: Any) -> bool:
+    """Whether a setting that names files names the same ones in both ways."""
+    if name == "data.source" and before is not None and after is not None:
+        return sources.absolute(before) == sources.absolute(after)
+    both = isinstance(before, str) and isinstance(after, str)
+    return both and name in _PATHS and os.path.realpath(before) == os.path.realpath(after)
+
+
+_PATHS = {name for name, setting in fields(Config) if setting.metadata.get("path")}

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 import data
+from data.order import mixed
 from data.settings import ConfigError
 from parallel import World, at_step, distribute
+from train import memory
 from train.config import Config, differences
 from train.engine import Engine
 from train.evaluation.evaluate import evaluate
@@ -68,6 +70,7 @@ class Trainer:
         for line in [*notes, *surroundings(world)]:
             self.say(line)
 
+        memory.check(config, world, _dtype(config, world))
         self.material = data.material(config.data, config.train, log=self.say)
         self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
         self.stream = self.material.batches(self.cursor)
@@ -144,7 +147,7 @@ class Trainer:
     def _train(self) -> None:
         config = self.config
         self.watch.training = True
-        if batches := self._due():
+        if batches := self._to_validate():
             tokens = sum(len(batch.tokens) for batch in batches)
             self.say(f"validating on {tokens:,} tokens before step {self.step + 1}")
         self._evaluate_if_due()
@@ -160,7 +163,7 @@ class Trainer:
                 self._evaluate_if_due()
                 self._saved(self.saver.poll())
             last = self.step == config.train.steps
-            if self.cause or last or self.step % config.checkpoint.every == 0:
+            if self.cause or last or _due(self.step, config.checkpoint.every):
                 self._save()
         self._finish_saving()
 
@@ -178,7 +181,7 @@ class Trainer:
         targets = max(1, sum(batch.targets for batch in batches))
         rate = learning_rate(self.config.optim, self.step, config.steps)
         # Chance is a function of the step, so that a resumed run needs no saved generator.
-        torch.manual_seed((config.seed * world.size + world.rank) << 32 | self.step)
+        torch.manual_seed(mixed(config.seed, world.rank, self.step))
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
         norm, loss = None, 0.0
 
@@ -409,15 +412,15 @@ class Trainer:
         self.evaluated = {step for step in self.evaluated if step <= self.step}
         self.watch.pause()
 
-    def _due(self) -> list[data.Batch]:
+    def _to_validate(self) -> list[data.Batch]:
         """What to validate on now: at every `eval.every`-th step and the last one, unless a run
         before did."""
         last = self.step == self.config.train.steps
-        due = last or self.step % self.config.eval.every == 0
+        due = last or self.step == 0 or _due(self.step, self.config.eval.every)
         return self._held_out() if due and self.step not in self.evaluated else []
 
     def _evaluate_if_due(self) -> None:
-        batches = self._due()
+        batches = self._to_validate()
         if not batches:
             return
         lengths = self.material.tokenizer.byte_lengths()
@@ -443,6 +446,10 @@ class Trainer:
             made = list(self.material.validation(config.eval.tokens, length))
             self.validation = (length, made)
         return self.validation[1]
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _dtype(config: Config, world: World) -> torch.dtype:

@@ -116,6 +116,30 @@ def resolve(source: str | list[Any] | dict[str, Any], text_field: str) -> list[S
     return found
 
 
+def absolute(source: Any) -> Any:
+    """`data.source` with every path from the root, for a file that is read anywhere.
+
+    A source keeps its name, by which it is shuffled: where the longer paths would give the sources
+    other names, these are written beside them.
+    """
+    entries = source if isinstance(source, list) else [source]
+    before = [_fields(entry) for entry in entries]
+    after = [
+        {**fields, "path": paths.absolute(fields["path"])}
+        if fields.get("path", "stdlib") != "stdlib"
+        else fields
+        for fields in before
+    ]
+    names = _names(before)
+    if _names(after) != names:
+        after = [{**fields, "name": name} for fields, name in zip(after, names, strict=True)]
+    written = [
+        fields["path"] if isinstance(entry, str) and [*fields] == ["path"] else fields
+        for entry, fields in zip(entries, after, strict=True)
+    ]
+    return written if isinstance(source, list) else written[0]
+
+
 def _fields(entry: Any) -> dict[str, Any]:
     """The keys of an entry, each with a value of its type."""
     if isinstance(entry, str):

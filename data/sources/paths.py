@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from data import settings
 from data.settings import ConfigError
 
 Named = tuple[tuple[str, Path], ...]
@@ -36,13 +38,35 @@ def matches(pattern: str) -> Named:
             raise ConfigError(
                 f"data.source is {printable(pattern)}; that is neither a file nor a folder"
             )
-        named = [(base.as_posix(), base)]
+        named = [(base.name, base)]
     else:
         found = _glob(Path(base.anchor), base.parts[bool(base.anchor) :], ())
-        named = [(path.as_posix(), path) for path in found if path.is_file()]
+        # By where they lie under the pattern: a corpus is the same wherever its text is.
+        folder, _ = split(pattern)
+        named = [(path.relative_to(folder).as_posix(), path) for path in found if path.is_file()]
     if not named:
         raise ConfigError(f"data.source is {printable(pattern)}; no file matches it")
     return tuple(sorted((printable(name), path) for name, path in dict.fromkeys(named)))
+
+
+def absolute(pattern: str) -> str:
+    """`pattern` from the root, so that it names the same files in every working directory."""
+    if os.path.lexists(pattern) or not is_pattern(pattern):
+        return settings.absolute(pattern)
+    folder, rest = split(pattern)
+    return str(Path(glob.escape(settings.absolute(folder)), rest))
+
+
+def split(pattern: str) -> tuple[str, str]:
+    """The folder before a pattern's first special part, as it is on disk, and the rest."""
+    parts = Path(pattern).parts
+    folder = []
+    for part in parts:
+        literal = re.sub(r"\[([*?[])\]", r"\1", part)
+        if part != glob.escape(literal) and is_pattern(part):
+            break
+        folder.append(literal)
+    return str(Path(*folder)), str(Path(*parts[len(folder) :]))
 
 
 def is_pattern(text: str) -> bool:

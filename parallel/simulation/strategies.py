@@ -254,6 +254,7 @@ def hybrid_dp(case: Case) -> Outcome:
         first = int(ready[: ranks // size * size].reshape(-1, size).max(axis=1).argmin())
         mine = slice(first * size, (first + 1) * size)
         linear = float(case.linear_seconds(n / size))
+        work: float | np.ndarray  # seconds, of the group's one rank or of each
         if size == 1:
             seconds = work = BOTH * float(weigh.attention(np.array(0), np.array(n)))
         else:

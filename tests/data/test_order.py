@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import ranks
+from data.order import mixed, ranks
 
 
 @settings(deadline=None)
@@ -95,3 +95,12 @@ def test_each_run_of_64_takes_one_of_every_64th_of_the_lengths() -> None:
     assert (np.sort(found // 37, axis=1) == np.arange(64)).all()
     # … in an order of its own each time.
     assert len({tuple(row) for row in (found // 37).tolist()}) == 37
+
+
+def test_every_place_has_a_seed_of_its_own_in_64_bits() -> None:
+    seeds = (0, 1, 5_000_000_000, 20_261_130, (1 << 63) - 1)
+    places = list(itertools.product(seeds, range(300), (0, 1, 2, 1 << 20, 1 << 40)))
+    found = {mixed(*place) for place in places}
+    assert len(found) == len(places)
+    assert min(found) >= 0
+    assert 1 << 63 < max(found) < 1 << 64

@@ -11,12 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import Batch, ConfigError, Cursor, DataConfig, StreamConfig, material
-from data.__main__ import main
+from data.__main__ import Settings, main
 from data.config import RecallConfig
 from data.recall import Recall, sequences, shortest
+from data.settings import build
 
 STREAM = StreamConfig(batch_tokens=4 * 61, seq_len=61, seed=3)
 TASK = RecallConfig(pairs=7, queries=20, keys=9, values=5)
+
+
+def given_as(word: str) -> Settings:
+    """The settings that a word behind `data.recall.` makes."""
+    key, _, value = word.partition("=")
+    return build(Settings, {f"data.recall.{key}": (float(value), "here")}, "here")
 
 
 def looked_up(tokens: np.ndarray, keys: int) -> list[int]:
@@ -120,10 +127,10 @@ def test_a_cursor_of_other_settings_is_refused(change: dict[str, int]) -> None:
     ("make", "message"),
     [
         (lambda: RecallConfig(pairs=9, keys=8), "data.recall.pairs is 9; it must be from 1 to"),
-        (lambda: RecallConfig(fewest=0), "data.recall.fewest is 0"),
-        (lambda: RecallConfig(queries=0), "data.recall.queries is 0; it must be at least 1"),
-        (lambda: RecallConfig(values=1), "data.recall.values is 1; it must be at least 2"),
-        (lambda: RecallConfig(power=0.0), "data.recall.power is 0.0; it must be above 0"),
+        (lambda: given_as("fewest=0"), "data.recall.fewest is 0; it must be at least 1"),
+        (lambda: given_as("queries=0"), "data.recall.queries is 0; it must be at least 1"),
+        (lambda: given_as("values=1"), "data.recall.values is 1; it must be at least 2"),
+        (lambda: given_as("power=0.0"), "data.recall.power is 0.0; it must be above 0"),
         (lambda: Recall(TASK, StreamConfig(batch_tokens=100, seq_len=61)), "a multiple of train"),
         (
             lambda: Recall(TASK, StreamConfig(batch_tokens=60, seq_len=30)),

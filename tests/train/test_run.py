@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.ranks import launch
 from tests.train.runs import STEPS, losses, rows, start, wait_for_step
 from train.__main__ import main
@@ -249,3 +250,45 @@ def test_two_ranks_have_the_losses_of_one(
             path.rename(path.with_name(f"was-{path.name}"))
     assert main([str(config), f"run.root={tmp_path}", "zero.stage=0"]) == 0
     assert losses(tmp_path / "tiny") == pytest.approx(one, rel=1e-5)
+
+
+def test_a_rate_of_zero_only_evaluates(config: Path, tmp_path: Path) -> None:
+    """At the start and the end alone, where `every` is 0; from a seed of more than 32 bits."""
+    words = ["optim.lr=0", "eval.every=0", "checkpoint.every=0", "train.seed=5000000000"]
+    assert main([str(config), f"run.root={tmp_path}", "train.steps=3", *words]) == 0
+    run = tmp_path / "tiny"
+    first, last = (row for row in rows(run) if "val_loss" in row)
+    assert (first["step"], last["step"]) == (0, 3)
+    assert first["val_loss"] == last["val_loss"]
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+def test_a_run_is_used_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], world: None
+) -> None:
+    tiny.write(
+        tmp_path / "tiny.yaml",
+        """
+train: {steps: 2, batch_tokens: 128, seq_len: 64}
+eval: {tokens: 128, sample_tokens: 0}
+checkpoint: {every: 1}
+""",
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["tiny.yaml", "data.source='*.txt'", "data.root=corpora", "run.root=runs"]) == 0
+    run = tmp_path / "runs" / "tiny"
+    corpora = set((tmp_path / "corpora").iterdir())
+    monkeypatch.chdir("/")
+    assert main(["checkpoints", str(run), "--verify"]) == 0
+    assert main(["replay", str(run), "2"]) == 0
+    capsys.readouterr()
+    assert main([str(run / "config.yaml"), "train.steps=3"]) == 0
+    monkeypatch.chdir(tmp_path / "corpora")
+    words = ["data.source=../*.txt", "data.root=.", "run.root=../runs", "train.steps=4"]
+    assert main(["../tiny.yaml", *words]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "going on from" in line]
+    assert [line.partition(" with ")[2] for line in said] == [
+        "train.steps: 2 → 3",
+        "train.steps: 3 → 4",
+    ]
+    assert set((tmp_path / "corpora").iterdir()) == corpora

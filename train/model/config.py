@@ -6,6 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.settings import ConfigError, setting
+from data.values import number
+
+# What nobody has come near, and a slip of the finger soon passes.
+MOST_LAYERS, MOST_WIDTH = 1024, 1 << 20
+MOST_HEADS, MOST_HEAD_DIM = 1 << 14, 1 << 14
+MOST_TAPS = 1 << 12  # of a short convolution
+LEAST_EPS = 1e-30  # its root is a number in fp32, so that rows of zeros can be divided by it
 
 
 @dataclass
@@ -14,12 +21,14 @@ class ModelConfig:
         ["gated_deltanet", "gated_deltanet", "gated_deltanet", "attention"],
         "mixers of the blocks from the first on, repeated over the depth; gla*3 is three of them",
     )
-    layers: int = setting(4, "number of blocks")
-    dim: int = setting(256, "width of the residual stream")
-    mlp_dim: int | None = setting(None, "width inside the SwiGLU MLP (null: 8/3 dim, up to 64s)")
+    layers: int = setting(4, "number of blocks", least=1, most=MOST_LAYERS)
+    dim: int = setting(256, "width of the residual stream", least=8, most=MOST_WIDTH)
+    mlp_dim: int | None = setting(
+        None, "width inside the SwiGLU MLP (null: 8/3 dim, up to 64s)", least=1, most=1 << 24
+    )
     tie_embeddings: bool = setting(True, "one matrix for the embedding and the output head")
-    init_std: float = setting(0.02, "standard deviation of the initial weights")
-    norm_eps: float = setting(1e-6, "epsilon of every RMSNorm")
+    init_std: float = setting(0.02, "standard deviation of the initial weights", least=0, most=1e3)
+    norm_eps: float = setting(1e-6, "epsilon of every RMSNorm", least=LEAST_EPS, most=1)
     zero_centered_norms: bool = setting(
         False, "norms of blocks, of q and k, and the last scale by 1 + weight, as in Qwen3-Next"
     )
@@ -27,11 +36,18 @@ class ModelConfig:
         [], "mixers whose blocks norm what mixer and MLP give, not what they take, as in OLMo 2"
     )
     mup_base_dim: int | None = setting(
-        None, "μP: width at which lr and init_std were tuned; both follow dim from there (null: no)"
+        None,
+        "μP: width at which lr and init_std were tuned; both follow dim from there (null: no)",
+        least=1,
+        most=MOST_WIDTH,
     )
-    z_loss: float = setting(0.0, "weight of logsumexp² of the logits in the loss")
+    z_loss: float = setting(
+        0.0, "weight of logsumexp² of the logits in the loss", least=0, most=1e6
+    )
     max_positions: int | None = setting(
-        None, "longest sequence that imported weights were trained on; `export` says it again"
+        None,
+        "longest sequence that imported weights were trained on; `export` says it again",
+        least=1,
     )
     checkpoint_activations: bool = setting(
         False, "keep only each block's input for the backward pass, and compute the rest again"
@@ -41,9 +57,6 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "layers", "dim", "mlp_dim", "mup_base_dim", "max_positions", prefix="model."
-        )
         if self.dim % 8:
             raise ConfigError(f"model.dim is {self.dim}; it must be a multiple of 8")
         if not self.pattern:
@@ -58,20 +71,17 @@ class ModelConfig:
 
 def expanded(pattern: list[str]) -> list[str]:
     """The mixers that a pattern stands for: `gla*3` for three times gla."""
-    names = []
+    names: list[str] = []
     for entry in pattern:
         name, star, times = entry.partition("*")
-        if star and not (times.strip().isdecimal() and int(times) > 0):
+        count = number(times.strip()) if star else 1
+        if not isinstance(count, int) or count < 1:
             raise ConfigError(
                 f"model.pattern has {entry!r}; after the * a whole number above 0 says how many"
             )
-        names += [name.strip()] * int(times or 1)
+        if len(names) + count > MOST_LAYERS:
+            raise ConfigError(
+                f"model.pattern has {entry!r}; it may name at most {MOST_LAYERS} mixers"
+            )
+        names += [name.strip()] * count
     return names
-
-
-def require_positive(config: object, *keys: str, prefix: str = "") -> None:
-    """Raises ConfigError for the first of these settings that is given and below 1."""
-    for key in keys:
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ConfigError(f"{prefix}{key} is {value}; it must be at least 1")

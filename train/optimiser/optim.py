@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from data.settings import ConfigError, setting
+from data.settings import setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,30 +18,24 @@ class OptimConfig:
     name: Literal["adamw", "muon"] = setting(
         "adamw", "muon: matrices inside the blocks by Muon, everything else by AdamW"
     )
-    lr: float = setting(3e-3, "peak learning rate")
+    lr: float = setting(3e-3, "peak learning rate; 0 only evaluates", least=0, most=1e6)
     schedule: Literal["wsd", "cosine"] = setting("wsd", "shape of the learning rate after warm-up")
-    warmup_steps: int = setting(20, "steps of linear warm-up")
-    decay_fraction: float = setting(0.2, "wsd: the last share of the steps, in which it decays")
-    min_lr_fraction: float = setting(0.0, "learning rate at the end, as a share of the peak")
-    beta1: float = setting(0.9, "AdamW: decay of the mean of gradients")
-    beta2: float = setting(0.95, "AdamW: decay of the mean of squared gradients")
-    eps: float = setting(1e-8, "AdamW: epsilon")
-    momentum: float = setting(0.95, "Muon: decay of the mean of gradients")
-    weight_decay: float = setting(0.1, "decoupled decay of matrices; vectors have none")
-    clip: float = setting(1.0, "largest gradient norm; 0 for no clipping")
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"optim.lr is {self.lr}; it must be above 0")
-        for key in ("decay_fraction", "min_lr_fraction"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ConfigError(f"optim.{key} is {getattr(self, key)}; it must be in [0, 1]")
-        for key in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ConfigError(f"optim.{key} is {getattr(self, key)}; it must be in [0, 1)")
-        for key in ("warmup_steps", "weight_decay", "clip", "eps"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"optim.{key} is {getattr(self, key)}; it must not be negative")
+    warmup_steps: int = setting(20, "steps of linear warm-up", least=0)
+    decay_fraction: float = setting(
+        0.2, "wsd: the last share of the steps, in which it decays", least=0, most=1
+    )
+    min_lr_fraction: float = setting(
+        0.0, "learning rate at the end, as a share of the peak", least=0, most=1
+    )
+    beta1: float = setting(0.9, "AdamW: decay of the mean of gradients", least=0, below=1)
+    beta2: float = setting(0.95, "AdamW: decay of the mean of squared gradients", least=0, below=1)
+    # Of 0, a weight without gradients, a piece never seen, would become 0 / 0.
+    eps: float = setting(1e-8, "AdamW: epsilon", least=1e-30, most=1)
+    momentum: float = setting(0.95, "Muon: decay of the mean of gradients", least=0, below=1)
+    weight_decay: float = setting(
+        0.1, "decoupled decay of matrices; vectors have none", least=0, most=1e6
+    )
+    clip: float = setting(1.0, "largest gradient norm; 0 for no clipping", least=0)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

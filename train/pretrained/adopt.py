@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from data.beside import mapping, shown
-from data.settings import ConfigError, build
+from data.settings import ConfigError, absolute, build
+from data.values import dump
 from train.model import mixers
 from train.model.config import ModelConfig
 from train.model.transformer import Model
@@ -155,16 +155,15 @@ def write(
     weights.write(seen(), folder, weights.OURS)
     rows = shapes["embedding.weight"][0]
     check(skeleton(config, rows), shapes, source)
-    sections: dict[str, Any] = {"run": {"name": to.name, "start_from": str(to)}}
+    sections: dict[str, Any] = {"run": {"name": to.name, "start_from": absolute(str(to))}}
     found = files.find(source, rows, say)
     if found is None:
         say(f"{source} has no tokenizer to train with: set data.tokenizer")
     else:
         files.copy(found, folder)
-        sections["data"] = {"tokenizer": str(to / found.file)}
+        sections["data"] = {"tokenizer": absolute(str(to / found.file))}
     sections["model"] = asdict(config)
-    text = yaml.safe_dump(sections, sort_keys=False)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    (folder / "config.yaml").write_text(dump(sections), encoding="utf-8")
 
 
 def onward(folder: Path, lr: float) -> str:

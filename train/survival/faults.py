@@ -38,23 +38,27 @@ class FaultsConfig:
         "after a bad step: make it with the next batches, go back to the last checkpoint and "
         "pass over its batches, or end the run",
     )
-    spike: float = setting(0.0, "a loss of so many times the recent median is bad; 0: any is good")
-    most: int = setting(5, "bad steps in a row, or after one checkpoint, that the run survives")
+    spike: float = setting(
+        0.0, "a loss of so many times the recent median is bad; 0: any is good", least=0
+    )
+    most: int = setting(
+        5, "bad steps in a row, or after one checkpoint, that the run survives", least=0
+    )
     hang_seconds: float = setting(
         300.0,
         "without progress after which a rank hangs: it is named, with every rank's stack, and "
         "the run ends with exit code 70, to be started again; 0 for never",
+        least=0,
+        most=1e7,
     )
 
     def __post_init__(self) -> None:
         if self.spike and self.spike <= 1:
             raise ConfigError(f"faults.spike is {self.spike}; it must be above 1, or 0 for never")
-        if self.hang_seconds < 0:
+        if 0 < self.hang_seconds < 1:
             raise ConfigError(
-                f"faults.hang_seconds is {self.hang_seconds}; it must be above 0, or 0 for never"
+                f"faults.hang_seconds is {self.hang_seconds}; it must be at least 1, or 0 for never"
             )
-        if self.most < 1:
-            raise ConfigError(f"faults.most is {self.most}; it must be at least 1")
 
 
 class Judge:

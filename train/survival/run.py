@@ -10,9 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from data.settings import ConfigError
+from data.values import Malformed, dump, parse
 from train.config import Config
 from train.survival.manifest import CHECKPOINTS, MANIFEST, STAGING
 
@@ -128,7 +127,7 @@ def _open(folder: Path, config: Config, fresh: bool, overwrite: bool) -> None:
     _check(folder, fresh, overwrite)
     if fresh:
         _remove_run(folder)
-    resolved = yaml.safe_dump(config.to_dict(), sort_keys=False).encode()
+    resolved = dump(config.to_dict()).encode()
     path, part = folder / CONFIG, folder / _PART
     try:
         # A disk that is full stops no run that goes on as it was.
@@ -150,12 +149,12 @@ def _settings(path: Path) -> dict[str, Any] | None:
         ConfigError: it cannot be read.
     """
     try:
-        content = yaml.safe_load(path.read_bytes().decode())
+        content = parse(path.read_bytes().decode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         reason = "not UTF-8 text"
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except Malformed:
         reason = "not valid YAML"
     else:
         return content if isinstance(content, dict) else None

@@ -11,11 +11,15 @@ import pytest
 
 from data.settings import ConfigError
 from data.sources import resolve
-from data.sources.paths import matches, printable
+from data.sources.paths import absolute, matches, printable
 
 
 def names(pattern: object) -> list[str]:
     return [name for name, _ in matches(str(pattern))]
+
+
+def found(pattern: object) -> list[str]:
+    return sorted(str(path) for _, path in matches(str(pattern)))
 
 
 def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
@@ -28,8 +32,30 @@ def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
         (one,) = resolve(str(tmp_path / name), "text")
         assert [document.text for document in one.documents()] == [name]
     assert names(tmp_path / "d[12]") == ["x.txt"]
-    assert names(tmp_path / "a[12].txt") == [f"{tmp_path}/a1.txt"]
-    assert names(tmp_path / "a[[]1].txt") == [f"{tmp_path}/a[1].txt"]
+    assert found(tmp_path / "a[12].txt") == [f"{tmp_path}/a1.txt"]
+    assert found(tmp_path / "a[[]1].txt") == [f"{tmp_path}/a[1].txt"]
+
+
+def test_names_are_those_under_the_pattern_wherever_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also once the path has been made absolute, and once more."""
+    for name in ("d[1]/a/x.txt", "d[1]/b/y.txt", "d1/a/no.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    for pattern, wanted in (
+        ("d[[]1]/*/*.txt", ["a/x.txt", "b/y.txt"]),
+        ("d[1]", ["a/x.txt", "b/y.txt"]),
+        ("d[1]/a/x.txt", ["x.txt"]),
+        ("./d1/../d1/*/no.txt", ["a/no.txt"]),
+        ("*/a/no.*", ["d1/a/no.txt"]),
+    ):
+        assert names(pattern) == wanted
+        once = absolute(pattern)
+        assert os.path.isabs(once)
+        assert absolute(once) == once
+        assert names(once) == wanted
 
 
 @pytest.mark.parametrize(
@@ -53,7 +79,7 @@ def test_patterns_match_what_glob_matches(
     for base in (tmp_path, Path()):
         monkeypatch.chdir(tmp_path)
         wanted = [name for name in glob.glob(str(base / pattern), recursive=True)]
-        assert names(base / pattern) == sorted({n for n in wanted if os.path.isfile(n)})
+        assert found(base / pattern) == sorted({n for n in wanted if os.path.isfile(n)})
 
 
 def test_loops_end_and_links_are_followed(tmp_path: Path) -> None:
@@ -67,8 +93,7 @@ def test_loops_end_and_links_are_followed(tmp_path: Path) -> None:
         (inside / "deep" / f"loop{number}").symlink_to(inside)
     (inside / "self").symlink_to(inside / "self")
     (inside / "gone.txt").symlink_to(inside / "nowhere")
-    found = names(inside / "**" / "*.txt")
-    assert found == [f"{inside}/deep/x.txt", f"{inside}/other/y.txt"]
+    assert names(inside / "**" / "*.txt") == ["deep/x.txt", "other/y.txt"]
     assert names(inside) == ["deep/x.txt"]
     with pytest.raises(ConfigError, match="neither a file nor a folder"):
         matches(str(inside / "self"))
@@ -81,7 +106,7 @@ def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
         listening.bind(str(tmp_path / "s.txt"))
     (tmp_path / "real.txt").write_text("text")
     assert names(tmp_path) == ["real.txt"]
-    assert names(tmp_path / "*.txt") == [f"{tmp_path}/real.txt"]
+    assert found(tmp_path / "*.txt") == [f"{tmp_path}/real.txt"]
     for name in ("pipe.txt", "s.txt"):
         with pytest.raises(ConfigError, match="neither a file nor a folder"):
             matches(str(tmp_path / name))

@@ -281,3 +281,11 @@ def test_all_mixers_train_under_zero_3(ranks) -> None:
             assert parameter.grad is not None
             error = (found[name].reshape(parameter.shape) - parameter.grad).abs().max()
             assert error < 1e-4 * parameter.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("name", ["attention", "hedgehog", "liger"])
+def test_rotary_turns_whole_pairs_of_a_head_of_any_width(name: str) -> None:
+    for head_dim, turned in ((1, 0), (2, 2), (3, 2), (7, 6), (8, 8)):
+        settings = {name: {"heads": 1, "head_dim": head_dim}}
+        mixer = mixers.make(name, ModelConfig(pattern=[name], dim=8, mixers=settings), 0)
+        assert mixer.rotary_dim == turned

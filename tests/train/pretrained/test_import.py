@@ -386,8 +386,6 @@ def test_no_value_of_a_config_is_a_traceback(name: str, tmp_path: Path) -> None:
     refused = 0
     for key in dict.fromkeys([*inside, *KEYS]):
         for value in JUNK:
-            if name == "own" and value == 10**400:  # a setting like any other
-                continue
             spoiled = held | ({"model": inside | {key: value}} if name == "own" else {key: value})
             text = json.dumps(spoiled).encode("utf-8", "surrogatepass")
             (folder / "config.json").write_bytes(text)
@@ -416,8 +414,8 @@ def test_no_value_of_a_config_is_a_traceback(name: str, tmp_path: Path) -> None:
         ({"model_type": ["llama"]}, 'model_type is ["llama"]; it must be text'),
         ({"tie_word_embeddings": "no"}, 'tie_word_embeddings is "no"; it must be true or false'),
         (
-            {"head_dim": 1 << 24, "hidden_size": 1 << 24, "num_attention_heads": 1 << 24},
-            "there is no model of such sizes",
+            {"head_dim": 1 << 20, "hidden_size": 1 << 20, "num_attention_heads": 1 << 20},
+            "heads is 1048576; it must be at least 1 and at most 16384",
         ),
     ],
 )

@@ -176,7 +176,7 @@ def test_a_name_is_that_of_one_folder_under_the_root(
     """Also where it comes from the name of the file."""
     with pytest.raises(ConfigError) as error:
         read(config, [f"run.root={tmp_path}", f"run.name={yaml.dump(name)}"])
-    assert "run.name is" in str(error.value)
+    assert "run.name" in str(error.value)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -17,7 +17,7 @@ from kernels import flops
 from kernels.packing import accumulation_dtype
 from parallel import Shard
 from train.model import mixers
-from train.model.config import ModelConfig, require_positive
+from train.model.config import MOST_HEAD_DIM, MOST_HEADS, MOST_TAPS, ModelConfig
 from train.model.linear import InParts, Linear
 
 
@@ -25,29 +25,34 @@ from train.model.linear import InParts, Linear
 class Heads:
     """Settings of every mixer whose state is one matrix a head."""
 
-    heads: int = setting(4, "heads of q and k")
-    value_heads: int | None = setting(None, "heads of v, a multiple of heads (null: as many)")
-    head_dim: int = setting(64, "width of a head of q and k")
-    value_head_dim: int | None = setting(None, "width of a head of v (null: head_dim)")
-    conv_size: int = setting(0, "tokens under a short convolution over q, k and v; 0 for none")
+    heads: int = setting(4, "heads of q and k", least=1, most=MOST_HEADS)
+    value_heads: int | None = setting(
+        None, "heads of v, a multiple of heads (null: as many)", least=1, most=MOST_HEADS
+    )
+    head_dim: int = setting(64, "width of a head of q and k", least=1, most=MOST_HEAD_DIM)
+    value_head_dim: int | None = setting(
+        None, "width of a head of v (null: head_dim)", least=1, most=MOST_HEAD_DIM
+    )
+    conv_size: int = setting(
+        0, "tokens under a short convolution over q, k and v; 0 for none", least=0, most=MOST_TAPS
+    )
 
     def __post_init__(self) -> None:
         self.value_heads = self.heads if self.value_heads is None else self.value_heads
         self.value_head_dim = self.head_dim if self.value_head_dim is None else self.value_head_dim
-        require_positive(self, "heads", "value_heads", "head_dim", "value_head_dim")
         if self.value_heads % self.heads:
             raise ConfigError(
                 f"value_heads is {self.value_heads}; it must be a multiple of heads, {self.heads}"
             )
-        if self.conv_size < 0:
-            raise ConfigError(f"conv_size is {self.conv_size}; it must not be negative")
 
 
 @dataclass
 class ConvolvedHeads(Heads):
     """`Heads` for mixers that are published with the short convolution."""
 
-    conv_size: int = setting(4, "tokens under the short convolution; 0 for none")
+    conv_size: int = setting(
+        4, "tokens under the short convolution; 0 for none", least=0, most=MOST_TAPS
+    )
 
 
 class LinearMixer(mixers.Mixer):

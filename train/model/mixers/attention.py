@@ -17,7 +17,7 @@ from data.settings import ConfigError, setting
 from kernels import flops
 from parallel import Shard, Waves
 from train.model import mixers
-from train.model.config import ModelConfig, require_positive
+from train.model.config import MOST_HEAD_DIM, MOST_HEADS, MOST_TAPS, ModelConfig
 from train.model.linear import InParts, Linear, Run
 from train.model.mixers._parts import convolved, reset_filters, short_filters
 from train.model.norm import RMSNorm
@@ -25,11 +25,15 @@ from train.model.norm import RMSNorm
 
 @dataclass
 class Projections:
-    heads: int = setting(4, "query heads")
-    kv_heads: int | None = setting(None, "key and value heads, a divisor of heads (null: heads)")
-    head_dim: int = setting(64, "width of a head")
-    rotary_fraction: float = setting(1.0, "share of a head that rotary embedding turns; 0 for none")
-    rotary_theta: float = setting(10000.0, "base of the rotary wavelengths")
+    heads: int = setting(4, "query heads", least=1, most=MOST_HEADS)
+    kv_heads: int | None = setting(
+        None, "key and value heads, a divisor of heads (null: heads)", least=1, most=MOST_HEADS
+    )
+    head_dim: int = setting(64, "width of a head", least=1, most=MOST_HEAD_DIM)
+    rotary_fraction: float = setting(
+        1.0, "share of a head that rotary embedding turns; 0 for none", least=0, most=1
+    )
+    rotary_theta: float = setting(10000.0, "base of the rotary wavelengths", above=0, most=1e15)
     qk_norm: bool = setting(True, "RMSNorm on q and k")
     qk_norm_over: Literal["head", "heads"] = setting(
         "head", "what that norm covers: each head by itself, or all together as in OLMo 2"
@@ -39,25 +43,20 @@ class Projections:
 
     def __post_init__(self) -> None:
         self.kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        require_positive(self, "heads", "kv_heads", "head_dim")
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"kv_heads is {self.kv_heads}; it must be a divisor of heads, {self.heads}"
             )
-        if not 0 <= self.rotary_fraction <= 1:
-            raise ConfigError(f"rotary_fraction is {self.rotary_fraction}; it must be in [0, 1]")
 
 
 @dataclass
 class Config(Projections):
-    window: int | None = setting(None, "tokens that a token sees, itself included (null: all)")
-    conv_size: int = setting(0, "tokens under a short convolution over q, k and v; 0 for none")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "window")
-        if self.conv_size < 0:
-            raise ConfigError(f"conv_size is {self.conv_size}; it must not be negative")
+    window: int | None = setting(
+        None, "tokens that a token sees, itself included (null: all)", least=1
+    )
+    conv_size: int = setting(
+        0, "tokens under a short convolution over q, k and v; 0 for none", least=0, most=MOST_TAPS
+    )
 
 
 class ProjectedMixer(mixers.Mixer):
@@ -68,7 +67,8 @@ class ProjectedMixer(mixers.Mixer):
         self.heads, self.head_dim = config.heads, config.head_dim
         self.kv_heads = config.kv_heads or config.heads
         # Rotary turns pairs, so an even number of dimensions.
-        self.rotary_dim = 2 * round(config.rotary_fraction * config.head_dim / 2)
+        pairs = round(config.rotary_fraction * config.head_dim / 2)
+        self.rotary_dim = 2 * min(pairs, config.head_dim // 2)
         self.rotary_theta = config.rotary_theta
         query_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.widths = [query_dim, kv_dim, kv_dim]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from data.settings import setting
 from parallel import Shard
-from train.model.config import ModelConfig
+from train.model.config import LEAST_EPS, ModelConfig
 from train.model.linear import Linear
 from train.model.mixers._parts import (
     ConvolvedHeads,
@@ -28,7 +28,9 @@ from train.model.norm import RMSNorm
 @dataclass
 class Config(ConvolvedHeads):
     negative_eigenvalues: bool = setting(False, "β in (0, 2), not (0, 1), as in OLMo Hybrid")
-    norm_eps: float | None = setting(None, "epsilon of the output's norm (null: model.norm_eps)")
+    norm_eps: float | None = setting(
+        None, "epsilon of the output's norm (null: model.norm_eps)", least=LEAST_EPS, most=1
+    )
 
 
 class Mixer(LinearMixer):

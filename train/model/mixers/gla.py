@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.settings import ConfigError, setting
+from data.settings import setting
 from parallel import Shard
-from train.model.config import ModelConfig, require_positive
+from train.model.config import MOST_WIDTH, ModelConfig
 from train.model.linear import Linear
 from train.model.mixers._parts import Heads, Later, LinearMixer, LowRank, by_head, full, recur
 from train.model.norm import RMSNorm
@@ -17,14 +17,10 @@ from train.model.norm import RMSNorm
 
 @dataclass
 class Config(Heads):
-    gate_rank: int = setting(16, "rank of the projection to the decay")
-    gate_divisor: float = setting(16.0, "a = σ(…) to the power of 1 / gate_divisor")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "gate_rank")
-        if self.gate_divisor <= 0:
-            raise ConfigError(f"gate_divisor is {self.gate_divisor}; it must be above 0")
+    gate_rank: int = setting(16, "rank of the projection to the decay", least=1, most=MOST_WIDTH)
+    gate_divisor: float = setting(
+        16.0, "a = σ(…) to the power of 1 / gate_divisor", least=1e-3, most=1e6
+    )
 
 
 class Mixer(LinearMixer):

@@ -13,7 +13,7 @@ import parallel
 from data.settings import setting
 from parallel import Shard
 from train.model import mixers
-from train.model.config import ModelConfig, require_positive
+from train.model.config import MOST_WIDTH, ModelConfig
 from train.model.linear import Linear
 from train.model.mixers._parts import BoundedForgetGate, Later
 from train.model.norm import RMSNorm
@@ -21,10 +21,9 @@ from train.model.norm import RMSNorm
 
 @dataclass
 class Config:
-    state_dim: int | None = setting(None, "channels of the recurrence (null: model.dim)")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "state_dim")
+    state_dim: int | None = setting(
+        None, "channels of the recurrence (null: model.dim)", least=1, most=MOST_WIDTH
+    )
 
 
 class Mixer(mixers.Mixer):

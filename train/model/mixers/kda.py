@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from data.settings import setting
 from parallel import Shard
-from train.model.config import ModelConfig, require_positive
+from train.model.config import MOST_WIDTH, ModelConfig
 from train.model.mixers._parts import (
     ConvolvedHeads,
     LinearMixer,
@@ -26,11 +26,9 @@ from train.model.norm import RMSNorm
 
 @dataclass
 class Config(ConvolvedHeads):
-    rank: int | None = setting(None, "rank of the projections to decay and gate (null: head_dim)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "rank")
+    rank: int | None = setting(
+        None, "rank of the projections to decay and gate (null: head_dim)", least=1, most=MOST_WIDTH
+    )
 
 
 class Mixer(LinearMixer):

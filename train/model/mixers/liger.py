@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from data.settings import ConfigError, setting
 from kernels import flops
 from parallel import Shard
-from train.model.config import ModelConfig, require_positive
+from train.model.config import ModelConfig
 from train.model.mixers._parts import full, recur, repeat_heads
 from train.model.mixers.attention import ProjectedMixer, Projections, attend
 
@@ -21,13 +21,14 @@ from train.model.mixers.attention import ProjectedMixer, Projections, attend
 class Config(Projections):
     """The settings of the attention layer that it is made from, and its own."""
 
-    window: int = setting(64, "tokens that the softmax half sees, itself included")
-    gate_pool: int = setting(1, "channels of a key head that one gate is the mean of")
-    gate_normalizer: float = setting(16.0, "what the logarithm of the gates is divided by")
+    window: int = setting(64, "tokens that the softmax half sees, itself included", least=1)
+    gate_pool: int = setting(1, "channels of a key head that one gate is the mean of", least=1)
+    gate_normalizer: float = setting(
+        16.0, "what the logarithm of the gates is divided by", least=1e-3, most=1e6
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "window", "gate_pool", "gate_normalizer")
         if self.head_dim % self.gate_pool:
             raise ConfigError(
                 f"gate_pool is {self.gate_pool}; it must be a divisor of head_dim, {self.head_dim}"

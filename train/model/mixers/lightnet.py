@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import parallel
 from data.settings import setting
 from parallel import Shard
-from train.model.config import ModelConfig, require_positive
+from train.model.config import MOST_WIDTH, ModelConfig
 from train.model.mixers._parts import (
     Heads,
     LinearMixer,
@@ -30,11 +30,9 @@ LARGEST = 40.0
 
 @dataclass
 class Config(Heads):
-    gate_rank: int = setting(128, "rank of the projection to the output's gate")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "gate_rank")
+    gate_rank: int = setting(
+        128, "rank of the projection to the output's gate", least=1, most=MOST_WIDTH
+    )
 
 
 class Mixer(LinearMixer):

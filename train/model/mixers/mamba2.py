@@ -11,21 +11,22 @@ from torch.nn import functional as F
 import kernels
 from data.settings import ConfigError, setting
 from parallel import Shard
-from train.model.config import ModelConfig, require_positive
+from train.model.config import MOST_HEAD_DIM, MOST_HEADS, MOST_TAPS, ModelConfig
 from train.model.linear import Linear
 from train.model.mixers._parts import Heads, Later, LinearMixer, full, recur, reset_decay
 
 
 @dataclass
 class Config:
-    heads: int = setting(8, "heads of x; usually 2 model.dim / head_dim")
-    head_dim: int = setting(64, "width of a head of x")
-    groups: int = setting(1, "groups of heads that share B and C, and groups of the output's norm")
-    state_dim: int = setting(128, "width of B and C")
-    conv_size: int = setting(4, "tokens under the short convolution")
+    heads: int = setting(8, "heads of x; usually 2 model.dim / head_dim", least=1, most=MOST_HEADS)
+    head_dim: int = setting(64, "width of a head of x", least=1, most=MOST_HEAD_DIM)
+    groups: int = setting(
+        1, "groups of heads that share B and C, and groups of the output's norm", least=1
+    )
+    state_dim: int = setting(128, "width of B and C", least=1, most=MOST_HEAD_DIM)
+    conv_size: int = setting(4, "tokens under the short convolution", least=1, most=MOST_TAPS)
 
     def __post_init__(self) -> None:
-        require_positive(self, "heads", "head_dim", "groups", "state_dim", "conv_size")
         if self.heads % self.groups:
             raise ConfigError(f"groups is {self.groups}; it must divide heads, {self.heads}")
 

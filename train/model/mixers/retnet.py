@@ -19,7 +19,7 @@ from train.model.norm import RMSNorm
 
 @dataclass
 class Config(Heads):
-    rotary_theta: float = setting(10000.0, "base of the rotary wavelengths")
+    rotary_theta: float = setting(10000.0, "base of the rotary wavelengths", above=0, most=1e15)
 
     def __post_init__(self) -> None:
         super().__post_init__()

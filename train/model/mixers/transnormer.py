@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.settings import ConfigError, setting
+from data.settings import setting
 from kernels import flops
 from parallel import Shard
-from train.model.config import ModelConfig, require_positive
+from train.model.config import MOST_HEAD_DIM, MOST_HEADS, ModelConfig
 from train.model.mixers._parts import Heads, LinearMixer, recur
 from train.model.mixers.attention import attend
 from train.model.norm import RMSNorm
@@ -27,15 +27,12 @@ MARKED = 8  # channels that do it: so many, since flash kernels want widths that
 
 @dataclass
 class Config:
-    heads: int = setting(4, "heads")
-    head_dim: int = setting(64, "width of a head")
-    diagonal: float = setting(0.5, "share of the layers, from the first on, with DiagAttention")
-    block: int = setting(64, "DiagAttention: tokens of a block")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "heads", "head_dim", "block")
-        if not 0 <= self.diagonal <= 1:
-            raise ConfigError(f"diagonal is {self.diagonal}; it must be in [0, 1]")
+    heads: int = setting(4, "heads", least=1, most=MOST_HEADS)
+    head_dim: int = setting(64, "width of a head", least=1, most=MOST_HEAD_DIM)
+    diagonal: float = setting(
+        0.5, "share of the layers, from the first on, with DiagAttention", least=0, most=1
+    )
+    block: int = setting(64, "DiagAttention: tokens of a block", least=1)
 
 
 class Mixer(LinearMixer):
