@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import operator
 import os
 import stat
-import sys
-import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data import values as plain
+from data.conversion import ConfigError, check, choices, convert, cut, shown
 from data.values import dump_line as dump
 
 __all__ = [
@@ -41,27 +39,7 @@ COMMAND_LINE = "command line"
 Schema = TypeVar("Schema")
 
 
-_LARGEST = (1 << 63) - 1  # of a whole number: what C, files and tensors can hold
 _MOST_BASES = 20
-_SHOWN = 100  # characters of a value in a message
-_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "least": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "below": ("below", operator.lt),
-    "most": ("at most", operator.le),
-}
-# YAML 1.1's words for true and false, where one of these is wanted.
-_SWITCHES = {
-    **dict.fromkeys(("yes", "on"), True),
-    **dict.fromkeys(("no", "off"), False),
-}
-
-
-class ConfigError(ValueError):
-    """Something the user can mend; the message is one line. Commands print it and exit with 2."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
 
 
 def setting(
@@ -128,7 +106,7 @@ def override(schema: type, values: dict[str, tuple[Any, str]], overrides: Sequen
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"{COMMAND_LINE}: {_cut(repr(word))} is not of the form key=value")
+            raise ConfigError(f"{COMMAND_LINE}: {cut(repr(word))} is not of the form key=value")
         for name, leaf in _flatten(_parse(text, f"{COMMAND_LINE}: {key}"), key.strip(), whole):
             _replace(values, name, (leaf, COMMAND_LINE), whole)
 
@@ -145,7 +123,7 @@ def build(
     leaves: dict[str, Any] = {}
     for name, (value, origin) in values.items():
         if name in known:
-            leaves[name] = _convert(value, known[name].hint, f"{origin}: {name}")
+            leaves[name] = convert(value, known[name].hint, f"{origin}: {name}")
         elif (name in sections or not name) and value in (None, {}):
             continue
         elif (owner := _mapping_above(name, known)) is not None:
@@ -162,7 +140,7 @@ def build(
             inside[leaf] = value
         elif partial is None or (name.partition(".")[0] in sections.difference(partial)):
             nearest = _nearest(name, known, sections)
-            raise ConfigError(f"{origin}: {_cut(name)}: no such key{nearest}")
+            raise ConfigError(f"{origin}: {cut(name)}: no such key{nearest}")
     try:
         return _construct(schema, "", leaves)
     except ConfigError as error:
@@ -200,8 +178,8 @@ def describe(schema: type, prefix: str = "") -> str:
     """Every key with its default and help, a line each, for `--help`."""
     rows = []
     for name, field in fields(schema, prefix):
-        shown = "required" if field.default is dataclasses.MISSING else dump(field.default)
-        rows.append((f"{name}={shown}", field.help))
+        default = "required" if field.default is dataclasses.MISSING else dump(field.default)
+        rows.append((f"{name}={default}", field.help))
     width = min(40, max(len(left) for left, _ in rows))
     return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
 
@@ -253,16 +231,16 @@ def _read(
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys; it is {_shown(content)}")
+        raise ConfigError(f"{path}: must be a mapping of keys; it is {shown(content)}")
     base = content.pop("base", None)
     if base is not None:
         if not isinstance(base, str):
-            raise ConfigError(f"{path}: base must name a file; it is {_shown(base)}")
+            raise ConfigError(f"{path}: base must name a file; it is {shown(base)}")
         yield from _read(path.parent / base, (*above, real), whole)
     seen = set()
     for name, value in _flatten(content, "", whole):
         if name in seen:
-            raise ConfigError(f"{path}: the key {_cut(name)} is there twice")
+            raise ConfigError(f"{path}: the key {cut(name)} is there twice")
         seen.add(name)
         yield name, (value, str(path))
 
@@ -300,7 +278,7 @@ def _whole(schema: type) -> set[str]:
     return {
         name
         for name, field in fields(schema)
-        if not all(typing.get_origin(kind) is dict for kind in _choices(field.hint))
+        if not all(typing.get_origin(kind) is dict for kind in choices(field.hint))
     }
 
 
@@ -310,7 +288,7 @@ def _mapping_above(name: str, known: dict[str, Field]) -> str | None:
     for end in range(len(parts) - 1, 0, -1):
         owner = ".".join(parts[:end])
         if owner in known and any(
-            typing.get_origin(kind) is dict for kind in _choices(known[owner].hint)
+            typing.get_origin(kind) is dict for kind in choices(known[owner].hint)
         ):
             return owner
     return None
@@ -337,110 +315,7 @@ def _construct(schema: type, prefix: str, leaves: dict[str, Any]) -> Any:
             arguments[field.name] = _construct(hints[field.name], f"{name}.", leaves)
         elif name in leaves:
             arguments[field.name] = leaves[name]
-            _check(name, leaves[name], field.metadata)
+            check(name, leaves[name], field.metadata)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{name} is missing; it has no default")
     return schema(**arguments)
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type by itself."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.get_args(hint)
-    return (hint,)
-
-
-def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a number outside its limits, or text that can be no path."""
-    if isinstance(value, str) and metadata.get("path"):
-        longest = max(len(os.fsencode(part)) for part in value.split("/"))
-        if not value.strip() or not value.isprintable() or longest > 255 or len(value) > 1000:
-            raise ConfigError(
-                f"{name} is {_shown(value)}; it must be a path, without control characters, of "
-                "names of at most 255 bytes"
-            )
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        limits = {key: metadata[key] for key in _LIMITS if key in metadata}
-        if isinstance(value, int) and abs(value) > _LARGEST:
-            limits = {"least": -_LARGEST, "most": _LARGEST} | limits
-        if not all(_LIMITS[key][1](value, limit) for key, limit in limits.items()):
-            wanted = " and ".join(f"{_LIMITS[key][0]} {limit}" for key, limit in limits.items())
-            raise ConfigError(f"{name} is {_shown(value)}; it must be {wanted}")
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    for kind in _choices(hint):
-        try:
-            return _convert_one(value, kind, where)
-        except TypeError:
-            continue
-    quoted = ", in quotes" if str in _choices(hint) and isinstance(value, (int, float)) else ""
-    raise ConfigError(f"{where} is {_shown(value)}; it must be {_name(hint)}{quoted}")
-
-
-def _convert_one(value: Any, kind: Any, where: str) -> Any:
-    """`value` as a `kind`; TypeError if it is none."""
-    origin = typing.get_origin(kind)
-    if kind is Any:
-        return value
-    if origin is typing.Literal:
-        for choice in typing.get_args(kind):
-            if value == choice and isinstance(value, bool) == isinstance(choice, bool):
-                return choice
-    elif origin is list:
-        if isinstance(value, list):
-            (inner,) = typing.get_args(kind)
-            return [_convert(item, inner, f"{where}[{i}]") for i, item in enumerate(value)]
-    elif origin is dict:
-        if isinstance(value, dict):
-            return value
-    elif kind is types.NoneType:
-        if value is None:
-            return None
-    elif kind is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in _SWITCHES:
-            return _SWITCHES[value.lower()]
-    elif kind is float or kind is int:
-        number = _number(value)
-        if number is not None and (kind is float or number == int(number)):
-            return kind(number)
-    elif isinstance(value, kind):
-        return value
-    raise TypeError
-
-
-def _number(value: Any) -> int | float | None:
-    """A finite number, also as text spells it, that a float can hold; None for anything else."""
-    if isinstance(value, str):
-        return plain.number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return value if abs(value) <= sys.float_info.max else None
-
-
-def _shown(value: Any) -> str:
-    return _cut(dump(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _name(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    names = []
-    for kind in _choices(hint):
-        origin = typing.get_origin(kind)
-        if origin is typing.Literal:
-            names.append("one of " + ", ".join(dump(choice) for choice in typing.get_args(kind)))
-        elif origin is list:
-            names.append(f"a list (each item {_name(typing.get_args(kind)[0])})")
-        elif origin is dict:
-            names.append("a mapping")
-        elif kind is types.NoneType:
-            names.append("null")
-        else:
-            names.append(words.get(kind, str(kind)))
-    return " or ".join(names)

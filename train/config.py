@@ -114,6 +114,11 @@ class Config:
         return with_absolute_paths(self) | {"data": self.data.to_dict()}
 
 
+def due(step: int, every: int) -> bool:
+    """Whether what is done every so many steps is done after this one; 0 is never."""
+    return every > 0 and step % every == 0
+
+
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a run from its file and the command line.
 

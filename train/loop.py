@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -15,12 +13,13 @@ import torch
 import data
 from data.order import mixed
 from data.settings import ConfigError
-from parallel import World, at_step, distribute
+from parallel import World, distribute
 from train import memory
-from train.config import Config, differences
+from train.config import Config, differences, due
 from train.engine import Engine
 from train.evaluation.evaluate import evaluate
 from train.evaluation.generate import generate
+from train.evaluation.validation import Validation
 from train.model.transformer import Model
 from train.monitor.metrics import Recorder, peak_flops, peak_memory
 from train.monitor.summary import blocks_in_words, summarise, surroundings
@@ -28,12 +27,9 @@ from train.optimiser.optim import learning_rate
 from train.planning import planner_of
 from train.start import begin_from, rate_jump
 from train.survival import checkpoint, faults, manifest
+from train.survival.lookout import GivenUpError, Lookout
 from train.survival.stop import START_AGAIN, Cause, Watch
 from train.survival.watchdog import Watchdog
-
-
-class _GivenUpError(Exception):
-    """It is time to end, and a step is under way."""
 
 
 class Trainer:
@@ -52,7 +48,6 @@ class Trainer:
         self.config, self.command, self.world, self.watch = config, command, world, watch
         self.folder, self.checkpoints = folder, folder / manifest.CHECKPOINTS
         self.judge = faults.Judge(config.faults)
-        self.cause = Cause.NONE
         self.wrong: str | None = None  # with the last step
 
         watch.rank, watch.standing = world.rank, lambda: (self.step, self.saved_step)
@@ -66,7 +61,7 @@ class Trainer:
         self.tokens = saved.tokens if saved else 0
         self.recorder = Recorder(folder, self.step, config.train.steps) if world.is_first else None
         rows = self.recorder.evaluations() if self.recorder else []
-        self.evaluated = set(world.on_first(lambda: [row["step"] for row in rows]))
+        evaluated = world.on_first(lambda: [row["step"] for row in rows])
         for line in [*notes, *surroundings(world)]:
             self.say(line)
 
@@ -76,7 +71,7 @@ class Trainer:
         self.stream = self.material.batches(self.cursor)
         if self.recorder and not saved:
             self.recorder.material(*self.material.report())
-        self.validation: tuple[int, list[data.Batch]] = (0, [])  # cut to so many tokens
+        self.validation = Validation(config, self.material, evaluated)
         torch.manual_seed(config.train.seed)
         model = Model(config.model, self.material.tokenizer.vocab_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -84,14 +79,14 @@ class Trainer:
         self.engine = Engine(
             model, config.optim, config.zero, world, _dtype(config, world), config.train.accumulate
         )
-        for block in model.blocks:
-            block.register_forward_pre_hook(lambda *_: self._look_inside())
-        self.in_forward = False
         self.planner = planner_of(model, config.parallel, world, _dtype(config, world))
         self.peak_flops = peak_flops(world.device)
         self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)
+        self.lookout = Lookout(world, watch, self.watchdog)
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_: self.lookout.look_inside())
         self.saver = checkpoint.Saver(
-            self.checkpoints, world, lambda: self._at("copying what is saved")
+            self.checkpoints, world, lambda: self.lookout.at("copying what is saved")
         )
         self.saved_step = self.step if found else None
         self.next_batch = self.stream.peek().digest
@@ -108,14 +103,15 @@ class Trainer:
         """
         with self.watchdog.watching():
             self._train()
-        if not self.cause or self.step == self.config.train.steps:
+        cause = self.lookout.cause
+        if not cause or self.step == self.config.train.steps:
             self._summarise()
             return 0 if self.step == self.saved_step else 1
         onward = shlex.join(self.command)
         self.say(f"stopped by {self.watch.reason} at step {self.step}; to go on: {onward}")
         if self.step not in (0, self.saved_step):
             return 1
-        return START_AGAIN if self.cause == Cause.TIME else 0
+        return START_AGAIN if cause == Cause.TIME else 0
 
     def _summarise(self) -> None:
         """Say what was learned; a sample is made by all ranks together."""
@@ -147,11 +143,11 @@ class Trainer:
     def _train(self) -> None:
         config = self.config
         self.watch.training = True
-        if batches := self._to_validate():
+        if batches := self.validation.due(self.step):
             tokens = sum(len(batch.tokens) for batch in batches)
             self.say(f"validating on {tokens:,} tokens before step {self.step + 1}")
-        self._evaluate_if_due()
-        while self.step < config.train.steps and not self.cause:
+        self._validate()
+        while self.step < config.train.steps and not self.lookout.cause:
             row = self.train_step()
             if self.wrong:
                 self._pass_over(self.step + 1, self.wrong)
@@ -160,10 +156,10 @@ class Trainer:
                 self.watch.step_done()
                 if self.recorder:
                     self.recorder.step(row)
-                self._evaluate_if_due()
+                self._validate()
                 self._saved(self.saver.poll())
             last = self.step == config.train.steps
-            if self.cause or last or _due(self.step, config.checkpoint.every):
+            if self.lookout.cause or last or due(self.step, config.checkpoint.every):
                 self._save()
         self._finish_saving()
 
@@ -175,6 +171,7 @@ class Trainer:
         step changes no weight and does not count; `wrong` says then what it was.
         """
         config, world, engine = self.config.train, self.world, self.engine
+        self.lookout.step = self.step + 1
         began, self.wrong = time.monotonic(), None
         wanted = (b for b in self.stream if b.cursor.batches not in self.judge.skipped)
         self.batches = batches = list(islice(wanted, config.accumulate))
@@ -193,18 +190,18 @@ class Trainer:
 
         try:
             for batch, following in pairwise([*batches, self.stream.peek()]):
-                self._look("forward and backward")
+                self.lookout.look("forward and backward")
                 tokens, labels, shard = distribute(
                     batch.tokens, batch.labels, batch.cu_seqlens, world, planner=self.planner
                 )
                 self.planner.begin(np.diff(following.cu_seqlens))
-                with self._looking_inside():
+                with self.lookout.in_forward():
                     scaled, cross_entropy = engine(tokens, labels, shard)
                 engine.backward(scaled * (world.size * config.accumulate / targets))
                 nats += cross_entropy
-                self._at("the optimiser's step")
+                self.lookout.at("the optimiser's step")
                 norm = engine.step(rate, is_good)
-        except _GivenUpError:
+        except GivenUpError:
             self.next_batch = batches[0].digest
             return None
 
@@ -260,47 +257,6 @@ class Trainer:
         if jump:
             self.say(jump)
         self.watch.save_seconds = manifest.read(path).get("seconds", self.watch.save_seconds)
-
-    def _at(self, doing: str) -> None:
-        """Tell what begins, for messages about ranks that hang or are gone."""
-        at_step(self.step + 1)
-        self.watchdog.at(self.step + 1, doing)
-
-    def _stopping(self, doing: str) -> bool:
-        """Whether it is time to save and end; asked before each batch, on all ranks together.
-
-        Args:
-            doing: what is done with the batch, for the watchdog.
-        """
-        self._at(doing)
-        self.cause = max(self.cause, self.watch.agreed(self.world))
-        return self.cause != Cause.NONE
-
-    def _look(self, doing: str) -> None:
-        """Look whether it is time to end.
-
-        Raises:
-            _GivenUpError: it is, on all ranks; the step that is under way does not count.
-        """
-        if self._stopping(doing):
-            raise _GivenUpError
-
-    @contextmanager
-    def _looking_inside(self) -> Iterator[None]:
-        """A forward pass of training: the blocks look too, if batches are long (`_look_inside`).
-
-        Not so where the backward pass makes activations anew.
-        """
-        self.in_forward = True
-        try:
-            yield
-            self._look_inside("backward")
-        finally:
-            self.in_forward = False
-
-    def _look_inside(self, doing: str = "forward") -> None:
-        if self.in_forward and self.watch.long_batches:
-            self._look(doing)
 
     def _save(self) -> None:
         """Begin to save this step; the one before is published first."""
@@ -409,47 +365,28 @@ class Trainer:
         self.stream.close()
         self.stream = self.material.batches(self.cursor)
         self.next_batch = self.stream.peek().digest
-        self.evaluated = {step for step in self.evaluated if step <= self.step}
+        self.validation.forget_after(self.step)
         self.watch.pause()
 
-    def _to_validate(self) -> list[data.Batch]:
-        """What to validate on now: at every `eval.every`-th step and the last one, unless a run
-        before did."""
-        last = self.step == self.config.train.steps
-        due = last or self.step == 0 or _due(self.step, self.config.eval.every)
-        return self._held_out() if due and self.step not in self.evaluated else []
-
-    def _evaluate_if_due(self) -> None:
-        batches = self._to_validate()
+    def _validate(self) -> None:
+        """Where it is due; on all ranks together."""
+        batches = self.validation.due(self.step)
         if not batches:
             return
-        lengths = self.material.tokenizer.byte_lengths()
+        self.lookout.step = self.step + 1
         row = evaluate(
             self.engine,
             batches,
-            lengths,
+            self.material.tokenizer.byte_lengths(),
             self.world,
             self.planner,
-            lambda: self._stopping("evaluation"),
+            lambda: self.lookout.stopping("evaluation"),
         )
         if row is None:
             return
-        self.evaluated.add(self.step)
+        self.validation.done.add(self.step)
         if self.recorder:
             self.recorder.evaluation({"step": self.step, **row})
-
-    def _held_out(self) -> list[data.Batch]:
-        """The validation batches, cut to the length that the last step was trained on."""
-        config = self.config
-        length = data.seq_len_at(config.data, config.train, max(self.step - 1, 0))
-        if self.validation[0] != length:
-            made = list(self.material.validation(config.eval.tokens, length))
-            self.validation = (length, made)
-        return self.validation[1]
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _dtype(config: Config, world: World) -> torch.dtype:
