@@ -3,23 +3,20 @@
     corpus = prepare(DataConfig())                    # prepares what is missing
     for batch in Batches(corpus, StreamConfig(), DataConfig()): …
 
-The files, in the order that text passes through them: `sources` reads documents, `sample`
-picks what the `tokenizer` learns from (one made elsewhere is `pieces` and what the files
-`beside` it say), `encode` codes in many processes, `store` writes so
-that nothing is lost, `prepare` runs these; `corpus` maps what is stored, `order` says
-which document is next, `mixture` from which source, `packing` and `balance` which batch its
-pieces lie in, `plan` and `stream` give out the batches. `recall` makes batches of a synthetic task
-instead; `material` is whichever a run names. `held_out` is what a model is measured on, and
-`spelling` turns tokens into text as they come. `python -m data` shows it at work.
+The rooms, in the order that text passes through them: `sources/` reads documents, `tokens/` codes
+them, `storing/` keeps what is coded, `prepare` runs these; `ordering/` says which tokens come next,
+and `stream` gives out the batches. `recall` makes batches of a synthetic task instead; `material`
+is whichever a run names. `settings` fills the dataclasses of every room. `python -m data` shows it
+at work.
 """
 
 from data.batch import Batch, Cursor
 from data.config import DataConfig, StreamConfig, longest_seq_len, seq_len_at
-from data.corpus import Corpus
-from data.held_out import CodedText
 from data.material import HeldOut, HeldOutText, Material, material
 from data.prepare import prepare
 from data.settings import ConfigError
+from data.storing.corpus import Corpus
+from data.storing.held_out import CodedText
 from data.stream import Batches, validation_batches
 
 __all__ = [

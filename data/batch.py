@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from data.held_out import HeldOutDocuments
-from data.mixture import Spans
+from data.ordering.mixture import Spans
+from data.storing.held_out import HeldOutDocuments
 
 IGNORED = -100  # the label of a token that predicts nothing
 

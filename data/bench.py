@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig, StreamConfig
-from data.corpus import Corpus
-from data.encode import pieces
 from data.sources import Source, resolve
+from data.storing.corpus import Corpus
+from data.storing.encode import pieces
 from data.stream import Batches
-from data.tokenizer import parse
+from data.tokens.tokenizer import parse
 
 _TEXT = 16 << 20  # characters that are prepared
 _SERVED = 1 << 25  # tokens that are served, unless time is up

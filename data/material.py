@@ -16,14 +16,14 @@ import numpy as np
 
 from data.batch import Batch, Cursor
 from data.config import RECALL, DataConfig, StreamConfig
-from data.corpus import Corpus
-from data.held_out import HeldOutDocuments
-from data.plan import Plan
+from data.ordering.plan import Plan
 from data.prepare import Log, prepare
 from data.probes import TextProbes
 from data.recall import Recall
+from data.storing.corpus import Corpus
+from data.storing.held_out import HeldOutDocuments
 from data.stream import Batches, validation_batches
-from data.tokenizer import Tokenizer
+from data.tokens.tokenizer import Tokenizer
 
 _LITTLE = 1024  # bytes of text that are too few for a compressor to learn from
 

@@ -24,15 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from data import beside
-from data import tokenizer as tokenizers
 from data.config import DataConfig
-from data.corpus import MANIFEST, Corpus, manifest_digest
-from data.encode import pieces
-from data.sample import sample
 from data.settings import ConfigError
 from data.sources import NO_TEXT, Source, resolve
-from data.store import (
+from data.storing.corpus import MANIFEST, Corpus, manifest_digest
+from data.storing.encode import pieces
+from data.storing.store import (
     JOURNAL,
     Journal,
     Writer,
@@ -43,6 +40,9 @@ from data.store import (
     replace,
     shard_name,
 )
+from data.tokens import beside
+from data.tokens import tokenizer as tokenizers
+from data.tokens.sample import sample
 
 FORMAT = 4
 _MOST_OF_NAME = 100  # bytes of a source's name in that of the corpus

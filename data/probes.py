@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from data.batch import IGNORED
-from data.held_out import HeldOutDocuments
+from data.storing.held_out import HeldOutDocuments
 
 _HAYSTACK = 1 << 20  # held-out tokens to cut text from
 _SENTENCE = 4  # words of a needle before what it tells, and as many that it tells

@@ -14,9 +14,9 @@ import numpy as np
 
 from data.batch import Cursor
 from data.config import DataConfig, Packing, StreamConfig
-from data.corpus import Corpus
-from data.packing import Packer, gaps, loads
-from data.plan import Plan, Window
+from data.ordering.packing import Packer, gaps, loads
+from data.ordering.plan import Plan, Window
+from data.storing.corpus import Corpus
 
 _CHUNK = 1 << 20
 _TOKENS = 1 << 24  # of the stream, looked at for the packer, in at most so many windows

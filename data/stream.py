@@ -12,11 +12,11 @@ import numpy as np
 
 from data.batch import Batch, Cursor, batch_of, begins
 from data.config import DataConfig, StreamConfig
-from data.corpus import Corpus
-from data.held_out import HeldOutDocuments
-from data.mixture import Spans
-from data.packing import sequential
-from data.plan import Plan, Window
+from data.ordering.mixture import Spans
+from data.ordering.packing import sequential
+from data.ordering.plan import Plan, Window
+from data.storing.corpus import Corpus
+from data.storing.held_out import HeldOutDocuments
 
 _AHEAD = 4  # batches made before they are asked for
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import data
-from data.order import mixed
+from data.ordering.order import mixed
 from data.settings import ConfigError
 from parallel import World, distribute
 from train import memory

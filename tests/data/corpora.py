@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpus import Corpus
 from data.prepare import publish
-from data.store import Piece, Writer
-from data.tokenizer import SentencePiece, train
+from data.storing.corpus import Corpus
+from data.storing.store import Piece, Writer
+from data.tokens.tokenizer import SentencePiece, train
 
 _TEXT = [f"The {n} quick brown foxes jump over {n * n} lazy dogs.\n" for n in range(300)]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.corpus import Corpus
 from data.probes import TextProbes
+from data.storing.corpus import Corpus
 from tests.data.corpora import numbered
 
 

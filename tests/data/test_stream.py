@@ -25,7 +25,7 @@ from data import (
     prepare,
     validation_batches,
 )
-from data.plan import Plan
+from data.ordering.plan import Plan
 from tests.data.corpora import numbered, small_tokenizer
 
 LENGTHS = np.random.default_rng(5).lognormal(4, 1.3, 120).astype(int).clip(3, 3000).tolist()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from data.batch import IGNORED
 from data.settings import ConfigError
-from data.spelling import spell
-from data.tokenizer import Tokenizer
+from data.tokens.spelling import spell
+from data.tokens.tokenizer import Tokenizer
 from parallel import shard
 from train.evaluation.sampling import Sampling
 from train.model.transformer import Model

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.spelling import spell
-from data.tokenizer import Tokenizer
+from data.tokens.spelling import spell
+from data.tokens.tokenizer import Tokenizer
 from train.config import Config
 from train.evaluation.generate import Decoder, encode, sample, write
 from train.evaluation.sampling import Sampling

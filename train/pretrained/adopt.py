@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from data.beside import mapping, shown
 from data.settings import ConfigError, absolute, build
+from data.tokens.beside import mapping, shown
 from data.values import dump
 from train.model import mixers
 from train.model.config import ModelConfig

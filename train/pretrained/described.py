@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.beside import shown
 from data.settings import ConfigError
+from data.tokens.beside import shown
 from train.pretrained.families import FULL, LINEAR, SLIDING, Family
 
 MOST = 1 << 24  # any size: more is a slip of the pen, and would take the memory of the description

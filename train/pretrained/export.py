@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.config import longest_seq_len
 from data.settings import ConfigError
-from data.tokenizer import Tokenizer
+from data.tokens.tokenizer import Tokenizer
 from train.config import Config
 from train.model.config import ModelConfig
 from train.model.transformer import Model

@@ -20,11 +20,11 @@ from typing import Any
 from torch import Tensor
 
 import data
-from data import tokenizer as tokenizers
 from data.config import RECALL
-from data.pieces import MOST_IDS
 from data.settings import ConfigError, build, override
-from data.tokenizer import Tokenizer
+from data.tokens import tokenizer as tokenizers
+from data.tokens.pieces import MOST_IDS
+from data.tokens.tokenizer import Tokenizer
 from train.config import Config, read
 from train.model import mixers
 from train.model.transformer import Model

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data import beside
-from data import tokenizer as tokenizers
 from data.settings import ConfigError
-from data.tokenizer import HuggingFace, SentencePiece, Tokenizer
+from data.tokens import beside
+from data.tokens import tokenizer as tokenizers
+from data.tokens.tokenizer import HuggingFace, SentencePiece, Tokenizer
 
 FILES = ("tokenizer.model", "tokenizer.json")
 # Of a tokenizer_config.json what is left when its tokenizer has become another kind of file.

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.beside import mapping, shown
 from data.settings import ConfigError
+from data.tokens.beside import mapping, shown
 from train.engine import WEIGHT
 from train.model.config import ModelConfig
 from train.model.transformer import Model

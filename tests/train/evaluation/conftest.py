@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import tokenizer as tokenizers
+from data.tokens import tokenizer as tokenizers
 from train import Trained, load
 from train.__main__ import main
 from train.survival import manifest

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import train
-from data import tokenizer as tokenizers
 from data.settings import ConfigError
+from data.tokens import tokenizer as tokenizers
 from tests.train.runs import ROOT
 from train import Trained, load
 from train.__main__ import main

@@ -10,8 +10,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from data import tokenizer as tokenizers
-from data.tokenizer import Tokenizer
+from data.tokens import tokenizer as tokenizers
+from data.tokens.tokenizer import Tokenizer
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.pretrained import export as exported

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer as Made
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data import tokenizer as tokenizers
+from data.tokens import tokenizer as tokenizers
 from train.__main__ import main
 from train.config import Config, read
 from train.pretrained import adopt

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data import tokenizer as tokenizers
 from data.settings import ConfigError
+from data.tokens import tokenizer as tokenizers
 from parallel import shard
 from tests import tiny
 from tests.train.runs import losses

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from data import tokenizer as tokenizers
 from data.settings import ConfigError
+from data.tokens import tokenizer as tokenizers
 from parallel import shard
 from tests.train.pretrained.shapes import (
     GDN,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from data import ConfigError, Corpus, DataConfig, prepare
-from data.store import length_key
+from data.storing.store import length_key
 from tests.data.corpora import numbered, small_tokenizer
 
 LINES = [f"The {n} quick brown foxes jump over {n * n} lazy dogs.\n" for n in range(400)]
@@ -91,7 +91,9 @@ def test_changed_text_or_tokenizer_is_another_corpus(texts: Path, tmp_path: Path
 
 SLOWLY = """
 import sys, time
-from data import DataConfig, encode, prepare, store
+from data import DataConfig, prepare
+from data.storing import encode
+from data.storing import store
 encode._TASK_CHARACTERS = 2000
 store._COMMIT_SECONDS = 0.0
 append = store.Writer.append
@@ -155,7 +157,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
         real(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.store._COMMIT_SECONDS", 0.0)
+        patch.setattr("data.storing.store._COMMIT_SECONDS", 0.0)
         patch.setattr(os, "fsync", full)
         with pytest.raises(ConfigError, match="No space left on device; make room and start again"):
             prepare(config(texts, tmp_path / "full"))
@@ -269,7 +271,7 @@ def test_a_source_without_any_text_is_one_line(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.encode._TASK_CHARACTERS", 1 << 14)
+    monkeypatch.setattr("data.storing.encode._TASK_CHARACTERS", 1 << 14)
     (tmp_path / "tokenizer.model").write_bytes(small_tokenizer().model)
     peaks = []
     for megabytes in (1, 6):

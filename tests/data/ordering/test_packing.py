@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import Packer, gaps, loads
+from data.ordering.packing import Packer, gaps, loads
 
 METHODS = ("balanced", "best_fit", "sequential")
 

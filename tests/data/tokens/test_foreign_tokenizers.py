@@ -10,12 +10,12 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Made
 
-from data import tokenizer as tokenizers
-from data.beside import gather
 from data.config import DataConfig
 from data.prepare import prepare
 from data.settings import ConfigError
-from data.tokenizer import HuggingFace, Tokenizer, load, parse
+from data.tokens import tokenizer as tokenizers
+from data.tokens.beside import gather
+from data.tokens.tokenizer import HuggingFace, Tokenizer, load, parse
 from train.pretrained import tokenizer as exported
 
 TEXTS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from data.tokenizer import Tokenizer
+from data.tokens.tokenizer import Tokenizer
 
 _NO_CHARACTER = "\ufffd"
 _CONTEXT = 16  # tokens of what comes before

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig, StreamConfig
-from data.corpus import Corpus
-from data.order import ranks
+from data.ordering.order import ranks
 from data.settings import ConfigError
+from data.storing.corpus import Corpus
 
 _WHOLE = 1 << 40  # weights are integers out of this: shares must not depend on rounding
 

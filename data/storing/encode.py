@@ -20,8 +20,8 @@ import numpy as np
 
 from data.settings import ConfigError
 from data.sources import Document, Source
-from data.store import Piece
-from data.tokenizer import Tokenizer, load
+from data.storing.store import Piece
+from data.tokens.tokenizer import Tokenizer, load
 
 _TASK_CHARACTERS = 1 << 19  # text a worker is given at once
 _TASK_DOCUMENTS = 4096
@@ -78,13 +78,13 @@ class _Worker:
     """
 
     def __init__(self, tokenizer: Path, normalize: bool, dtype: np.dtype) -> None:
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[2])
         known = os.environ.get("PYTHONPATH")
         self._process = subprocess.Popen(
             [
                 sys.executable,
                 "-c",
-                "from data.encode import serve; serve()",
+                "from data.storing.encode import serve; serve()",
                 str(tokenizer.resolve()),
                 str(int(normalize)),
                 dtype.name,

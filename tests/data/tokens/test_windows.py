@@ -14,8 +14,8 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Made
 
-from data.tokenizer import INDENT, NEWLINE, Tokenizer, load, train
-from data.windows import WINDOW, encode_long
+from data.tokens.tokenizer import INDENT, NEWLINE, Tokenizer, load, train
+from data.tokens.windows import WINDOW, encode_long
 
 STDLIB = [
     path.read_text(encoding="utf-8", errors="replace")

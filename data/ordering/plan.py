@@ -14,10 +14,10 @@ import numpy as np
 
 from data.batch import Batch, Cursor, batch_of, begins
 from data.config import DataConfig, StreamConfig
-from data.corpus import Corpus
-from data.mixture import Spans, Stage, decks, stages, take
-from data.packing import Packer
+from data.ordering.mixture import Spans, Stage, decks, stages, take
+from data.ordering.packing import Packer
 from data.settings import ConfigError
+from data.storing.corpus import Corpus
 
 _WINDOW_TOKENS = 1 << 22
 _MIN_BATCHES, _MAX_BATCHES = 16, 256

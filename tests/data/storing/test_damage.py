@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import ConfigError, Corpus, DataConfig, prepare, store
-from data.sample import sample
+from data import ConfigError, Corpus, DataConfig, prepare
 from data.sources import Source
-from data.store import reserve
+from data.storing import store
+from data.storing.store import reserve
+from data.tokens.sample import sample
 from tests.data.corpora import numbered, small_tokenizer
 
 ROWS = [
@@ -54,7 +55,7 @@ def partial(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
         patch.setattr(store, "SHARD_TOKENS", 600)
         patch.setattr(store, "_COMMIT_SECONDS", 0.0)
-        patch.setattr("data.encode._TASK_DOCUMENTS", 10)
+        patch.setattr("data.storing.encode._TASK_DOCUMENTS", 10)
         patch.setattr(store.Writer, "append", append)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
@@ -67,7 +68,7 @@ def test_one_that_ended_in_the_middle_goes_on_to_the_same_bytes(
 ) -> None:
     assert (partial / "tokens-00001.bin").exists()
     monkeypatch.setattr(store, "SHARD_TOKENS", 600)
-    monkeypatch.setattr("data.encode._TASK_DOCUMENTS", 10)
+    monkeypatch.setattr("data.storing.encode._TASK_DOCUMENTS", 10)
     done = prepare(config)
     config.root = str(tmp_path / "whole")
     whole = prepare(config)
@@ -232,7 +233,7 @@ def test_on_a_full_disk_indexing_ends_with_a_line_not_with_a_signal(small_disk: 
     """Room for the lengths and the offsets, and none for the index by length."""
     script = """
 import sys, pathlib, numpy as np
-from data import store
+from data.storing import store
 folder = pathlib.Path(sys.argv[1])
 count = 4096
 for name in ("lengths.part", "hashes.part"):
@@ -312,8 +313,8 @@ def test_the_first_of_what_is_left_out_is_of_that_source(
 def test_a_tokenizer_that_cannot_be_loaded_by_a_worker_is_told_by_its_own_line(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    from data.encode import pieces
     from data.sources import resolve
+    from data.storing.encode import pieces
 
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"nothing")

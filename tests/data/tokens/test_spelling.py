@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import tokenizer as tokenizers
 from data.recall import Numbers
-from data.spelling import spell
-from data.tokenizer import HuggingFace, Tokenizer
+from data.tokens import tokenizer as tokenizers
+from data.tokens.spelling import spell
+from data.tokens.tokenizer import HuggingFace, Tokenizer
 
 TEXT = "def f(x):\n    return '漢字🙂 é' + \"\t\U0010fffd\"  # 12\n\n"
 

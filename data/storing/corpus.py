@@ -4,7 +4,7 @@ A corpus is a folder:
 
     manifest.json       counts, digests, the recipe; its presence says that all is whole
     tokenizer.model     the tokenizer that made the tokens (or tokenizer.json), and the files
-                        that belong to it (data/beside.py)
+                        that belong to it (data/tokens/beside.py)
     tokens-00000.bin …  uint16 or uint32; a document is [bos] + pieces + [eos], in one shard
     offsets.bin         int64 (documents + 1,): where each document starts, over all shards
     by_length.bin       int64: each source's training documents, shortest first
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from data.settings import ConfigError
-from data.store import digest, digest_of, length_key
-from data.tokenizer import Tokenizer, load
+from data.storing.store import digest, digest_of, length_key
+from data.tokens.tokenizer import Tokenizer, load
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20

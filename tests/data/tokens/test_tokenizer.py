@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.settings import ConfigError
-from data.tokenizer import INDENT, NEWLINE, SentencePiece, Tokenizer, load, train
+from data.tokens.tokenizer import INDENT, NEWLINE, SentencePiece, Tokenizer, load, train
 from tests.data.corpora import small_tokenizer
 
 HERE = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]

@@ -28,10 +28,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data import beside as files
-from data import pieces
 from data.settings import ConfigError
-from data.windows import WINDOW, WINDOW_OF_SUMS, encode_long
+from data.tokens import beside as files
+from data.tokens import pieces
+from data.tokens.windows import WINDOW, WINDOW_OF_SUMS, encode_long
 
 SPACE = "\u2581"
 NEWLINE = "\ue00a"
@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
     eos_id: int
     end_ids: frozenset[int]  # eos, and what else ends a text or a turn: generation stops there
     pad_id: int | None
-    beside: dict[str, bytes]  # the files that belong to it, by name: see data/beside.py
+    beside: dict[str, bytes]  # the files that belong to it, by name: see data/tokens/beside.py
     file: str  # its name inside a corpus
     model: bytes  # what that file holds
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import mixed, ranks
+from data.ordering.order import mixed, ranks
 
 
 @settings(deadline=None)

@@ -10,10 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from data.config import DataConfig
-from data.corpus import first_tokens
 from data.settings import ConfigError
 from data.sources import resolve
-from data.tokenizer import Tokenizer
+from data.storing.corpus import first_tokens
+from data.tokens.tokenizer import Tokenizer
 
 
 class HeldOutDocuments(Protocol):

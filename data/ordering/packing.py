@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.balance import CUTS, Cut, balanced, choose_cut
 from data.config import Packing
-from data.order import mix
+from data.ordering.balance import CUTS, Cut, balanced, choose_cut
+from data.ordering.order import mix
 
 
 @dataclass(frozen=True)
