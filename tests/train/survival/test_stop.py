@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
 from parallel import World
+from tests.processes import ROOT
 from train.survival.stop import SIGNALS, Cause, Interrupted, Watch
 
 ONE = World(0, 1, 0, torch.device("cpu"))
@@ -95,6 +98,30 @@ def test_the_end_is_that_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Watch.of_job().end == 1790000000
     monkeypatch.setenv("SLURM_JOB_END_TIME", "")
     assert Watch.of_job().end is None
+
+
+# In place of all that comes after listening has begun: what is imported by then, and who hears.
+BEGUN = """
+import signal, sys
+from train import __main__ as program
+
+def begun(config, options, watch):
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+    heard = all(signal.getsignal(number) == watch._hear for number in numbers)
+    print(heard, "torch" in sys.modules)
+    return 0
+
+program._run = begun
+sys.exit(program.main(["configs/smoke.yaml"]))
+"""
+
+
+def test_a_run_listens_before_it_imports_what_takes_seconds() -> None:
+    """A warning in these seconds would kill it: Slurm's comes at any time."""
+    done = subprocess.run(
+        [sys.executable, "-c", BEGUN], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True False\n"
 
 
 class Told:
