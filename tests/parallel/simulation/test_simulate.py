@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -282,6 +283,29 @@ def test_work_of_a_layer_is_that_of_all_pairs_however_it_is_split() -> None:
         work = price(made, costs).arithmetic
         assert work[0].sum() == pytest.approx(everything)
         assert work[1].sum() == pytest.approx(2.5 * everything)
+
+
+def test_a_ring_begins_when_its_last_member_is_free_and_ends_with_its_busiest() -> None:
+    """Where bytes take no time; in the backward pass a pair is five products instead of two."""
+    free_links = {"inside": 1e30, "between": 1e30, "nic": 1e30}
+    costs = replace(Costs(), latency_inside=0.0, latency_between=0.0, **free_links)
+    made = plan([30000, 9000, 5000, 3000, 2000, 1000], Topology(8, 4), "ring")
+    free, waited = np.zeros((2, 8)), False
+    for timed in price(made, costs).rings:
+        members, seats = timed.ring.members, timed.ring.seats
+        chunks = [range(a, b) for row in timed.ring.chunks for a, b in pairwise(row.tolist())]
+        seconds = [
+            costs.pair * sum(i + 1 for i in chunk) * (1 + costs.half / max(len(chunk), 1))
+            for chunk in chunks
+        ]
+        # (sequences, 2 · seats): seat i has chunks i and 2 · seats − 1 − i.
+        each = np.reshape(seconds, (-1, 2 * seats)).sum(axis=0)
+        busiest = (each + each[::-1])[:seats].max()
+        waited |= bool(np.ptp(free[:, members]))
+        assert timed.start == pytest.approx(free[:, members].max(axis=1))
+        assert timed.end - timed.start == pytest.approx([busiest, 2.5 * busiest])
+        free[:, members] = timed.end[:, None]
+    assert waited
 
 
 def test_routing_shortens_a_ring_that_steps_between_nodes() -> None:
