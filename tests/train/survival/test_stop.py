@@ -14,7 +14,8 @@ import torch
 
 from parallel import World
 from tests.processes import ROOT
-from train.survival.stop import SIGNALS, Cause, Interrupted, Watch
+from train import __main__ as program
+from train.survival.stop import SIGNALS, START_AGAIN, Cause, Interrupted, Watch
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -60,15 +61,16 @@ def test_before_training_a_signal_ends_the_work_at_once() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_clock_leaves_time_for_a_batch_and_a_save() -> None:
-    """Batches of 7 s and saves of 30 s before an end at 1,000 s."""
+@pytest.mark.parametrize(("batch", "save", "most"), [(7, 30, 100), (60, 1, 192), (1, 200, 313)])
+def test_the_clock_leaves_time_for_a_batch_and_a_save(batch: int, save: int, most: int) -> None:
+    """Before an end at 1,000 s; in seconds. At most: what is left when it stops."""
     clock = Clock()
     watch = Watch(end=1000, clock=clock)
-    watch.save_seconds = 30
+    watch.save_seconds = save
     while not watch.agreed(ONE):
-        clock.now += 7
-    assert 1000 - clock.now >= 7 + 30
-    assert 1000 - clock.now <= 100
+        clock.now += batch
+    assert 1000 - clock.now >= batch + save
+    assert 1000 - clock.now <= most
     assert watch.reason == "the clock"
 
 
@@ -122,6 +124,17 @@ def test_a_run_listens_before_it_imports_what_takes_seconds() -> None:
         [sys.executable, "-c", BEGUN], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "True False\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, START_AGAIN), (signal.SIGTERM, 0), (signal.SIGINT, 0)]
+)
+def test_a_run_that_is_warned_before_it_trains_asks_to_be_started_again(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "_run", lambda *_: signal.raise_signal(number))
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert program.main([str(ROOT / "configs/smoke.yaml")]) == code
 
 
 class Told:
