@@ -12,7 +12,9 @@ import pytest
 from tests import tiny
 from tests.ranks import launch
 from tests.train.runs import STEPS, losses, rows, start, wait_for_step
+from train import loop
 from train.__main__ import main
+from train.model.transformer import Model
 
 
 def test_a_run_leaves_everything_in_its_folder(undisturbed: Path) -> None:
@@ -21,11 +23,26 @@ def test_a_run_leaves_everything_in_its_folder(undisturbed: Path) -> None:
     assert {"step", "loss", "lr", "grad_norm", "tokens", "seconds"} <= steps[0].keys()
     assert steps[-1]["tokens"] == STEPS * 2 * 512
     assert steps[-1]["loss"] < steps[0]["loss"]
+    # All of it is warm-up, whose last step has the peak of 3e-3.
+    rates = [3e-3 * step / STEPS for step in range(1, STEPS + 1)]
+    assert [row["lr"] for row in steps] == pytest.approx(rates)
     evaluations = [row for row in rows(undisturbed) if "val_bpb" in row]
     assert [row["step"] for row in evaluations] == [0, 4, 8]
     assert evaluations[-1]["val_bpb"] < evaluations[0]["val_bpb"]
     assert (undisturbed / "config.yaml").exists()
     assert list((undisturbed / "tensorboard").iterdir())
+
+
+def test_the_share_of_the_peak_counts_a_backward_pass_as_two_forward_passes(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both batches of the step, on a device of 1 TFLOP/s, at 1 MFLOP a token."""
+    monkeypatch.setattr(loop, "peak_flops", lambda _: 1e12)
+    monkeypatch.setattr(Model, "flops", lambda _, lengths: 1e6 * sum(lengths))
+    command = [str(config), f"run.root={tmp_path}", "train.steps=1", "eval.sample_tokens=0"]
+    assert main(command) == 0
+    (row,) = [row for row in rows(tmp_path / "tiny") if "mfu" in row]
+    assert row["mfu"] * row["seconds"] == pytest.approx(3 * 2 * 512 * 1e6 / 1e12)
 
 
 def test_tensorboard_holds_the_promised_scalars(undisturbed: Path) -> None:
