@@ -8,12 +8,14 @@ import signal
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from tests import tiny
 from tests.ranks import launch
 from tests.train.runs import STEPS, losses, rows, start, wait_for_step
 from train import loop
 from train.__main__ import main
+from train.engine import Engine
 from train.model.transformer import Model
 
 
@@ -43,6 +45,25 @@ def test_the_share_of_the_peak_counts_a_backward_pass_as_two_forward_passes(
     assert main(command) == 0
     (row,) = [row for row in rows(tmp_path / "tiny") if "mfu" in row]
     assert row["mfu"] * row["seconds"] == pytest.approx(3 * 2 * 512 * 1e6 / 1e12)
+
+
+def test_losses_are_scaled_so_that_their_average_is_the_mean_over_the_steps_targets(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed averages gradients over the batches of a step, however many targets each has."""
+    given: list[float] = []
+    backward = Engine.backward
+
+    def noted(self: Engine, loss: Tensor) -> None:
+        given.append(float(loss.detach()))
+        backward(self, loss)
+
+    monkeypatch.setattr(Engine, "backward", noted)
+    command = [str(config), f"run.root={tmp_path}", "train.steps=1", "eval.sample_tokens=0"]
+    assert main([*command, "train.accumulate=3", "model.z_loss=0"]) == 0
+    (row,) = [row for row in rows(tmp_path / "tiny") if "lr" in row]
+    assert len(given) == 3
+    assert sum(given) / 3 == pytest.approx(row["loss"])
 
 
 def test_tensorboard_holds_the_promised_scalars(undisturbed: Path) -> None:
