@@ -231,6 +231,32 @@ def test_a_typo_answers_with_exit_code_2_before_anything_heavy_is_imported() -> 
     assert "| torch\n" not in done.stderr.replace(" ", "").replace("|", "| ")
 
 
+@pytest.mark.parametrize(
+    ("variables", "lines"),
+    [
+        ({}, 1),
+        ({"RANK": "0", "SLURM_PROCID": "0"}, 1),
+        ({"RANK": "1"}, 0),
+        ({"SLURM_PROCID": "2"}, 0),
+    ],
+)
+def test_one_rank_tells_of_a_mistake_for_all(
+    variables: dict[str, str],
+    lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from train import __main__ as program
+
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(program.time, "sleep", lambda _: None)  # it lets the first speak before
+    assert program.main([str(ROOT / "configs/smoke.yaml"), "train.stesp=3"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 def test_help_explains_every_key() -> None:
     from data.settings import fields
     from train.config import Config
