@@ -164,10 +164,10 @@ def test_what_a_family_cannot_express_is_refused_by_the_setting(
     ("stem", "read_back"), [("model", weights.of_family), ("weights", weights.of_ours)]
 )
 def test_large_weights_are_written_in_parts(stem: str, read_back: Any, tmp_path: Path) -> None:
-    tensors = {f"t{n}": torch.full((n + 1, 25), float(n)) for n in range(7)}
+    tensors = {f"t{n}": torch.full((n + 1, 25), float(n)) for n in reversed(range(7))}
     weights.write(tensors.items(), tmp_path, stem, most=600)
     files_there = sorted(tmp_path.glob("*.safetensors"))
-    # Of 100 bytes a row: rows 1 + 2 + 3, 4, 5, 6, and 7, which is more than a part should be.
+    # Of 100 bytes a row: 7 rows, more than a part should be, then 6, 5, 4, and 3 + 2 + 1 rows.
     assert [file.name for file in files_there] == [
         f"{stem}-{n:05d}-of-00005.safetensors" for n in range(1, 6)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data.mixture import Stage
+from data.ordering.mixture import Stage
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1), (5, 0, 2), (1, 1 << 39), (7,)], ids=str)
