@@ -56,6 +56,18 @@ def test_an_order_counts_more_than_a_warning() -> None:
         assert watch.agreed(ONE) == Cause.ORDER
 
 
+def test_another_ranks_order_counts_more_than_a_warning_here() -> None:
+    class Others:
+        def sum(self, votes: torch.Tensor) -> torch.Tensor:
+            return votes + torch.tensor([0.0, 1.0, 0.0])
+
+    watch = Watch()
+    watch.training = True
+    with watch.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert watch.agreed(Others()) == Cause.ORDER  # type: ignore[arg-type]
+
+
 def test_before_training_a_signal_ends_the_work_at_once() -> None:
     with pytest.raises(Interrupted, match="SIGTERM"), Watch().listening():
         os.kill(os.getpid(), signal.SIGTERM)
