@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig
+from data import regular
 from data.settings import ConfigError
 from data.sources import NO_TEXT, Source, resolve
 from data.storing.corpus import MANIFEST, Corpus, manifest_digest
@@ -96,7 +97,7 @@ def prepare(config: DataConfig, log: Log = lambda line: None) -> Corpus:
 
 @contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
-    with open(path, "a") as lock:
+    with open(regular.opened(path, os.O_RDWR | os.O_CREAT), "r+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -23,11 +23,13 @@ from typing import IO, Any
 
 import numpy as np
 
+from data import regular
 from data.settings import ConfigError
 
 SHARD_TOKENS = 1 << 28
 JOURNAL = "journal.json"
 _COMMIT_SECONDS = 2.0
+_APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT
 _NAMED_PROBLEMS = 50
 _CHUNK = 1 << 20  # documents looked at at once
 _EXACT = 1 << 16  # lengths below this are sorted exactly, longer ones to a 64th of an octave
@@ -59,7 +61,7 @@ class Journal:
             ConfigError: it is damaged.
         """
         try:
-            saved = json.loads(path.read_bytes())
+            saved = json.loads(regular.content(path))
             if saved["digest"] != _sealed(saved["journal"]):
                 raise ValueError("its digest is another")
             return cls(**saved["journal"])
@@ -170,7 +172,7 @@ class _Appended:
     def __init__(self, path: Path, size: int, expected: str | None) -> None:
         self.name = path.name
         self._hash = _hash()
-        self._file = open(path, "a+b")  # noqa: SIM115  the writer closes it
+        self._file = open(regular.opened(path, _APPEND), "a+b")  # noqa: SIM115  the writer closes it
         if self._file.tell() < size:
             raise ConfigError(
                 f"{path} has {self._file.tell()} bytes where its journal counts on {size}; "
@@ -227,7 +229,7 @@ def replace(path: Path, text: str) -> None:
 def digest(path: Path) -> str:
     """Hexadecimal BLAKE2 digest of a file."""
     made = _hash()
-    with open(path, "rb") as file:
+    with open(regular.opened(path), "rb") as file:
         while block := file.read(1 << 20):
             made.update(block)
     return str(made.hexdigest())

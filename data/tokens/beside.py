@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import regular
 from data.settings import ConfigError
 
 TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -120,7 +121,7 @@ def dumped(content: dict[str, Any]) -> bytes:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return regular.content(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
 

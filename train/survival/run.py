@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data import regular
 from data.settings import ConfigError
 from data.values import Malformed, dump, parse
 from train.config import Config
@@ -131,7 +132,7 @@ def _open(folder: Path, config: Config, fresh: bool, overwrite: bool) -> None:
     path, part = folder / CONFIG, folder / _PART
     try:
         # A disk that is full stops no run that goes on as it was.
-        if not path.exists() or path.read_bytes() != resolved:
+        if not path.exists() or regular.content(path) != resolved:
             part.unlink(missing_ok=True)
             with open(part, "xb") as file:
                 file.write(resolved)
@@ -149,7 +150,7 @@ def _settings(path: Path) -> dict[str, Any] | None:
         ConfigError: it cannot be read.
     """
     try:
-        content = parse(path.read_bytes().decode())
+        content = parse(regular.content(path).decode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
