@@ -50,11 +50,11 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path
     path = tmp_path / "no-file"
     make(path)
     for flags in (os.O_RDONLY, os.O_RDWR | os.O_APPEND | os.O_CREAT, os.O_WRONLY | os.O_CREAT):
-        with pytest.raises(OSError) as refused:
+        with pytest.raises(OSError, match="no-file") as refused:
             regular.opened(path, flags)
         assert refused.value.filename == str(path)
         assert refused.value.strerror
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no-file"):
         regular.content(path)
 
 
