@@ -38,7 +38,6 @@ from data.storing.store import (
     digest,
     digest_of,
     index,
-    replace,
     shard_name,
 )
 from data.tokens import beside
@@ -213,7 +212,7 @@ def publish(
         "digests": digests,
     }
     manifest["digest"] = manifest_digest(manifest)
-    replace(part / MANIFEST, json.dumps(manifest, indent=1))
+    regular.replace(part / MANIFEST, json.dumps(manifest, indent=1).encode())
     for name in ("lengths.part", "hashes.part", JOURNAL):
         (part / name).unlink()
     part.rename(path)
@@ -234,9 +233,7 @@ def _tokenizer(
         log(f"training a tokenizer of {config.vocab_size} pieces")
         tokenizer = tokenizers.train(sample(sources), config.vocab_size, config.model_type)
     beside.write(tokenizer.beside, part)
-    partial = part / "tokenizer.part"
-    partial.write_bytes(tokenizer.model)
-    partial.replace(part / tokenizer.file)
+    regular.replace(part / tokenizer.file, tokenizer.model)
     return tokenizer
 
 

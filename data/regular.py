@@ -1,4 +1,4 @@
-"""Opening what must be a regular file: to open a pipe may wait for ever, to read a device too."""
+"""Regular files: nothing waits for the other end of a pipe, nothing is written through a link."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ def content(path: Path) -> bytes:
     """
     with open(opened(path), "rb") as file:
         return file.read()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or as it was; of a link only the link goes.
+
+    Raises:
+        OSError: it cannot be written, or is a folder.
+    """
+    partial = path.with_name(path.name + ".part")
+    partial.unlink(missing_ok=True)
+    with open(partial, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

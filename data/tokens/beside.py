@@ -66,7 +66,7 @@ def write(beside: dict[str, bytes], folder: Path) -> None:
     """Put the files where `gather` finds them."""
     for name, content in beside.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
+        regular.replace(folder / name, content)
 
 
 def marks(beside: dict[str, bytes], piece: Callable[[str], int | None], size: int) -> Marks:

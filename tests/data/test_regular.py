@@ -65,3 +65,25 @@ def test_a_file_is_read_and_made(tmp_path: Path) -> None:
     path.write_bytes(b"\0\xff\n" * 100_000)
     (tmp_path / "link").symlink_to(path)
     assert regular.content(tmp_path / "link") == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["file", "file.part"])
+@pytest.mark.parametrize("make", [pipe, endless, listener, itself])
+def test_a_file_takes_the_place_of_what_is_none(
+    tmp_path: Path, make: Callable[[Path], None], name: str
+) -> None:
+    make(tmp_path / name)
+    regular.replace(tmp_path / "file", b"new")
+    assert not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["file", "file.part"])
+def test_a_file_is_written_through_no_link(tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"precious")
+    (tmp_path / name).symlink_to(theirs)
+    regular.replace(tmp_path / "file", b"new")
+    assert theirs.read_bytes() == b"precious"
+    assert (tmp_path / "file").read_bytes() == b"new"
