@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig
 from data import regular
+from data.config import DataConfig
 from data.settings import ConfigError
 from data.sources import NO_TEXT, Source, resolve
 from data.storing.corpus import MANIFEST, Corpus, manifest_digest
