@@ -113,6 +113,18 @@ def train(options: argparse.Namespace) -> int:
         if _is_first():
             print(f"{error} before training began; the same command goes on", flush=True)
         return START_AGAIN if error.number == signal.SIGUSR1 else 0
+    except RuntimeError as error:
+        from torch.distributed import DistError
+
+        from parallel import LostRankError
+
+        # Another rank's end, which that rank tells of; while layers are set up it has no name.
+        if not isinstance(error, LostRankError | DistError):
+            raise
+        line = " ".join(str(error).splitlines())
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        print(f"rank {rank} ends, as another rank is gone: {line}", file=sys.stderr, flush=True)
+        return 1
 
 
 def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:
