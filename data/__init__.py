@@ -6,8 +6,8 @@
 The rooms, in the order that text passes through them: `sources/` reads documents, `tokens/` codes
 them, `storing/` keeps what is coded, `prepare` runs these; `ordering/` says which tokens come next,
 and `stream` gives out the batches. `recall` makes batches of a synthetic task instead; `material`
-is whichever a run names. `settings` fills the dataclasses of every room. `python -m data` shows it
-at work.
+is whichever a run names. `settings` fills the dataclasses of every room, `regular` opens and
+replaces files. `python -m data` shows it at work.
 """
 
 from data.batch import Batch, Cursor

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from data import regular
 from data.config import DataConfig
 from data.settings import ConfigError
 from data.sources import NO_TEXT, Source, resolve
@@ -37,7 +38,6 @@ from data.storing.store import (
     digest,
     digest_of,
     index,
-    replace,
     shard_name,
 )
 from data.tokens import beside
@@ -96,7 +96,7 @@ def prepare(config: DataConfig, log: Log = lambda line: None) -> Corpus:
 
 @contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
-    with open(path, "a") as lock:
+    with open(regular.opened(path, os.O_RDWR | os.O_CREAT), "r+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -212,7 +212,7 @@ def publish(
         "digests": digests,
     }
     manifest["digest"] = manifest_digest(manifest)
-    replace(part / MANIFEST, json.dumps(manifest, indent=1))
+    regular.replace(part / MANIFEST, json.dumps(manifest, indent=1).encode())
     for name in ("lengths.part", "hashes.part", JOURNAL):
         (part / name).unlink()
     part.rename(path)
@@ -233,9 +233,7 @@ def _tokenizer(
         log(f"training a tokenizer of {config.vocab_size} pieces")
         tokenizer = tokenizers.train(sample(sources), config.vocab_size, config.model_type)
     beside.write(tokenizer.beside, part)
-    partial = part / "tokenizer.part"
-    partial.write_bytes(tokenizer.model)
-    partial.replace(part / tokenizer.file)
+    regular.replace(part / tokenizer.file, tokenizer.model)
     return tokenizer
 
 

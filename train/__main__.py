@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
                 return 130
         return _train(arguments)
     except ConfigError as error:
-        return _told(error)
+        _tell(error)
+        return _code_of(error)
 
 
 def _train(arguments: list[str]) -> int:
@@ -75,14 +76,20 @@ def _train(arguments: list[str]) -> int:
     return train(options)
 
 
-def _told(error: ConfigError) -> int:
+def _tell(error: ConfigError) -> None:
     """Every rank finds the same fault; one line is enough."""
     if _is_first():
         print(error, file=sys.stderr, flush=True)
     else:
         # Who started the ranks ends them all when one has ended: the first must speak before.
         time.sleep(3)
-    return 2
+
+
+def _code_of(error: ConfigError) -> int:
+    """2, which no job script tries again, unless what is wrong may pass by itself."""
+    from train.survival.run import HeldError
+
+    return 1 if isinstance(error, HeldError) else 2
 
 
 def _is_first() -> bool:
@@ -106,6 +113,18 @@ def train(options: argparse.Namespace) -> int:
         if _is_first():
             print(f"{error} before training began; the same command goes on", flush=True)
         return START_AGAIN if error.number == signal.SIGUSR1 else 0
+    except RuntimeError as error:
+        from torch.distributed import DistError
+
+        from parallel import LostRankError
+
+        # Another rank's end, which that rank tells of; while layers are set up it has no name.
+        if not isinstance(error, LostRankError | DistError):
+            raise
+        line = " ".join(str(error).splitlines())
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        print(f"rank {rank} ends, as another rank is gone: {line}", file=sys.stderr, flush=True)
+        return 1
 
 
 def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:

@@ -83,7 +83,7 @@ def _look(name: str, bad: list[str], gradient: Tensor) -> None:
 def _kept(run: Path, step: int) -> dict[str, np.ndarray]:
     """What was written when the step went wrong; empty if it did not."""
     path = run / faults.FAULTS / f"step-{step:08d}.npz"
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         with np.load(path) as held:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from data import regular
 from data.settings import ConfigError
 from data.storing.store import digest, digest_of, length_key
 from data.tokens.tokenizer import Tokenizer, load
@@ -54,7 +55,7 @@ class Corpus:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+            self.manifest: dict[str, Any] = json.loads(regular.content(path / MANIFEST))
             # Manifests of before had no digest of their own.
             if self.manifest.get("digest") not in (None, manifest_digest(self.manifest)):
                 raise ValueError(f"{MANIFEST} is not what was written")

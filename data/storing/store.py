@@ -23,11 +23,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from data import regular
 from data.settings import ConfigError
 
 SHARD_TOKENS = 1 << 28
 JOURNAL = "journal.json"
 _COMMIT_SECONDS = 2.0
+# A link is not followed: what is cut back to what counts must be the corpus's own.
+_APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 _NAMED_PROBLEMS = 50
 _CHUNK = 1 << 20  # documents looked at at once
 _EXACT = 1 << 16  # lengths below this are sorted exactly, longer ones to a 64th of an octave
@@ -49,7 +52,8 @@ class Journal:
     def save(self, path: Path) -> None:
         """Write the journal with a digest of its own."""
         content = asdict(self)
-        replace(path, json.dumps({"digest": _sealed(content), "journal": content}))
+        sealed = {"digest": _sealed(content), "journal": content}
+        regular.replace(path, json.dumps(sealed).encode())
 
     @classmethod
     def load(cls, path: Path) -> Journal:
@@ -59,7 +63,7 @@ class Journal:
             ConfigError: it is damaged.
         """
         try:
-            saved = json.loads(path.read_bytes())
+            saved = json.loads(regular.content(path))
             if saved["digest"] != _sealed(saved["journal"]):
                 raise ValueError("its digest is another")
             return cls(**saved["journal"])
@@ -170,7 +174,11 @@ class _Appended:
     def __init__(self, path: Path, size: int, expected: str | None) -> None:
         self.name = path.name
         self._hash = _hash()
-        self._file = open(path, "a+b")  # noqa: SIM115  the writer closes it
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link, which is not followed; delete {path.parent} and start again"
+            )
+        self._file = open(regular.opened(path, _APPEND), "a+b")  # noqa: SIM115  the writer closes it
         if self._file.tell() < size:
             raise ConfigError(
                 f"{path} has {self._file.tell()} bytes where its journal counts on {size}; "
@@ -214,20 +222,10 @@ def shard_name(number: int) -> str:
     return f"tokens-{number:05d}.bin"
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was."""
-    partial = path.with_name(path.name + ".part")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def digest(path: Path) -> str:
     """Hexadecimal BLAKE2 digest of a file."""
     made = _hash()
-    with open(path, "rb") as file:
+    with open(regular.opened(path), "rb") as file:
         while block := file.read(1 << 20):
             made.update(block)
     return str(made.hexdigest())
@@ -302,7 +300,8 @@ def index(
     with _written(folder / "validation.bin") as out:
         out.write(held[np.argsort(hashes[held], kind="stable")].astype(np.int64).data)
         digests[out.name] = out.digest
-    with open(folder / "by_length.bin", "wb") as ranked:
+    (folder / "by_length.bin").unlink(missing_ok=True)  # it may be a link
+    with open(folder / "by_length.bin", "xb") as ranked:
         if len(held) < total:
             reserve(ranked, 8 * (total - len(held)))
     found = []

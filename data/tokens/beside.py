@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import regular
 from data.settings import ConfigError
 
 TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -65,7 +66,7 @@ def write(beside: dict[str, bytes], folder: Path) -> None:
     """Put the files where `gather` finds them."""
     for name, content in beside.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
+        regular.replace(folder / name, content)
 
 
 def marks(beside: dict[str, bytes], piece: Callable[[str], int | None], size: int) -> Marks:
@@ -120,7 +121,7 @@ def dumped(content: dict[str, Any]) -> bytes:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return regular.content(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
 

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data import regular
 from data.settings import ConfigError
 from data.tokens import beside as files
 from data.tokens import pieces
@@ -251,7 +252,7 @@ def load(path: Path) -> Tokenizer:
     """
     beside = files.gather(path.parent)
     try:
-        made = parse(path.read_bytes(), path.name, beside)
+        made = parse(regular.content(path), path.name, beside)
     except ConfigError as error:
         raise ConfigError(f"data.tokenizer is {path}; {error}") from None
     except Exception as error:

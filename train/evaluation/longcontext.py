@@ -12,6 +12,7 @@ What cannot be measured, for want of text or room, is left out.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Batch, CodedText, HeldOut, HeldOutText
+from data import Batch, CodedText, HeldOut, HeldOutText, regular
 from data.config import longest_seq_len
 from data.settings import ConfigError
 from parallel import shard
@@ -285,8 +286,12 @@ def _save(report: Report, folder: Path, path: Path | None) -> list[Path]:
 
     step = report["step"] or 0
     folder.mkdir(parents=True, exist_ok=True)
-    path = path or folder / ("report.json" if report["step"] is None else f"step-{step:08d}.json")
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=1) + "\n"
+    if path is None:
+        path = folder / ("report.json" if report["step"] is None else f"step-{step:08d}.json")
+        regular.replace(path, text.encode())
+    else:
+        path.write_text(text, encoding="utf-8")
     written = [path]
     with SummaryWriter(str(folder)) as board:
         for length, summary in report["validation"].items():
@@ -294,6 +299,8 @@ def _save(report: Report, folder: Path, path: Path | None) -> list[Path]:
                 board.add_scalar(f"evaluation/{key}/{length}", value, step)
         for name, figure in drawings(report).items():
             written.append(folder / f"{name}.png")
-            figure.savefig(written[-1], dpi=120)
+            drawn = io.BytesIO()
+            figure.savefig(drawn, dpi=120)
+            regular.replace(written[-1], drawn.getvalue())
             board.add_figure(f"evaluation/{name}", figure, step)
     return written

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data import regular
+
 # What an evaluation tells, by the key of its row.
 METRICS = {
     "val_loss": "validation loss",
@@ -60,7 +62,7 @@ class Lines:
         """
         self._waiting.append(line)
         if self._handle is None:
-            self._handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._handle = regular.opened(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         before = os.fstat(self._handle).st_size
         # The name of a file that is not UTF-8 must not keep back every line after it.
         block = "".join(self._waiting).encode(errors="backslashreplace")
@@ -124,7 +126,7 @@ class Rows(Lines):
         super().add(line)
 
     def _content(self) -> bytes:
-        return self.path.read_bytes() if self.path.exists() else b""
+        return regular.content(self.path) if self.path.exists() else b""
 
     def _kept(self, content: bytes) -> bytes:
         """What stays in the file."""

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from data import regular
 from data.settings import ConfigError
 from train.config import Config, read
 from train.model.config import ModelConfig
@@ -96,7 +97,7 @@ def _is_full_attention(name: str, model: ModelConfig) -> bool:
 def _last(run: Path, config: Config, metric: str) -> float:
     path = run / "metrics.jsonl"
     try:
-        content = path.read_bytes()
+        content = regular.content(path)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); train the run first"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data import regular
 from data.settings import ConfigError
 from data.tokens.beside import mapping, shown
 from train.engine import WEIGHT
@@ -50,6 +51,7 @@ class Tensors:
         self._where: dict[str, Any] = {}
         for file in files:
             try:
+                os.close(regular.opened(file))
                 opened = safe_open(file, framework="pt")
             except (OSError, ValueError, SafetensorError) as error:
                 raise ConfigError(f"{file}: cannot be read ({error})") from None
@@ -148,7 +150,7 @@ def elsewhere(folder: Path) -> str | None:
 
 def _indexed(index: Path) -> Tensors:
     try:
-        where = mapping(index.read_bytes(), index).get("weight_map")
+        where = mapping(regular.content(index), index).get("weight_map")
     except OSError as error:
         raise ConfigError(f"{index}: {error.strerror}") from None
     if not isinstance(where, dict) or not where:

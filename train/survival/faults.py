@@ -136,6 +136,7 @@ def keep(folder: Path, step: int, batches: Sequence[Batch], skipped: set[int]) -
     }
     arrays["skipped"] = np.array(sorted(skipped), dtype=np.int64)
     part = path.with_suffix(".part.npz")
+    part.unlink(missing_ok=True)  # it may be a link
     np.savez(part, **arrays)
     part.replace(path)
     return path

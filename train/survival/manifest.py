@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data import Cursor
+from data import Cursor, regular
 
 CHECKPOINTS = "checkpoints"  # their folder in the run's
 MANIFEST = "manifest.json"
@@ -75,7 +75,7 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: it is missing, changed, malformed, or of another step than its folder.
     """
     try:
-        content = (path / MANIFEST).read_bytes()
+        content = regular.content(path / MANIFEST)
     except OSError as error:
         raise ValueError(f"{MANIFEST} is missing or unreadable ({error.strerror})") from None
     manifest = parse(content)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data import regular
 from data.settings import ConfigError
 from data.values import Malformed, dump, parse
 from train.config import Config
@@ -35,8 +37,13 @@ _WRITTEN: dict[str, Any] = {
     "beats": {"rank-*.json": None, "report": None},
     "evaluation": {**_REPORT, "*": _REPORT},
 }
+_PATIENCE_S = 30.0  # with what a job's last start has left
 # Sections that the settings of a run have, resolved; `run` with all of its keys.
 _SECTIONS = ("run", "train", "data", "model", "optim", "checkpoint")
+
+
+class HeldError(ConfigError):
+    """A job that was queued again cannot have its folder yet: a fault, but one that passes."""
 
 
 @contextmanager
@@ -50,6 +57,8 @@ def claim(config: Config, fresh: bool, overwrite: bool, world: World) -> Iterato
     Raises:
         ConfigError: another process trains there, `fresh` would lose something, or the folder
             is not a run's.
+        HeldError: another process trains there, and this job was queued again: its last start
+            may have left a rank on a node whose daemon died. Its end is waited for before.
     """
     folder = config.run_path
     held: list[int] = []
@@ -75,14 +84,31 @@ def _lock(folder: Path) -> int:
         raise ConfigError(
             f"{error.filename or folder}: cannot be written ({error.strerror})"
         ) from None
+    again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    until = time.monotonic() + (_PATIENCE_S if again else 0)
+    while not _is_free(lock):
+        if time.monotonic() < until:
+            time.sleep(0.2)
+            continue
+        os.close(lock)
+        if again:
+            raise HeldError(
+                f"{folder}: another process trains there still, perhaps what this job's last "
+                "start has left on a node that Slurm lost"
+            )
+        raise ConfigError(
+            f"{folder}: another process trains there; wait for it, or set another run.name"
+        )
+    return lock
+
+
+def _is_free(lock: int) -> bool:
+    """Take a lock, unless another process holds it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(lock)
-        raise ConfigError(
-            f"{folder}: another process trains there; wait for it, or set another run.name"
-        ) from None
-    return lock
+        return False
+    return True
 
 
 def _check(folder: Path, fresh: bool, overwrite: bool) -> None:
@@ -131,7 +157,7 @@ def _open(folder: Path, config: Config, fresh: bool, overwrite: bool) -> None:
     path, part = folder / CONFIG, folder / _PART
     try:
         # A disk that is full stops no run that goes on as it was.
-        if not path.exists() or path.read_bytes() != resolved:
+        if not path.exists() or regular.content(path) != resolved:
             part.unlink(missing_ok=True)
             with open(part, "xb") as file:
                 file.write(resolved)
@@ -149,7 +175,7 @@ def _settings(path: Path) -> dict[str, Any] | None:
         ConfigError: it cannot be read.
     """
     try:
-        content = parse(path.read_bytes().decode())
+        content = parse(regular.content(path).decode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

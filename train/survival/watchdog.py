@@ -38,6 +38,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data import regular
 from data.settings import ConfigError
 from parallel import LostRankError, World
 
@@ -180,7 +181,7 @@ class Watchdog:
             stack=_stack(frames, self._main),
         )
         with suppress(OSError):
-            handle = os.open(self._path(self.world.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            handle = regular.opened(self._path(self.world.rank), os.O_WRONLY | os.O_CREAT)
             try:
                 os.pwrite(handle, json.dumps(asdict(beat)).encode().ljust(_BYTES), 0)
             finally:
@@ -250,8 +251,10 @@ class Watchdog:
 
     def _note(self, text: str) -> None:
         """Add to the run's log, which rank 0 may be unable to."""
-        with suppress(OSError), open(self.folder / "log.txt", "a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        with suppress(OSError):
+            handle = regular.opened(self.folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            with open(handle, "a", encoding="utf-8") as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def _compare(self) -> tuple[list[Beat | None], list[int]]:
         """Every rank's last beat, and the ranks that have written none in some intervals."""
@@ -266,7 +269,7 @@ class Watchdog:
 
     def _read(self, rank: int) -> Beat | None:
         with suppress(OSError, ValueError, TypeError):
-            return Beat(**json.loads(self._path(rank).read_bytes()))
+            return Beat(**json.loads(regular.content(self._path(rank))))
         return None
 
     def _path(self, rank: int) -> Path:

@@ -342,3 +342,32 @@ def test_however_many_sources_there_are_each_is_in_the_tokenizers_sample(tmp_pat
         path.write_text(f"<{number}>")
         sources.append(Source(str(number), ((path.name, path),), "text", weight=1.0))
     assert set(sample(sources)) == {f"<{number}>" for number in range(1200)}
+
+
+@pytest.mark.parametrize("journal", [True, False])
+@pytest.mark.parametrize("name", ["lengths.part", "hashes.part", "tokens-00000.bin"])
+def test_what_a_link_in_a_half_made_corpus_names_is_not_cut_back(
+    config: DataConfig, partial: Path, tmp_path: Path, name: str, journal: bool
+) -> None:
+    """The file there is cut back to what counts; a longer one of the user's would be, too."""
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes((partial / name).read_bytes() + b"precious")
+    before = theirs.read_bytes()
+    (partial / name).unlink()
+    (partial / name).symlink_to(theirs)
+    if not journal:
+        (partial / store.JOURNAL).unlink()
+    with pytest.raises(ConfigError, match=f"{name} is a link, which is not followed; delete"):
+        prepare(config)
+    assert theirs.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["journal.json.part", "manifest.json.part", "by_length.bin"])
+def test_a_corpus_is_written_through_no_link(
+    config: DataConfig, partial: Path, tmp_path: Path, name: str
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"precious")
+    (partial / name).symlink_to(theirs)
+    prepare(config).verify()
+    assert theirs.read_bytes() == b"precious"

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import DistBackendError, DistNetworkError
 
+from parallel import LostRankError
 from tests.train.runs import losses, start, start_ranks, wait_for_line, wait_for_step
 from train.__main__ import main
 from train.engine import Engine
@@ -186,3 +188,31 @@ def test_a_warning_during_an_evaluation_ends_it_to_be_made_again(
     done = max(losses(tmp_path / "tiny"))
     assert f"stopped by SIGUSR1 at step {done}" in output
     assert (tmp_path / "tiny" / "checkpoints" / f"step-{done:08d}").is_dir()
+
+
+@pytest.mark.parametrize("error", [LostRankError, DistNetworkError, DistBackendError])
+def test_a_rank_that_loses_another_ends_with_one_line(
+    config: Path,
+    error: type[RuntimeError],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As when one of two is told to end while DeepSpeed sets up its groups."""
+
+    def lost(*_: object) -> int:
+        raise error("Broken pipe\nException raised from …")
+
+    monkeypatch.setattr("train.__main__._run", lost)
+    assert main([str(config)]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith("rank 0 ends, as another rank is gone: Broken pipe")
+    assert told.err.count("\n") == 1
+
+
+def test_another_fault_keeps_its_traceback(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: object) -> int:
+        raise RuntimeError("of a tensor's shape")
+
+    monkeypatch.setattr("train.__main__._run", wrong)
+    with pytest.raises(RuntimeError, match="of a tensor's shape"):
+        main([str(config)])

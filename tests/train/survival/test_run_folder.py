@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -233,6 +234,53 @@ def test_the_folder_of_another_run_is_not_emptied_through_a_link(config: Path, r
     with pytest.raises(ConfigError, match="is a link to the run tiny"):
         start(of(config, other), fresh=True, overwrite=True)
     assert contents(run) == before
+
+
+@pytest.fixture
+def held(config: Path, tmp_path: Path) -> Iterator[int]:
+    """The lock of a run's folder, which another process holds."""
+    folder = tmp_path / "held"
+    start(of(config, folder))
+    lock = os.open(folder / ".lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield lock
+    os.close(lock)
+
+
+def test_a_job_that_was_queued_again_waits_for_what_its_last_start_left(
+    config: Path, tmp_path: Path, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank on a node whose Slurm daemon died; it ends while the new start waits for it."""
+    waited = []
+
+    def ends(seconds: float) -> None:
+        waited.append(seconds)
+        fcntl.flock(held, fcntl.LOCK_UN)
+
+    monkeypatch.setattr("train.survival.run.time.sleep", ends)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    start(of(config, tmp_path / "held"))
+    assert len(waited) == 1
+
+
+@pytest.mark.parametrize(("restarts", "code"), [(None, 2), ("0", 2), ("1", 1), ("12", 1)])
+def test_a_folder_that_stays_held_is_tried_again_by_a_queued_job_only(
+    config: Path,
+    tmp_path: Path,
+    held: int,
+    restarts: str | None,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Slurm's script takes 1 for a crash, which it tries again; 2 ends the job for good."""
+    monkeypatch.setattr("train.survival.run._PATIENCE_S", 0)
+    if restarts is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    assert main([str(config), f"run.root={tmp_path}", "run.name=held"]) == code
+    told = capsys.readouterr()
+    assert "another process trains there" in told.err
+    assert told.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("fresh", [False, True])
