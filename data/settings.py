@@ -252,8 +252,9 @@ def _text(path: Path) -> str:
             raise ConfigError(f"{path}: cannot be read as a configuration (it is no regular file)")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read as a configuration ({reason})") from None
+        reason = getattr(error, "strerror", None) or "not UTF-8 text; save it as UTF-8"
+        where = path if len(str(path)) < 400 else cut(str(path))
+        raise ConfigError(f"{where}: cannot be read as a configuration ({reason})") from None
 
 
 def _parse(text: str, where: str) -> Any:
