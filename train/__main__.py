@@ -12,7 +12,7 @@ from datetime import timedelta
 from keyword import iskeyword
 from typing import TYPE_CHECKING
 
-from data.settings import ConfigError, describe
+from data.settings import ConfigError, describe, of_long_path
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -50,6 +50,8 @@ def main(arguments: list[str]) -> int:
         return _train(arguments)
     except ConfigError as error:
         return _told(error)
+    except OSError as error:
+        return _told(of_long_path(error))
 
 
 def _train(arguments: list[str]) -> int:
