@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.config import RECALL, DataConfig, StreamConfig
-from data.settings import ConfigError, describe, load
+from data.settings import ConfigError, describe, load, of_long_path
 
 COMMANDS = {
     "prepare": "read the sources, tokenise them, and check every byte of the result",
@@ -44,6 +44,9 @@ def main(arguments: list[str]) -> int:
         _run(chosen.command, settings, chosen.out)
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(of_long_path(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import stat
 import typing
@@ -29,6 +30,7 @@ __all__ = [
     "dump",
     "fields",
     "load",
+    "of_long_path",
     "override",
     "setting",
     "with_absolute_paths",
@@ -40,6 +42,13 @@ Schema = TypeVar("Schema")
 
 
 _MOST_BASES = 20
+
+
+def of_long_path(error: OSError) -> ConfigError:
+    """What to tell of a path that is longer than a file system takes; raises any other error."""
+    if error.errno != errno.ENAMETOOLONG:
+        raise error
+    return ConfigError(f"{cut(str(error.filename))}: the path is too long for a file system")
 
 
 def setting(
@@ -252,8 +261,9 @@ def _text(path: Path) -> str:
             raise ConfigError(f"{path}: cannot be read as a configuration (it is no regular file)")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read as a configuration ({reason})") from None
+        reason = getattr(error, "strerror", None) or "not UTF-8 text; save it as UTF-8"
+        where = path if len(str(path)) < 400 else cut(str(path))
+        raise ConfigError(f"{where}: cannot be read as a configuration ({reason})") from None
 
 
 def _parse(text: str, where: str) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+
+_LONGEST = 1 << 30  # tokens: kernels count them in 32 bits
 
 
 def main() -> int:
@@ -33,6 +36,10 @@ def main() -> int:
     bench.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     arguments = parser.parse_args()
 
+    if wrong := _wrong(arguments):
+        print(wrong, file=sys.stderr)
+        return 2
+
     # What a command needs is imported by that command alone: --help is quick.
     if arguments.command == "check":
         from kernels.tools import check as check_command
@@ -48,6 +55,22 @@ def main() -> int:
     return bench_command.main(
         arguments.length or [], arguments.only, arguments.plot, arguments.json
     )
+
+
+def _wrong(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the words, in one line; a plot fails after minutes of work otherwise."""
+    jobs, plot = getattr(arguments, "jobs", None), getattr(arguments, "plot", "bench.png")
+    if jobs is not None and not 1 <= jobs <= 1024:
+        return f"--jobs is {jobs}; it must be from 1 to 1024"
+    for length in getattr(arguments, "length", None) or []:
+        if not 1 <= length <= _LONGEST:
+            return f"--length is {length}; it must be at least 1 and at most {_LONGEST}"
+    folder, name = os.path.split(plot)
+    if os.path.splitext(name)[1].lower() not in (".png", ".pdf", ".svg") or os.path.isdir(plot):
+        return f"--plot is {plot[:200]!r}; its name must end in .png, .pdf or .svg"
+    if not os.path.isdir(folder or "."):
+        return f"--plot is {plot[:200]!r}; there is no folder {folder[:200]!r}"
+    return None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+
+_MOST_TOKENS = 1 << 30  # of one batch, or one sequence
+_PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 def main() -> int:
@@ -77,6 +81,31 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name, 1)
         if value > 4096:
             raise ValueError(f"--{name} is {value}; the limit is 4096")
+    for name, most in (
+        ("tokens_per_gpu", _MOST_TOKENS),
+        ("longest", _MOST_TOKENS),
+        ("batches", 10_000),
+        ("ranks_per_node", 4096),
+    ):
+        value = getattr(arguments, name, 1)
+        if value > most:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at most {most}")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed is {arguments.seed}; it must be at least 0")
+    if arguments.figure is not None:
+        _check_figure(arguments.figure)
+
+
+def _check_figure(path: str) -> None:
+    """Before minutes of work: matplotlib would write elsewhere, `fifo.png` for `fifo`."""
+    folder, name = os.path.split(path)
+    if os.path.splitext(name)[1].lower() not in _PICTURES or os.path.isdir(path):
+        raise ValueError(
+            f"--figure is {path[:200]!r}; it must be a file whose name ends in one of "
+            f"{', '.join(_PICTURES)}"
+        )
+    if not os.path.isdir(folder or "."):
+        raise ValueError(f"--figure is {path[:200]!r}; there is no folder {folder[:200]!r}")
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
@@ -107,7 +136,10 @@ def _show(arguments: argparse.Namespace) -> None:
 
     parts = arguments.lengths.split(",")
     if all(part.strip().isdecimal() for part in parts):
-        lengths = np.array([int(part) for part in parts])
+        short = all(len(part.strip()) < len(str(_MOST_TOKENS)) for part in parts)
+        lengths = np.array([int(part) for part in parts] if short else [], dtype=np.int64)
+        if not short or lengths.sum() > _MOST_TOKENS:
+            raise ValueError(f"--lengths has more than {_MOST_TOKENS} tokens; give shorter ones")
     else:
         tokens = arguments.ranks * arguments.tokens_per_gpu
         rng = np.random.default_rng(arguments.seed)

@@ -18,6 +18,7 @@ import os
 import random
 import shlex
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -70,6 +72,28 @@ _ODD_WORDS = [
     "model.pattern=[attention*1024]", "model.pattern=['']", "model.pattern=[_parts]",
 ]  # fmt: skip
 
+_PATHS = [
+    "..", ".", "/dev/null", "/proc", "/proc/nowhere", "/proc/self/mem", "/sys", "~",
+    "here", "here/", "here/../here", "here/*", "*", "**", "[", "[!", "**/*.txt", "tiny.yaml",
+    "tiny.yaml/inside", "00.txt", "00.txt/x", "*.txt", "missing", "missing/a/b", "link", "circle",
+    "pipe", "empty.jsonl", "binary.jsonl", "bytes.parquet", "x" * 255, "x" * 256,
+    "é" * 128,
+    "a/" * 499, "a/" * 2100, "a b", " a", "a:b", "recall", "stdlib", "s3://b/x", "http://x/y.txt",
+    "owner/name", "owner/name/x", "C:\\x", "$HOME", "a//b", "..*", "\u202e", "file.json", "x.gz",
+    "x.model", "tokenizer.json", "config.json", "ctrl\x1b[31m", "a\nb",
+]  # fmt: skip
+# Keys of the mappings in data.source and data.stages.
+_SOURCE_KEYS = (
+    "path", "hub", "text_field", "weight", "config", "split", "revision", "streaming", "name", "x",
+)  # fmt: skip
+_STAGE_KEYS = ("step", "seq_len", "weights", "long_weight", "x")
+_PARTS: list[Any] = [
+    None, True, False, 0, 1, 2, 3, -1, 32, 64, 10**4, 10**12, 2**63, 10**60, 0.5, -0.5, 1e-300,
+    1e308,
+    "", "1", "1e-3", "nan", ".inf", "inf", "-inf", "1_0", "text", "train", "00", "tiny", "a" * 300,
+    [], [1], {}, {"a": 1}, {"00": 1}, {"00": -1}, {"": 1}, {"tiny": "nan"}, [["a"]], "a\nb", "a/b",
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -98,16 +122,21 @@ class Schema:
         prefixes = tuple(f"model.mixers.{name}." for name in pattern)
         own = [key for key in self.keys if key.startswith(prefixes)]
         wild = chance.choice([0.0, 0.1, 0.5])
-        for _ in range(chance.choice([1, 2, 3, 5, 8])):
+        for _ in range(chance.choice([1, 2, 3, 5, 8, 20])):
             key = chance.choice(own if own and chance.random() < 0.4 else self.keys)
             value = self._wrong(chance) if chance.random() < wild else self._right(key, chance)
             words.append(f"{key}={value}")
-        if chance.random() < 0.05:
-            words.append(chance.choice(_ODD_WORDS))
+        if chance.random() < 0.2:
+            words.append(chance.choice([*_ODD_WORDS, _source(chance), _stages(chance)]))
+        if chance.random() < 0.1:
+            words.insert(chance.randrange(len(words)), chance.choice(words))
         return words
 
     def _wrong(self, chance: random.Random) -> str:
-        return chance.choice(_ODD)
+        """What is no value of the key, or is one of another key."""
+        if chance.random() < 0.3:
+            return self._right(chance.choice(self.keys), chance)
+        return chance.choice([*_ODD, dump(chance.choice(_PARTS)), dump(chance.choice(_PATHS))])
 
     def _right(self, key: str, chance: random.Random) -> str:
         field = self.fields[key]
@@ -124,9 +153,33 @@ class Schema:
             return repr(_real(field, chance))
         if kind is type(None):
             return "null"
+        if kind is str and field.metadata.get("path"):
+            return dump(chance.choice([*_PATHS, field.default or "x"]))
         if kind is str:
             return dump(chance.choice(["x", "def ", "a b", "", "text", str(field.default)]))
         return dump(field.default)
+
+
+def _mapping(keys: tuple[str, ...], chance: random.Random) -> dict[str, Any]:
+    """Some of the keys, each with any value."""
+    return {key: chance.choice(_PARTS) for key in chance.sample(keys, chance.randrange(4))}
+
+
+def _source(chance: random.Random) -> str:
+    """A list of sources: texts that there are, with a key or two that may be wrong."""
+    entries: list[Any] = []
+    for _ in range(chance.choice([1, 1, 2, 3])):
+        entry = {"path": chance.choice(["*.txt", "00.txt", "01.txt", *_PATHS])}
+        entries.append(chance.choice([entry | _mapping(_SOURCE_KEYS, chance), entry["path"]]))
+    return f"data.source={dump(entries[0] if chance.random() < 0.2 else entries)}"
+
+
+def _stages(chance: random.Random) -> str:
+    stages = []
+    for _ in range(chance.choice([1, 1, 2, 3])):
+        stage = {"step": chance.choice([0, 1, 1, 2, 5]), "seq_len": chance.choice([2, 3, 32, 128])}
+        stages.append(stage | _mapping(_STAGE_KEYS, chance))
+    return f"data.stages={dump(stages)}"
 
 
 def _whole(field: Field, chance: random.Random) -> int:
@@ -151,6 +204,14 @@ class Place:
 
     def __init__(self, folder: Path, train: bool) -> None:
         self.folder, self.train = folder, train
+        (folder / "here").mkdir()
+        (folder / "here" / "kept.txt").write_text("of the user")
+        (folder / "link").symlink_to("here")
+        (folder / "circle").symlink_to("circle")
+        os.mkfifo(folder / "pipe")
+        (folder / "empty.jsonl").touch()
+        for name in ("binary.jsonl", "bytes.parquet", "x.gz", "x.model", "tokenizer.json"):
+            (folder / name).write_bytes(bytes(range(256)))
         self.base = tiny.write(
             folder / "tiny.yaml",
             """
@@ -160,6 +221,28 @@ checkpoint: {every: 1}
 run: {root: runs}
 """,
         )
+        self.before = self._files()
+
+    def _files(self) -> dict[Path, bytes | None]:
+        """What lies in the folder, prepared corpora aside, with what regular files hold."""
+        found: dict[Path, bytes | None] = {}
+        for top, folders, files in os.walk(self.folder.parent):
+            if Path(top) == self.folder and "corpora" in folders:
+                folders.remove("corpora")
+            for name in (*folders, *files):
+                path = Path(top) / name
+                found[path] = path.read_bytes() if stat.S_ISREG(path.lstat().st_mode) else None
+        return found
+
+    def _clear(self) -> list[str]:
+        """Remove what a case has left; the user's files that it has changed."""
+        after = self._files()
+        for path in [path for path in after if path not in self.before]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        return [str(path) for path, held in self.before.items() if after.get(path, b"") != held]
 
     def judge(self, words: list[str]) -> str | Fault:
         """How a configuration ends: `read`, `trained`, `refused` or a fault."""
@@ -174,8 +257,9 @@ run: {root: runs}
             kind = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
             return Fault(words, "".join(traceback.format_exception(error)), kind)
         finally:
-            for run in self.folder.glob("runs/*"):
-                shutil.rmtree(run)
+            changed = self._clear()
+        if changed:
+            return Fault(words, f"changed {changed}", "changed what is the user's")
         lines = err.getvalue().splitlines()
         if code == 2 and len(lines) == 1 and len(lines[0]) < 1000:
             return "refused"
@@ -227,12 +311,15 @@ def cases(count: int, seed: int) -> Iterator[tuple[str, list[str]]]:
 def place(train: bool = True) -> Iterator[Place]:
     """A folder to work in, which becomes the current one; without `train` nothing is trained."""
     with (
-        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as folder,  # and one inside, so that `..` is ours too
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, HF_HUB_OFFLINE="1"),
         join(),
     ):
-        yield Place(Path(folder), train)
+        inside = Path(folder) / "work"
+        inside.mkdir()
+        os.chdir(inside)
+        yield Place(inside, train)
 
 
 def main(arguments: list[str]) -> int:

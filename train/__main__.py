@@ -12,7 +12,7 @@ from datetime import timedelta
 from keyword import iskeyword
 from typing import TYPE_CHECKING
 
-from data.settings import ConfigError, describe
+from data.settings import ConfigError, describe, of_long_path
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -51,6 +51,9 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         _tell(error)
         return _code_of(error)
+    except OSError as error:
+        _tell(of_long_path(error))
+        return 2
 
 
 def _train(arguments: list[str]) -> int:

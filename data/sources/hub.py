@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from data.settings import ConfigError
@@ -19,6 +20,10 @@ def read(
 ) -> Iterator[Document]:
     import datasets
 
+    # A hub that is not reached is said once below, not at each of its tries.
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         rows = datasets.load_dataset(
             name,
@@ -33,6 +38,8 @@ def read(
         raise ConfigError(
             f"data.source is {name}; no file, and no data set that can be read ({reason})"
         ) from None
+    finally:
+        logger.setLevel(level)
     if columns is not None and text_field not in columns:
         raise ConfigError(
             f"{name} has no column {text_field}; data.text_field must be one of "

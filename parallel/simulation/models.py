@@ -118,7 +118,9 @@ def load_model(name: str) -> Model:
     if name in MODELS:
         return MODELS[name]
     return Model(
-        **numbers(Path(name), Model, f"model is {name!r}; it must be one of {', '.join(MODELS)}")
+        **numbers(
+            Path(name), Model, f"model is {name[:200]!r}; it must be one of {', '.join(MODELS)}"
+        )
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from parallel.planning.clusters import load_cluster
+from parallel.planning.clusters import document, load_cluster
 from parallel.planning.cost import price
 from parallel.planning.layout import Array, Topology
 from parallel.simulation.models import load_model
@@ -24,6 +24,8 @@ from parallel.simulation.strategies import (
 )
 
 LENGTHS = Path(__file__).parent / "lengths"
+_LONGEST = 1 << 40  # tokens of a sequence
+_MOST_SEQUENCES = 200_000  # of a batch: a planner takes minutes over more
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ def sample(name: str, tokens: int, longest: int, rng: np.random.Generator) -> Ar
         lengths = lengths[:kept]
         lengths[-1] -= max(0, int(lengths.sum()) - missing)
         found.append(lengths)
+        if len(found) * 256 > _MOST_SEQUENCES:
+            raise ValueError(
+                f"a batch of {tokens:,} tokens has more than {_MOST_SEQUENCES:,} sequences; lower "
+                "--tokens-per-gpu, or take longer ones"
+            )
         missing -= int(lengths.sum())
     return np.concatenate(found)
 
@@ -72,25 +79,26 @@ def sample(name: str, tokens: int, longest: int, rng: np.random.Generator) -> Ar
 def _source(name: str) -> Any:
     """A function (generator, count) -> lengths, int64 (count,)."""
     path = Path(name)
-    if (path / "offsets.bin").is_file():
+    if os.path.isfile(path / "offsets.bin"):  # no error for a name that is too long for one
         offsets = np.fromfile(path / "offsets.bin", dtype=np.int64)
         documents = np.diff(offsets)
         documents = documents[documents > 0]
         return lambda rng, count: rng.choice(documents, count)
     if name in distributions():
         path = LENGTHS / f"{name}.yaml"
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         raise ValueError(
-            f"lengths is {name!r}; it must be one of {', '.join(distributions())}, or the path of "
-            "a YAML file or of a prepared corpus"
+            f"lengths is {name[:200]!r}; it must be one of {', '.join(distributions())}, or the "
+            "path of a YAML file or of a prepared corpus"
         )
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = document(path)
     try:
         edges = np.array(content["edges"], dtype=np.float64)
         shares = np.array(content["shares"], dtype=np.float64)
         usable = len(edges) == len(shares) + 1 and (np.diff(edges) > 0).all() and edges[0] >= 1
-        usable = usable and (shares >= 0).all() and shares.sum() > 0
-    except (TypeError, KeyError, ValueError):
+        usable = usable and np.isfinite(edges).all() and edges[-1] <= _LONGEST
+        usable = usable and (shares >= 0).all() and 0 < shares.sum() < np.inf
+    except (TypeError, KeyError, ValueError, IndexError, OverflowError):
         usable = False
     if not usable:
         raise ValueError(

@@ -292,3 +292,28 @@ def test_the_learning_rate_warms_up_stays_below_the_peak_and_ends_low(schedule: 
 def test_the_learning_rate_is_defined_for_runs_shorter_than_the_warm_up() -> None:
     config = OptimConfig(lr=1.0, warmup_steps=10, decay_fraction=0.0)
     assert [learning_rate(config, step, 3) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "LONG",
+        "generate LONG prompt",
+        "evaluate LONG",
+        "table LONG",
+        "checkpoints LONG",
+        "replay LONG 1",
+        "export LONG --to x",
+        "import LONG --to x",
+        "convert LONG --to x --pattern liger",
+    ],
+)
+def test_a_path_too_long_for_a_file_system_is_one_line(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train.__main__ import main
+
+    assert main(words.replace("LONG", "x" * 5000).split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "x" * 100 in error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import os
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from parallel.planning.costs import Costs
 BF16 = 2  # bytes of one number
 MEMORY_SLACK = 0.15  # a rank's activations may exceed the even share by this fraction
 _AT_WORK = 3  # memory of a layer's backward pass while it runs, in units of its q, k, v and o
+_MOST = 1e12  # of a number that describes a cluster or a model
+_LONGEST = 1 << 20  # characters of such a file
+_SHOWN = 200  # characters of what is shown of it
 _HERE = Path(__file__).parent
 
 
@@ -120,7 +124,11 @@ def load_cluster(name: str) -> Cluster:
     """
     path = _HERE / f"{name}.yaml" if name in clusters() else Path(name)
     return Cluster(
-        **numbers(path, Cluster, f"cluster is {name!r}; it must be one of {', '.join(clusters())}")
+        **numbers(
+            path,
+            Cluster,
+            f"cluster is {name[:_SHOWN]!r}; it must be one of {', '.join(clusters())}",
+        )
     )
 
 
@@ -136,14 +144,45 @@ def numbers(path: Path, schema: type, unknown: str) -> dict[str, Any]:
     Raises:
         ValueError: no such file (the message begins with `unknown`), a wrong key or value.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # no error for a name that is too long for one
         raise ValueError(f"{unknown}, or the path of a YAML file")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {each.name for each in fields(schema)}
-    if not isinstance(content, dict) or set(content) - known:
-        extra = sorted(set(content) - known) if isinstance(content, dict) else content
-        raise ValueError(f"{path}: unknown {extra}; the keys are {', '.join(sorted(known))}")
+    content = document(path)
+    known = {each.name: each for each in fields(schema)}
+    needed = [name for name, each in known.items() if each.default is MISSING]
+    keys = f"the keys are {', '.join(sorted(known))}"
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: it must be a mapping of keys to numbers; {keys}")
+    if extra := sorted({str(key)[:_SHOWN] for key in content if key not in known}):
+        raise ValueError(f"{path}: unknown {', '.join(extra)[:_SHOWN]}; {keys}")
+    if missing := [name for name in needed if name not in content]:
+        raise ValueError(f"{path}: {', '.join(missing)} must be given; {keys}")
     for key, value in content.items():
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{path}: {key} is {value!r}; it must be a number above 0")
+        whole = known[key].type in (int, "int")
+        if type(value) not in ((int,) if whole else (int, float)) or not 0 < value <= _MOST:
+            raise ValueError(
+                f"{path}: {key} is {str(value)[:_SHOWN]!r}; it must be a "
+                f"{'whole ' if whole else ''}number above 0, at most {_MOST:.0e}"
+            )
     return content
+
+
+def document(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ValueError: it cannot be read, or is no YAML; the message is one line that names it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > _LONGEST:
+            raise ValueError(f"{len(text):,} characters are more than {_LONGEST:,}")
+        return yaml.safe_load(text)
+    except UnicodeDecodeError:
+        reason = "not UTF-8 text"
+    except RecursionError:
+        reason = "it is nested too deep"
+    except OSError as error:
+        reason = error.strerror or "no file"
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())[:_SHOWN]
+    raise ValueError(f"{path}: cannot be read as YAML ({reason})")

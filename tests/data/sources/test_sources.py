@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -289,3 +290,22 @@ def test_the_recipe_changes_with_every_byte(tmp_path: Path) -> None:
     assert first == resolve(str(path), "text")[0].recipe()
     path.write_bytes(b"a" * 500 + b"b" + b"a" * 499)
     assert first != before.recipe()
+
+
+def test_a_hub_that_is_not_reached_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    def tried(*_: object, **__: object) -> object:
+        for attempt in range(5):
+            logging.getLogger("huggingface_hub.utils._http").warning("retry %d", attempt)
+        raise ConnectionError("no hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", tried)
+    (one,) = resolve({"hub": "owner/name"}, "text")
+    with pytest.raises(ConfigError, match="no data set that can be read"):
+        next(one.documents())
+    assert not caplog.records
+    logging.getLogger("huggingface_hub.utils._http").warning("still said elsewhere")
+    assert caplog.records

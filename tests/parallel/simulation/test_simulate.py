@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -368,6 +369,17 @@ def test_the_command_prints_json_and_draws(
         ("--cluster b100", "cluster is 'b100'; it must be one of a800, h200, h800, or"),
         ("--model gpt", "model is 'gpt'; it must be one of llama-3b"),
         ("--lengths novels", "lengths is 'novels'; it must be one of arxiv"),
+        ("--seed -1", "--seed is -1; it must be at least 0"),
+        (f"--tokens-per-gpu {'9' * 30}", "it must be at most 1073741824"),
+        (f"--longest {'9' * 30}", "it must be at most 1073741824"),
+        ("--batches 99999", "--batches is 99999; it must be at most 10000"),
+        ("--tokens-per-gpu 1000000000 --longest 1", "more than 200,000 sequences; lower"),
+        ("--figure noend", "--figure is 'noend'; it must be a file whose name ends in one of"),
+        ("--figure /", "--figure is '/'; it must be a file whose name ends in one of .png"),
+        ("--figure nowhere/x.png", "there is no folder 'nowhere'"),
+        (f"--cluster {'x' * 5000}", "it must be one of a800, h200, h800, or"),
+        (f"--model {'x' * 5000}", "it must be one of llama-3b"),
+        (f"--lengths {'x' * 5000}", "it must be one of arxiv"),
     ],
 )
 def test_wrong_options_end_with_one_line(
@@ -378,3 +390,50 @@ def test_wrong_options_end_with_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfet\x00", "not UTF-8 text"),
+        (b"a: [", "cannot be read as YAML"),
+        (b"a: !!python/object:os.system x", "cannot be read as YAML"),
+        (b"a: 2026-13-45", "cannot be read as YAML"),
+        (b"[" * 5000, "nested too deep"),
+        (b"# x\n" * 300_000, "characters are more than 1,048,576"),
+        (b"", "it must be a mapping"),
+        (b"{}", "must be given"),
+        (b"{1: 2, a: 3, null: 4}", "unknown 1, None, a"),
+    ],
+)
+@pytest.mark.parametrize("option", ["cluster", "model", "lengths"])
+def test_files_that_describe_nothing_end_with_one_line(
+    option: str,
+    content: bytes,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "described.yaml"
+    file.write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["parallel", "simulate", f"--{option}", str(file)])
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert str(file) in error
+    assert said in error or (option == "lengths" and "rising `edges`" in error)
+    assert error.count("\n") == 1
+    assert len(error) < 1000
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "true", "0", "-1", "1.5", "x", "[1]", "9" * 400])
+def test_a_described_cluster_has_whole_numbers_that_can_be_reckoned_with(
+    value: str, tmp_path: Path
+) -> None:
+    described = (Path(planning.__file__).parent / "clusters" / "h800.yaml").read_text(
+        encoding="utf-8"
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text(re.sub(r"(?m)^nics:.*", f"nics: {value}", described), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"nics is .* whole number above 0, at most"):
+        load_cluster(str(file))
