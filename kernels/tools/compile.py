@@ -226,10 +226,8 @@ def _occupancy(arch: str, registers: int, shared: int, num_warps: int) -> float:
 
 
 def compile_all(configurations: Iterable[Configuration], jobs: int) -> Iterator[Report]:
-    """Reports in the order of the configurations, from `jobs` processes at low priority, since they
-    keep all cores busy for minutes."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=os.nice, initargs=(10,)) as pool:
+    """Reports in the order of the configurations, from `jobs` processes."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_one, configurations)
 
 

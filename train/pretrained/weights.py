@@ -54,7 +54,8 @@ class Tensors:
                 os.close(regular.opened(file))
                 opened = safe_open(file, framework="pt")
             except (OSError, ValueError, SafetensorError) as error:
-                raise ConfigError(f"{file}: cannot be read ({error})") from None
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(f"{file}: cannot be read ({reason})") from None
             for entry in opened.keys():  # noqa: SIM118
                 if entry.endswith(suffix):
                     name = entry.removesuffix(suffix)

@@ -183,7 +183,7 @@ def test_rows_of_a_file_that_cannot_be_read_are_not_doubled(
         raise OSError(5, "Input/output error", str(path))
 
     with monkeypatch.context() as broken:
-        broken.setattr(Path, "read_bytes", fails)
+        broken.setattr(lines.regular, "content", fails)
         recorder = Recorder(tmp_path, 1, 10)
         recorder.step(row(2))
         assert path.read_text() == (line(1) + line(2)).decode()
