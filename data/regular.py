@@ -34,13 +34,16 @@ def content(path: Path) -> bytes:
         return file.read()
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes, partial: Path | None = None) -> None:
     """Write a file so that it is there whole or as it was; of a link only the link goes.
+
+    Args:
+        partial: what it is called until it is whole, `path` with `.part` behind it unless given.
 
     Raises:
         OSError: it cannot be written, or is a folder.
     """
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name(path.name + ".part") if partial is None else partial
     partial.unlink(missing_ok=True)
     with open(partial, "xb") as file:
         file.write(content)

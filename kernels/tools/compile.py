@@ -38,8 +38,6 @@ LIMITS = {
     "sm_90": Limits(227 << 10, 228 << 10),
     "sm_100": Limits(227 << 10, 228 << 10),
 }
-# On those with `LIMITS` a spill is an error.
-ARCHITECTURES = (*LIMITS, "gfx942")
 _GFX942_SHARED = 64 << 10  # bytes
 
 

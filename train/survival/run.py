@@ -154,16 +154,11 @@ def _open(folder: Path, config: Config, fresh: bool, overwrite: bool) -> None:
     if fresh:
         _remove_run(folder)
     resolved = dump(config.to_dict()).encode()
-    path, part = folder / CONFIG, folder / _PART
+    path = folder / CONFIG
     try:
         # A disk that is full stops no run that goes on as it was.
         if not path.exists() or regular.content(path) != resolved:
-            part.unlink(missing_ok=True)
-            with open(part, "xb") as file:
-                file.write(resolved)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            regular.replace(path, resolved, folder / _PART)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
