@@ -44,9 +44,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], object]]:
-    """A world of the given size; each size is started once a session."""
+    """A world of the given size; each size is started once a file.
+
+    No longer: gloo wakes every hundredth of a second on each rank that waits, and the ranks of
+    three workers that wait for their next file take a sixth of two cores.
+    """
     from tests.ranks import Ranks
 
     worlds: dict[int, Ranks] = {}

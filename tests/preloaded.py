@@ -7,6 +7,8 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import deepspeed  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
 import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401
 

@@ -287,11 +287,14 @@ def _quietly_initialise(
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
-    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime import bf16_optimizer, compiler
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It prints how much memory is used before and after every group of parameters.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    # Its Muon, which is not ours but imported, hands functions to torch.compile: that imports the
+    # compiler, in a second of every rank.
+    compiler.compile = lambda: lambda function: function
     # DeepSpeed calls torch by older names, which nobody who reads this can mend.
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning

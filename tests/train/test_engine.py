@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from parallel import World, distribute
+from tests.ranks import Ranks
 from tests.streams import streams
 from train.config import ZeroConfig
 from train.engine import Engine
@@ -193,3 +195,18 @@ def test_bf16_keeps_fp32_weights(ranks, stage: int) -> None:
     weight = weights["blocks.0.mlp.up.weight"]
     assert weight.dtype == torch.float32
     assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def has_compiler(world: World) -> bool:
+    """Whether torch's compiler is imported once there is an engine."""
+    Engine(model(), OPTIM, ZeroConfig(), world, torch.float32, 1)
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+def test_an_engine_imports_no_compiler() -> None:
+    """DeepSpeed's Muon does, in a second of every rank's start."""
+    world = Ranks(1)  # one that has run nothing else
+    try:
+        assert world.run(has_compiler) == [False]
+    finally:
+        world.close()
