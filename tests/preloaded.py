@@ -3,6 +3,7 @@
 Nothing of `kernels.triton`, which reads TRITON_INTERPRET when it is imported.
 """
 
+import gc
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -14,3 +15,6 @@ import torch.utils.tensorboard  # noqa: F401
 
 import train.commands
 import train.loop  # noqa: F401
+
+# What is imported stays: no process looks through it for garbage, or copies its pages to do so.
+gc.freeze()
