@@ -96,7 +96,7 @@ class Recurrence(ABC):
     def enter(
         self, inputs: Inputs, segments: Packed, mapped: Mapped, state: Tensor
     ) -> tuple[Tensor, Kept]:
-        """The outputs from `state`, and what `backward` needs."""
+        """The outputs from `state`, and what `backward` needs. Overwrites `mapped.o`."""
 
     @abstractmethod
     def entering_gradient(self, segments: Packed, R: Tensor, do: Tensor) -> Tensor:
@@ -153,14 +153,16 @@ class LinearAttention(Recurrence):
         self, inputs: Inputs, segments: Packed, mapped: Mapped, state: Tensor
     ) -> tuple[Tensor, Kept]:
         backend, _ = self._of(inputs)
-        v = inputs[2]
-        o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        S = state.to(mapped.R.dtype)
+        v, o, S = inputs[2], mapped.o, state.to(mapped.R.dtype)
         with torch.autocast(v.device.type, enabled=False):
             for n, rows in enumerate(segments.rows()):
                 # (t, H, Dk) -> (H, t, Dk), times (H, Dk, Dv), gives (H, t, Dv)
-                read = mapped.R[0, rows].transpose(0, 1) @ S[n]
-                torch.add(mapped.o[0, rows], read.transpose(0, 1), out=o[0, rows])
+                into, R = (x[0, rows].transpose(0, 1) for x in (o, mapped.R))
+                if R.dtype == o.dtype:
+                    into.baddbmm_(R, S[n])
+                else:
+                    into += R @ S[n]
+        o = o.to(v.dtype).contiguous()
         return o, backend.enter(v, segments.cu_seqlens, state, mapped.kept)
 
     def entering_gradient(self, segments: Packed, R: Tensor, do: Tensor) -> Tensor:

@@ -67,11 +67,11 @@ def main() -> int:
         help="processes to start, of one thread each; may be given several times; 2 and 4 unless "
         "given. Under torchrun or srun: all that it starts",
     )
-    bench.add_argument("--tokens", type=int, default=512, help="of a rank")
+    bench.add_argument("--tokens", type=int, default=1024, help="of a rank")
     bench.add_argument("--heads", type=int, default=4)
     bench.add_argument("--head-dim", type=int, default=64, help="channels of a head")
     bench.add_argument("--only", default="", metavar="TEXT", help="mixers that contain TEXT")
-    bench.add_argument("--rounds", type=int, default=5, help="runs; their median counts")
+    bench.add_argument("--rounds", type=int, default=5, help="runs; the quickest counts")
     bench.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     try:

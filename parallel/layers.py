@@ -233,27 +233,23 @@ def _run(
 ) -> Tensor:
     """`op` over the shard: cut sequences as `travel.chain` says, and whole ones while the first
     states travel."""
-    cut = sum(shard.lengths[: view.cut])
-    sizes = [cut, shard.tokens - cut]
-    # (1, t, …) -> (1, tokens of cut sequences, …) and (1, tokens of whole ones, …)
-    heads, tails = zip(
+    # (1, t, …) -> (1, tokens of a part, …) each; a constant is the same for all parts
+    continued, whole, first = zip(
         *(
-            (x, x) if x is None or x.dim() == 1 else x.split(sizes, dim=1)  # a constant or rows
+            (x, x, x) if x is None or x.dim() == 1 else x.split(list(shard.parts), dim=1)
             for x in inputs
         ),
         strict=True,
     )
-    transfer = begin_states(recurrence, view.chains, *heads)
-    whole = view.cut < len(shard.lengths)
+    transfer = begin_states(recurrence, view.chains, continued, first)
     through = transfer.like
-    if whole:
-        through, _ = op(*tails, cu_seqlens=shard.cu_seqlens_whole)
+    if shard.parts[1]:
+        through, _ = op(*whole, cu_seqlens=shard.cu_seqlens_whole)
     if meanwhile is not None:
         for turn in range(TURNS):
             if turn:
                 transfer.advance()
             meanwhile(turn, TURNS)
-    through, o = transfer.arrive(through)
-    if not cut:
-        return through
-    return torch.cat([o, through], dim=1) if whole else o
+    through, *ends = transfer.arrive(through)
+    outputs = [o for o, t in zip((ends[0], through, ends[1]), shard.parts, strict=True) if t]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

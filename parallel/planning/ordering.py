@@ -103,13 +103,14 @@ class _Runs(NamedTuple):
     def layout(self, ranks: int) -> Layout:
         """The layout of these runs, whose holders are ranks and which are all tokens.
 
-        On each rank, middle runs of a sequence come first, then last ones, first ones and whole
-        sequences.
+        On each rank, middle runs of a sequence come first, then last ones, whole sequences and
+        first runs.
         """
         runs = self.joined()
         length = np.zeros(int(runs.sequence.max(initial=-1)) + 1, np.int64)
         np.maximum.at(length, runs.sequence, runs.end)
-        kind = 2 * (runs.start == 0) + (runs.end == length[runs.sequence])
+        begins, ends = runs.start == 0, runs.end == length[runs.sequence]
+        kind = np.where(begins, 3 - ends, ends)
         sequence, start, end, rank, _ = runs.at(np.argsort(kind, kind="stable"))
         return Layout.stack(sequence, start, end, rank, ranks)
 

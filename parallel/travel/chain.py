@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.packing import accumulation_dtype
-from kernels.recurrences import Kept, Mapped, Pass, Recurrence
+from kernels.recurrences import Inputs, Kept, Mapped, Pass, Recurrence
 from parallel.travel.states import Chain, Chains, Key, Map, OneWay
 
 
@@ -56,7 +56,7 @@ class StateTransfer:
         """Wait for the turn under way and begin the next; `arrive` does this for all left over."""
         self.ticket = _Advance.apply(self, self.ticket)
 
-    def arrive(self, through: Tensor) -> tuple[Tensor, Tensor]:
+    def arrive(self, through: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Wait for the states that enter this rank's fragments, and finish the op.
 
         Args:
@@ -65,7 +65,8 @@ class StateTransfer:
                 without a cut sequence.
 
         Returns:
-            `through`, and the op's outputs (1, t, …); (0,) if t is 0.
+            `through`, and the op's outputs (1, t, …) of the fragments that continue a sequence and
+            of the first ones; (0,) if t is 0.
         """
         ticket = self.ticket
         del self.ticket  # its graph refers to this object: a cycle that would keep both alive
@@ -73,7 +74,7 @@ class StateTransfer:
 
 
 class _Begun(NamedTuple):
-    inputs: tuple[Any, ...]
+    continued: Inputs
     middle: Mapped | None
     first: Pass | None
 
@@ -81,24 +82,26 @@ class _Begun(NamedTuple):
 class _Left(NamedTuple):
     """What is left to do in the backward pass when gradients of states have arrived."""
 
-    do: Tensor
-    last: list[Tensor | None]  # gradients of the last fragments' inputs
-    state: Tensor | None  # that entered the middle fragments
+    do: Tensor | None  # of middle fragments
+    state: Tensor | None  # that entered them
     kept: Kept  # for their backward pass
+    last: list[Tensor | None]  # gradients of the last fragments' inputs
+    do_first: Tensor  # of first fragments
 
 
 def begin_states(
-    recurrence: Recurrence, chains: Callable[[int], Chains], *inputs: Tensor | None
+    recurrence: Recurrence, chains: Callable[[int], Chains], continued: Inputs, first: Inputs
 ) -> StateTransfer:
     """Begin the op over cut sequences: compute what leaves this rank's fragments, and send it.
 
     Args:
         chains: number of heads -> the chains of this rank.
-        inputs: of the recurrence, (1, t, …) for the t tokens in the shard's cut sequences, or (H,)
-            if constant.
+        continued: inputs of the recurrence, (1, t, …) for the t tokens of the rank's fragments
+            that continue a sequence, or (H,) if constant.
+        first: the same for its first fragments.
     """
-    transfer = StateTransfer(recurrence, chains, inputs)
-    transfer.ticket = _Begin.apply(transfer, *inputs)
+    transfer = StateTransfer(recurrence, chains, continued)
+    transfer.ticket = _Begin.apply(transfer, *continued, *first)
     return transfer
 
 
@@ -106,57 +109,73 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, transfer: StateTransfer, *inputs: Tensor | None) -> Tensor:
         recurrence, chains = transfer.recurrence, transfer.chains
+        continued, firsts = _halves(inputs)
         own: dict[Key, Map] = {}
         middle = first = None
         if chains.middle:
             of = chains.middle
-            middle = recurrence.forward_with_maps(_rows(inputs, of.rows), of.segments)
+            middle = recurrence.forward_with_maps(_rows(continued, of.rows), of.segments)
             Ms = of.each(middle.M)
             own |= {key: [E, Ms[key]] for key, E in of.each(middle.E).items()}
         if chains.first:
-            of = chains.first
-            first = recurrence.forward(_rows(inputs, of.rows), of.segments, None)
-            own |= {key: [E] for key, E in of.each(first.state).items()}
+            first = recurrence.forward(firsts, chains.first.segments, None)
+            own |= {key: [E] for key, E in chains.first.each(first.state).items()}
         transfer.begin_way(chains.forward, own)
-        transfer.begun = _Begun(inputs, middle, first)
+        transfer.begun = _Begun(continued, middle, first)
         ctx.transfer, ctx.count = transfer, len(inputs)
-        ctx.save_for_backward(*inputs, *(first.kept if first else ()))
+        ctx.save_for_backward(*inputs, *_detached(first.kept if first else ()))
         return transfer.like.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
         transfer: StateTransfer = ctx.transfer
         recurrence, chains = transfer.recurrence, transfer.chains
-        inputs, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # read once: under activation checkpointing it may be only once
+        continued, firsts = _halves(saved[: ctx.count])
         dstates = {chains.mirrored(key): dS for key, dS in transfer.way.states().items()}
         left, transfer.left = transfer.left, None
         assert left is not None
         found = [left.last] if chains.last else []
-        if chains.middle:
+        if chains.middle and left.do is not None:
             of = chains.middle
             gradients, _dS = recurrence.backward(
-                _rows(inputs, of.rows), of.segments, left.state, left.kept,
-                left.do[:, of.rows], of.gathered(dstates),
+                _rows(continued, of.rows), of.segments, left.state, left.kept, left.do,
+                of.gathered(dstates),
             )  # fmt: skip
             found.insert(0, gradients)
+        of_first: list[Tensor | None] = [None if x is None else torch.zeros_like(x) for x in firsts]
         if chains.first:
             of = chains.first
-            gradients, _dS = recurrence.backward(
-                _rows(inputs, of.rows), of.segments, None, kept,
-                left.do[:, of.rows], of.gathered(dstates),
-            )  # fmt: skip
-            found.append(gradients)
-        return None, *(
-            _joined(x, [gradients[i] for gradients in found]) if needed else None
-            for i, (x, needed) in enumerate(zip(inputs, ctx.needs_input_grad[1:], strict=True))
-        )
+            of_first, _dS = recurrence.backward(
+                firsts, of.segments, None, saved[ctx.count :], left.do_first, of.gathered(dstates)
+            )
+        parts = [[gradients[i] for gradients in found] for i in range(len(continued))]
+        of_continued = [_joined(x, part) for x, part in zip(continued, parts, strict=True)]
+        return None, *of_continued, *of_first
 
 
-def _joined(x: Tensor, parts: list[Any]) -> Tensor:
+def _halves(inputs: Sequence[Any]) -> tuple[Inputs, Inputs]:
+    middle = len(inputs) // 2
+    return tuple(inputs[:middle]), tuple(inputs[middle:])
+
+
+def _detached(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """As they are saved: an output that refers to its own graph would keep it alive."""
+    return [None if x is None else x.detach() for x in tensors]
+
+
+def _rows(inputs: Inputs, rows: slice) -> Inputs:
+    """(1, t, …) -> (1, rows, …) for each input; a constant (H,) and None stay as they are."""
+    return tuple(x if x is None or x.dim() == 1 else x[:, rows] for x in inputs)
+
+
+def _joined(x: Tensor | None, parts: list[Any]) -> Any:
     """The gradient of an input, given those of its groups of rows; of a constant their sum."""
-    if not parts:
-        return torch.zeros_like(x)
-    return torch.stack(parts).sum(0) if x.dim() == 1 else torch.cat(parts, dim=1)
+    if x is None or not parts:
+        return None if x is None else torch.zeros_like(x)
+    if len(parts) == 1:
+        return parts[0]
+    return parts[0] + parts[1] if x.dim() == 1 else torch.cat(parts, dim=1)
 
 
 class _Advance(torch.autograd.Function):
@@ -176,7 +195,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, transfer: StateTransfer, ticket: Tensor, through: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         recurrence, chains = transfer.recurrence, transfer.chains
         states, begun = transfer.way.states(), transfer.begun
         assert begun is not None
@@ -184,37 +203,38 @@ class _Arrive(torch.autograd.Function):
         outputs: list[Tensor] = []
         saved: list[Any] = []
         if chains.middle and begun.middle:
-            of = chains.middle
+            of, inputs = chains.middle, _rows(begun.continued, chains.middle.rows)
             S = of.gathered(states)
-            o, kept = recurrence.enter(_rows(begun.inputs, of.rows), of.segments, begun.middle, S)
+            o, kept = recurrence.enter(inputs, of.segments, begun.middle, S)
             outputs.append(o)
             saved += [S, begun.middle.R, begun.middle.M, *kept]
         ctx.of_middle = len(saved)
         if chains.last:
-            of = chains.last
-            S, inputs = of.gathered(states), _rows(begun.inputs, of.rows)
+            of, inputs = chains.last, _rows(begun.continued, chains.last.rows)
+            S = of.gathered(states)
             done = recurrence.forward(inputs, of.segments, S)
             outputs.append(done.o)
             saved += [S, *inputs, *done.kept]
-        if begun.first:
-            outputs.append(begun.first.o)
-        ctx.transfer, ctx.count = transfer, len(begun.inputs)
-        ctx.save_for_backward(*(None if x is None else x.detach() for x in saved))
-        o = torch.cat(outputs, dim=1) if outputs else transfer.like.new_empty(0)
-        return through.view_as(through), o
+        ctx.transfer, ctx.count = transfer, len(begun.continued)
+        ctx.save_for_backward(*_detached(saved))
+        none = transfer.like.new_empty(0)
+        o = none if not outputs else outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return through.view_as(through), o, begun.first.o if begun.first else none.clone()
 
     @staticmethod
-    def backward(ctx: Any, dthrough: Tensor, do: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dthrough: Tensor, do: Tensor, do_first: Tensor) -> tuple[Any, ...]:
         transfer: StateTransfer = ctx.transfer
         recurrence, chains = transfer.recurrence, transfer.chains
         saved = ctx.saved_tensors
         own: dict[Key, Map] = {}
-        state, kept = None, ()
+        do_middle = state = None
+        kept: Kept = ()
         last: list[Tensor | None] = []
         if chains.middle:
             of = chains.middle
-            state, R, M, *kept = saved[: ctx.of_middle]
-            entering = recurrence.entering_gradient(of.segments, R, do[:, of.rows])
+            state, R, M, *rest = saved[: ctx.of_middle]
+            kept, do_middle = tuple(rest), do[:, of.rows]
+            entering = recurrence.entering_gradient(of.segments, R, do_middle)
             Ms = of.each(M.mT if M.dim() == 4 else M)
             own |= {chains.mirrored(k): [E, Ms[k]] for k, E in of.each(entering).items()}
         if chains.last:
@@ -226,11 +246,6 @@ class _Arrive(torch.autograd.Function):
             )  # fmt: skip
             assert dS is not None
             own |= {chains.mirrored(k): [E] for k, E in of.each(dS).items()}
-        transfer.left = _Left(do, last, state, tuple(kept))
+        transfer.left = _Left(do_middle, state, kept, last, do_first)
         transfer.begin_way(chains.backward, own)
         return None, transfer.like.new_empty(0), dthrough
-
-
-def _rows(inputs: Sequence[Any], rows: slice) -> tuple[Any, ...]:
-    """(1, t, …) -> (1, rows, …) for each input; a constant (H,) and None stay as they are."""
-    return tuple(x if x is None or x.dim() == 1 else x[:, rows] for x in inputs)

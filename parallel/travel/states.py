@@ -68,8 +68,7 @@ class Chains:
     Attributes:
         forward: the chains.
         backward: the same, with their fragments numbered from the last to the first.
-        middle, last, first: this rank's fragments by kind; None if it has none. They are the first
-            rows of its shard, in this order.
+        middle, last, first: this rank's fragments by kind; None if it has none.
     """
 
     forward: list[Chain]
@@ -164,32 +163,51 @@ class OneWay:
         }
 
     def _turn(self) -> Callable[[], dict[tuple[int, Item], Map]]:
-        """Begin the next turn. The function returned waits for what it brings to this rank: each
-        item's tensors, with the heads from all its senders concatenated."""
-        sends: dict[int, list[Tensor]] = {}
-        receives: dict[int, list[Tensor]] = {}
-        got: dict[tuple[int, Item], list[Map]] = {}
+        """Begin the next turn: one message to each rank that gets anything. The function returned
+        waits for what it brings to this rank: each item's tensors, with the heads from all its
+        senders concatenated."""
         me = self._chains.rank
+        sends: dict[int, list[Tensor]] = {}  # to this rank itself: copies
+        receives: dict[int, list[torch.Size]] = {}
+        takes: list[tuple[tuple[int, Item], int, int]] = []  # what, from whom, how many tensors
         for c, turn in enumerate(next(self._turns, ())):
             for source, target, item, (a, b), whole in turn:
                 if source == me:
                     (first, _), tensors = self._have[c, item]
                     # (1, heads here, …) -> (1, b − a, …)
-                    part = [x[:, a - first : b - first].contiguous() for x in tensors[: 1 + whole]]
-                    if target != me:
-                        sends.setdefault(target, []).extend(part)
+                    part = [x[:, a - first : b - first] for x in tensors[: 1 + whole]]
+                    sends.setdefault(target, []).extend(part)
                 elif target == me:
-                    every = (self._shapes.E, self._shapes.M)[: 1 + whole]
-                    part = [self._like.new_empty(1, b - a, *shape[2:]) for shape in every]
-                    receives.setdefault(source, []).extend(part)
+                    shapes = (self._shapes.E, self._shapes.M)[: 1 + whole]
+                    receives.setdefault(source, []).extend(
+                        torch.Size((1, b - a, *shape[2:])) for shape in shapes
+                    )
                 if target == me:
-                    got.setdefault((c, item), []).append(part)
-        wait = post(sends, receives, self._chains.group)
+                    takes.append(((c, item), source, 1 + whole))
+        came = {me: iter(sends.pop(me, []))}
+        buffers = {
+            source: self._like.new_empty(sum(shape.numel() for shape in shapes))
+            for source, shapes in receives.items()
+        }
+        wait = post(
+            {target: [torch.cat([x.flatten() for x in parts])] for target, parts in sends.items()},
+            {source: [buffer] for source, buffer in buffers.items()},
+            self._chains.group,
+        )
 
         def arrived() -> dict[tuple[int, Item], Map]:
             wait()
+            for source, shapes in receives.items():
+                flat = buffers[source].split([shape.numel() for shape in shapes])
+                came[source] = iter([x.view(shape) for x, shape in zip(flat, shapes, strict=True)])
+            got: dict[tuple[int, Item], list[Map]] = {}
+            for key, source, count in takes:
+                got.setdefault(key, []).append([next(came[source]) for _ in range(count)])
             return {
-                key: [torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True)]
+                key: [
+                    pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+                    for pieces in zip(*parts, strict=True)
+                ]
                 for key, parts in got.items()
             }
 

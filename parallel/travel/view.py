@@ -1,8 +1,8 @@
 """A batch's plan as one rank sees it, and the shard of the stream that it holds.
 
-A rank's fragments come in four groups, in this order: middle fragments of a cut sequence, last
-ones, first ones, and whole sequences. So those that *continue* a sequence, whose first tokens lie
-in another fragment, come first, and all that are *cut* come before those that are whole.
+A rank's fragments come in four groups, in this order: middle fragments of cut sequences, last
+ones, whole sequences, and first fragments. So those that *continue* a sequence, whose first tokens
+lie in another fragment, come first.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class View:
         return int((stream.start[stream.rows(self.rank)] > 0).sum())
 
     @cached_property
-    def cut(self) -> int:
-        """How many of this rank's fragments are not whole sequences. They are its first ones."""
+    def first(self) -> int:
+        """How many of this rank's fragments are the first of a cut sequence: its last ones."""
         stream = self.plan.stream
         rows = stream.rows(self.rank)
         lengths = np.diff(self.plan.cu_seqlens)[stream.sequence[rows]]
-        return int((stream.end[rows] - stream.start[rows] < lengths).sum())
+        return int(((stream.start[rows] == 0) & (stream.end[rows] < lengths)).sum())
 
     def chains(self, heads: int) -> Chains:
         """The cut sequences with a fragment on this rank's node, whose states it helps to pass.
@@ -192,7 +192,20 @@ class Shard:
         return sum(self.lengths)
 
     @cached_property
+    def parts(self) -> tuple[int, int, int]:
+        """Numbers of tokens: in fragments that continue a sequence, in whole sequences, and in
+        first fragments of cut ones. They lie in this order."""
+        continued, first = (self.view.continued, self.view.first) if self.view else (0, 0)
+        end = len(self.lengths) - first
+        return (
+            sum(self.lengths[:continued]),
+            sum(self.lengths[continued:end]),
+            sum(self.lengths[end:]),
+        )
+
+    @cached_property
     def cu_seqlens_whole(self) -> Tensor:
         """`cu_seqlens` of the whole sequences, counted from the first one."""
-        cut = self.view.cut if self.view else 0
-        return self.cu_seqlens[cut:] - sum(self.lengths[:cut])
+        continued, first = (self.view.continued, self.view.first) if self.view else (0, 0)
+        bounds = self.cu_seqlens[continued : len(self.cu_seqlens) - first]
+        return bounds - self.parts[0]

@@ -63,14 +63,13 @@ def test_fewer_tokens_than_ranks_leave_no_rank_empty() -> None:
 
 def test_a_rank_knows_which_fragments_it_holds_of_a_sequence() -> None:
     in_order = ParallelConfig(attention="allgather")
-    # Cuts at 4, 8, 12: the second rank holds only the middle of the long sequence. What is cut
-    # lies before the whole sequence that the first rank holds.
+    # Cuts at 4, 8, 12: the second rank holds only the middle of the long sequence.
     views = [part.view for _, _, part in shards([2, 11, 3], 4, in_order)]
     assert [view.continued for view in views] == [0, 1, 1, 1]
-    assert [view.cut for view in views] == [1, 1, 1, 1]
+    assert [view.first for view in views] == [1, 0, 0, 0]
     chains = [view.chains(2).forward for view in views]
     assert [[chain.rows for chain in each] for each in chains] == [
-        [{0: slice(0, 2)}],
+        [{0: slice(2, 4)}],
         [{1: slice(0, 4)}],
         [{2: slice(0, 4)}],
         [{3: slice(0, 1)}],
