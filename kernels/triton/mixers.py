@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.triton.launch import DTYPES, Launch, recording
-from kernels.triton.linear_attention import backward, forward
+from kernels.triton.linear_attention import backward, forward, forward_with_maps
 from kernels.triton.tiles import NONE, SCALAR, VECTOR
 
 # (mixer, kind of decay, delta rule, head dim).
@@ -63,8 +63,12 @@ def _launches(
         inputs = (q, k, v, decay, beta, 1.0, state, None)
         o, final_state, kept = forward(*inputs)
         backward(*inputs, kept, o, final_state)
+        if delta:  # else it launches nothing more
+            forward_with_maps(q, k, v, decay, beta, 1.0, None)
     name = f"{mixer} D{D} {str(dtype).removeprefix('torch.')}"
     for launched in launches:
         given = dict(zip(launched.kernel.arg_names, launched.args, strict=False))
-        states = " states" if "o" in given and given["o"] is None else ""
-        yield f"{name} {launched.kernel.__name__}{states}", launched
+        what = " states" if "o" in given and given["o"] is None else ""
+        if launched.constants.get("VALUES", D) != launched.constants.get("DV", D):
+            what = " maps"
+        yield f"{name} {launched.kernel.__name__}{what}", launched
