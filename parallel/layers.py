@@ -7,7 +7,7 @@ exchanged. Shapes are those of the kernels with B = 1 and T = t, the tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -233,14 +233,7 @@ def _run(
 ) -> Tensor:
     """`op` over the shard: cut sequences as `travel.chain` says, and whole ones while the first
     states travel."""
-    # (1, t, …) -> (1, tokens of a part, …) each; a constant is the same for all parts
-    continued, whole, first = zip(
-        *(
-            (x, x, x) if x is None or x.dim() == 1 else x.split(list(shard.parts), dim=1)
-            for x in inputs
-        ),
-        strict=True,
-    )
+    continued, whole, first = zip(*(_in_parts(x, shard) for x in inputs), strict=True)
     transfer = begin_states(recurrence, view.chains, continued, first)
     through = transfer.like
     if shard.parts[1]:
@@ -253,3 +246,19 @@ def _run(
     through, *ends = transfer.arrive(through)
     outputs = [o for o, t in zip((ends[0], through, ends[1]), shard.parts, strict=True) if t]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _in_parts(x: Tensor | None, shard: Shard) -> Sequence[Tensor | None]:
+    """(1, t, …) -> (1, tokens of a part, …) for each of `shard.parts`. A constant (H,) is the same
+    for all.
+
+    If one part is all of a rank's tokens, it is x itself: its gradient need not be copied. Not for
+    whole sequences: there the backward pass reaches the exchange of gradients through the others.
+    """
+    if x is None or x.dim() == 1:
+        return x, x, x
+    alone = [t == shard.tokens for t in shard.parts]
+    if alone[0] or alone[2]:
+        none = x.detach()[:, :0]
+        return [x if all_ else none for all_ in alone]
+    return x.split(list(shard.parts), dim=1)
