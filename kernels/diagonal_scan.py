@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import Backend, use_triton
 from kernels.packing import accumulation_dtype, blocks, check_cu_seqlens, host_bounds
@@ -57,82 +58,125 @@ def diagonal_scan(
             "x and decay must share a shape (B, T, D), floating point; "
             f"got {tuple(x.shape)} {x.dtype} and {tuple(decay.shape)}"
         )
-    B, T, D = x.shape
+    B, _, D = x.shape
     N = check_cu_seqlens(B, cu_seqlens)
     if initial_state is not None and initial_state.shape != (N, D):
         raise ValueError(
             f"initial_state must be {(N, D)} for {N} sequences; got {tuple(initial_state.shape)}"
         )
-    if use_triton(backend, x):
-        from kernels.triton import diagonal_scan as compiled
-
-        h, final_state = compiled.diagonal_scan(x, decay, initial_state, cu_seqlens)
-        return h, final_state if output_final_state else None
-    bounds = host_bounds(B, T, cu_seqlens)
-    h, final_state = _DiagonalScan.apply(
-        x.reshape(B * T, D), decay.reshape(B * T, D), initial_state, bounds
-    )
-    return h.view(B, T, D), final_state if output_final_state else None
+    h, final_state = _DiagonalScan.apply(x, decay, initial_state, cu_seqlens, backend)
+    return h, final_state if output_final_state else None
 
 
 class _DiagonalScan(torch.autograd.Function):
-    """One cache-sized block of one sequence after the other, the state carried between them."""
-
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, decay: Tensor, initial_state: Tensor | None, bounds: list[int]
+        ctx: Any,
+        x: Tensor,
+        decay: Tensor,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(x.dtype)
-        h = torch.empty_like(x)
-        h[bounds[-1] :] = 0
-        if initial_state is None:
-            state = torch.zeros(len(bounds) - 1, x.shape[1], dtype=dtype, device=x.device)
-        else:
-            state = initial_state.to(dtype, copy=True)
-        for n, start, end, _, _ in blocks(bounds, _rows(x)):
-            factor = decay[start:end].to(dtype).exp()
-            inputs = x[start:end].to(dtype, copy=True)
-            inputs[0].addcmul_(factor[0], state[n])
-            states = _scan(factor, inputs)
-            h[start:end] = states
-            state[n] = states[-1]
-        ctx.save_for_backward(decay, initial_state, h)
-        ctx.bounds = bounds
+        h, state = scan_forward(x, decay, initial_state, cu_seqlens, backend)
+        ctx.save_for_backward(decay, initial_state, cu_seqlens, h)
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         return h, state
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        """g_t = dh_t + exp(decay_{t+1}) · g_{t+1}: the same scan from the other end."""
-        decay, initial_state, h = ctx.saved_tensors
-        bounds: list[int] = ctx.bounds
-        dtype = accumulation_dtype(h.dtype)
-        dx, ddecay = torch.empty_like(h), torch.empty_like(decay)
-        dx[bounds[-1] :] = 0
-        ddecay[bounds[-1] :] = 0
-        # (N, D): the gradient of each sequence's last state so far, from the rows after it.
-        carried = torch.zeros(len(bounds) - 1, h.shape[1], dtype=dtype, device=h.device)
-        if dfinal is not None:
-            carried += dfinal
-        for n, start, end, first, _ in reversed(list(blocks(bounds, _rows(h)))):
-            factor = decay[start:end].to(dtype).exp()
-            arriving = torch.zeros_like(h[start:end]) if dh is None else dh[start:end]
-            gradient = arriving.flip(0).to(dtype)
-            gradient[0] += carried[n]
-            # Row t takes the factor of row t + 1: shift by one, then reverse. The last row takes
-            # that of the first, which `_scan` does not use.
-            gradient = _scan(factor.roll(-1, 0).flip(0), gradient).flip(0)
-            carried[n] = factor[0] * gradient[0]
-            dx[start:end] = gradient
-            gradient *= factor
-            gradient[1:] *= h[start : end - 1]
-            if not first:
-                gradient[0] *= h[start - 1]
-            else:
-                gradient[0] *= 0 if initial_state is None else initial_state[n]
-            ddecay[start:end] = gradient
-        dstate = None if initial_state is None else carried.to(initial_state.dtype)
-        return dx, ddecay, dstate, None
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
+        decay, initial_state, cu_seqlens, h = ctx.saved_tensors
+        found = scan_backward(h, decay, initial_state, cu_seqlens, dh, dstate, ctx.backend)
+        return *found, None, None
+
+
+def scan_forward(
+    x: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """h and the final state of `diagonal_scan`, not recorded by autograd.
+
+    In torch one cache-sized block of a sequence after the other, the state carried between them.
+    """
+    if use_triton(backend, x):
+        from kernels.triton import diagonal_scan as compiled
+
+        return compiled.forward(x, decay, initial_state, cu_seqlens)
+    B, T, D = x.shape
+    bounds = host_bounds(B, T, cu_seqlens)
+    x, decay, dtype = x.reshape(B * T, D), decay.reshape(B * T, D), accumulation_dtype(x.dtype)
+    h = torch.empty_like(x)
+    h[bounds[-1] :] = 0
+    if initial_state is None:
+        state = torch.zeros(len(bounds) - 1, D, dtype=dtype, device=x.device)
+    else:
+        state = initial_state.to(dtype, copy=True)
+    for n, start, end, _, _ in blocks(bounds, _rows(x)):
+        factor = decay[start:end].to(dtype).exp()
+        inputs = x[start:end].to(dtype, copy=True)
+        inputs[0].addcmul_(factor[0], state[n])
+        states = _scan(factor, inputs)
+        h[start:end] = states
+        state[n] = states[-1]
+    return h.view(B, T, D), state
+
+
+def scan_backward(
+    h: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dh: Tensor | None,
+    dfinal: Tensor | None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, of the decay and of the initial state, if there is one, in its dtype.
+
+    g_t = dh_t + exp(decay_{t+1}) · g_{t+1}: the same scan from the other end.
+
+    Args:
+        h: what `scan_forward` returned.
+        dh, dfinal: gradients of h and of the final state; None is zeros.
+    """
+    if use_triton(backend, h):
+        from kernels.triton import diagonal_scan as compiled
+
+        return compiled.backward(h, decay, initial_state, cu_seqlens, dh, dfinal)
+    B, T, D = shape = h.shape
+    bounds = host_bounds(B, T, cu_seqlens)
+    h, decay, dtype = h.reshape(B * T, D), decay.reshape(B * T, D), accumulation_dtype(h.dtype)
+    dh = None if dh is None else dh.reshape(B * T, D)
+    dx, ddecay = torch.empty_like(h), torch.empty_like(decay)
+    dx[bounds[-1] :] = 0
+    ddecay[bounds[-1] :] = 0
+    # (N, D): the gradient of each sequence's last state so far, from the rows after it.
+    carried = torch.zeros(len(bounds) - 1, D, dtype=dtype, device=h.device)
+    if dfinal is not None:
+        carried += dfinal
+    for n, start, end, first, _ in reversed(list(blocks(bounds, _rows(h)))):
+        factor = decay[start:end].to(dtype).exp()
+        arriving = torch.zeros_like(h[start:end]) if dh is None else dh[start:end]
+        gradient = arriving.flip(0).to(dtype)
+        gradient[0] += carried[n]
+        # Row t takes the factor of row t + 1: shift by one, then reverse. The last row takes that
+        # of the first, which `_scan` does not use.
+        gradient = _scan(factor.roll(-1, 0).flip(0), gradient).flip(0)
+        carried[n] = factor[0] * gradient[0]
+        dx[start:end] = gradient
+        gradient *= factor
+        gradient[1:] *= h[start : end - 1]
+        if not first:
+            gradient[0] *= h[start - 1]
+        else:
+            gradient[0] *= 0 if initial_state is None else initial_state[n]
+        ddecay[start:end] = gradient
+    dstate = None if initial_state is None else carried.to(initial_state.dtype)
+    return dx.view(shape), ddecay.view(shape), dstate
 
 
 def _rows(x: Tensor) -> int:

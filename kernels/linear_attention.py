@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels.chunked import linear_attention as chunked
@@ -66,13 +68,68 @@ def linear_attention(
     """
     check_arguments(q, k, v, decay, beta, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    compute = resolve(backend, q, v)
-    o, final_state = compute(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
-    return o, final_state if output_final_state else None
+    computed_by = resolve(backend, q, v)
+    given = (q, k, v, decay, beta, scale, initial_state, cu_seqlens)
+    if computed_by is reference:
+        o, state = reference.linear_attention(*given)
+    else:
+        o, state = _LinearAttention.apply(computed_by, *given)
+    return o, state if output_final_state else None
 
 
-def resolve(backend: Backend, q: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
-    """The function that computes `linear_attention` for these tensors.
+def final_state(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The final states of `linear_attention`, (N, Hv, Dk, Dv), without outputs."""
+    computed_by = resolve(backend, k, v)
+    if computed_by is reference:
+        return reference.linear_attention(k, k, v, decay, beta, 1.0, initial_state, cu_seqlens)[1]
+    given = (None, k, v, decay, beta, 1.0, initial_state, cu_seqlens)
+    state: Tensor = _LinearAttention.apply(computed_by, *given)[1]
+    return state
+
+
+class _LinearAttention(torch.autograd.Function):
+    """The op by one of the backends that have a `forward` and a `backward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Any,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        beta: Tensor | None,
+        scale: float,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        o, state, kept = backend.forward(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
+        ctx.save_for_backward(q, k, v, decay, beta, initial_state, cu_seqlens, *kept)
+        ctx.backend, ctx.scale = backend, scale
+        ctx.set_materialize_grads(False)
+        return o, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, decay, beta, initial_state, cu_seqlens, *kept = ctx.saved_tensors
+        *gradients, dinitial = ctx.backend.backward(
+            q, k, v, decay, beta, ctx.scale, initial_state, cu_seqlens, tuple(kept), do, dstate
+        )
+        dinitial = None if initial_state is None else dinitial.to(initial_state.dtype)
+        return None, *gradients, None, dinitial, None
+
+
+def resolve(backend: Backend, q: Tensor, v: Tensor) -> ModuleType:
+    """The module that computes `linear_attention` for these tensors.
 
     Raises:
         ValueError: the backend is unknown, or cannot take these tensors.
@@ -82,9 +139,9 @@ def resolve(backend: Backend, q: Tensor, v: Tensor):  # type: ignore[no-untyped-
         fits = q.is_cuda and q.dtype != torch.float64 and widest <= 256
         backend = "triton" if fits else "torch"
     if backend == "torch":
-        return chunked.linear_attention
+        return chunked
     if backend == "reference":
-        return reference.linear_attention
+        return reference
     if backend == "triton":
         if q.dtype == torch.float64:
             raise ValueError("backend 'triton' takes bf16, fp16 or fp32; for float64 use 'torch'")
@@ -100,7 +157,7 @@ def resolve(backend: Backend, q: Tensor, v: Tensor):  # type: ignore[no-untyped-
         # Imported here: it takes a second, and Triton is not installed on every system.
         from kernels.triton import linear_attention as triton_backend
 
-        return triton_backend.linear_attention
+        return triton_backend
     raise ValueError(f"backend is {backend!r}; it must be one of auto, triton, torch, reference")
 
 

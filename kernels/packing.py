@@ -82,6 +82,15 @@ def blocks(bounds: list[int], rows: int) -> Iterator[Block]:
             yield Block(n, start, stop, start == begin, stop == end)
 
 
+def gradient_like(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """A gradient (tokens, …) in the shape and dtype of its input x."""
+    if gradient is None or x is None:
+        return None
+    if x.dim() == 1:  # a number a head, the same for all tokens: (tokens, H) -> (H,)
+        gradient = gradient.sum(0)
+    return gradient.reshape(x.shape).to(x.dtype)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, states and sums: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -17,9 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.chunked import linear_attention as chunked
-from kernels.linear_attention import Backend, check_arguments, linear_attention, resolve
+from kernels.linear_attention import Backend, check_arguments, final_state
 from kernels.packing import accumulation_dtype
 
 
@@ -62,38 +60,6 @@ def segment_state(
         return M, E
     per_channel = decay is not None and decay.dim() == 4
     return (M[..., 0] if per_channel else M[..., 0, 0]), E
-
-
-def final_state(
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """The final states of `kernels.linear_attention`, without outputs: (N, Hv, Dk, Dv)."""
-    compute = resolve(backend, k, v)
-    if compute is chunked.linear_attention:
-        return chunked.final_state(k, v, decay, beta, initial_state, cu_seqlens)
-    if compute is not reference.linear_attention:
-        from kernels.triton import linear_attention as triton_backend
-
-        return triton_backend.final_state(k, v, decay, beta, initial_state, cu_seqlens)
-    _, final = linear_attention(
-        k,
-        k,
-        v,
-        decay,
-        beta,
-        initial_state=initial_state,
-        output_final_state=True,
-        cu_seqlens=cu_seqlens,
-        backend=backend,
-    )
-    assert final is not None
-    return final
 
 
 def apply_segment(M: Tensor, E: Tensor, state: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`python -m parallel simulate | show`: judge and draw plans without a cluster."""
+"""`python -m parallel simulate | show | bench`: judge and draw plans, and time cut sequences."""
 
 from __future__ import annotations
 
@@ -56,13 +56,32 @@ def main() -> int:
     )
     show.add_argument("--seed", type=int, default=0)
     show.add_argument("--figure", metavar="PATH", help="a picture of the same")
+
+    bench = commands.add_parser(
+        "bench", help="time linear layers over a sequence that is cut, beside whole ones"
+    )
+    bench.add_argument(
+        "--ranks",
+        type=int,
+        action="append",
+        help="processes to start, of one thread each; may be given several times; 2 and 4 unless "
+        "given. Under torchrun or srun: all that it starts",
+    )
+    bench.add_argument("--tokens", type=int, default=1024, help="of a rank")
+    bench.add_argument("--heads", type=int, default=4)
+    bench.add_argument("--head-dim", type=int, default=64, help="channels of a head")
+    bench.add_argument("--only", default="", metavar="TEXT", help="mixers that contain TEXT")
+    bench.add_argument("--rounds", type=int, default=5, help="runs; the quickest counts")
+    bench.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     try:
         _check(arguments)
         if arguments.command == "simulate":
             _simulate(arguments)
-        else:
+        elif arguments.command == "show":
             _show(arguments)
+        else:
+            _bench(arguments)
     except (ValueError, OSError) as error:
         print(f"python -m parallel {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -72,27 +91,35 @@ def main() -> int:
 _LENGTHS = "arxiv, github, prolong64k, a YAML file like them, or the folder of a prepared corpus"
 
 
+# The most that a number may be; the least is 1.
+_MOST = {
+    "gpus": 4096,
+    "ranks": 4096,
+    "ranks_per_node": 4096,
+    "tokens_per_gpu": _MOST_TOKENS,
+    "tokens": _MOST_TOKENS,
+    "longest": _MOST_TOKENS,
+    "batches": 10_000,
+    "heads": 4096,
+    "head_dim": 4096,
+    "rounds": 10_000,
+}
+
+
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("gpus", "tokens_per_gpu", "longest", "batches", "ranks", "ranks_per_node"):
-        value = getattr(arguments, name, 1)
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    for name in ("gpus", "ranks"):
-        value = getattr(arguments, name, 1)
-        if value > 4096:
-            raise ValueError(f"--{name} is {value}; the limit is 4096")
-    for name, most in (
-        ("tokens_per_gpu", _MOST_TOKENS),
-        ("longest", _MOST_TOKENS),
-        ("batches", 10_000),
-        ("ranks_per_node", 4096),
-    ):
-        value = getattr(arguments, name, 1)
-        if value > most:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at most {most}")
-    if arguments.seed < 0:
+    for name, most in _MOST.items():
+        given = getattr(arguments, name, None)
+        values = given if isinstance(given, list) else [] if given is None else [given]
+        for value in values:
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            if value > most:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {value}; it must be at most {most}"
+                )
+    if getattr(arguments, "seed", 0) < 0:
         raise ValueError(f"--seed is {arguments.seed}; it must be at least 0")
-    if arguments.figure is not None:
+    if getattr(arguments, "figure", None) is not None:
         _check_figure(arguments.figure)
 
 
@@ -150,6 +177,20 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.figure:
         show.draw(made, arguments.figure)
         print(f"drawn in {arguments.figure}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from parallel import bench
+
+    settings = bench.Settings(
+        tokens=arguments.tokens,
+        heads=arguments.heads,
+        head_dim=arguments.head_dim,
+        only=arguments.only,
+        rounds=arguments.rounds,
+        as_json=arguments.json,
+    )
+    bench.main(arguments.ranks or [2, 4], settings)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,20 @@ exchanged. Shapes are those of the kernels with B = 1 and T = t, the tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from kernels.packing import accumulation_dtype
-from kernels.segments import final_state, segment_state
+from kernels.recurrences import DiagonalScan, LinearAttention, Recurrence
 from parallel.planning.heads import Waves
 from parallel.planning.passing import TURNS
 from parallel.travel import attention
-from parallel.travel.chain import Recurrence, Shapes, StateTransfer, begin_states
+from parallel.travel.chain import begin_states
 from parallel.travel.exchange import move
 from parallel.travel.view import Shard, View
 
@@ -70,9 +68,9 @@ def linear_attention(
             output_final_state=output_final_state,
             cu_seqlens=shard.cu_seqlens,
         )
-    transfer = begin_states(_LINEAR_ATTENTION, view.chains, k, v, decay, beta)
     op = partial(kernels.linear_attention, scale=scale)
-    return _run(op, view, shard, transfer, meanwhile, q, k, v, decay, beta), None
+    inputs = (q, k, v, decay, beta)
+    return _run(op, LinearAttention(scale), view, shard, meanwhile, inputs), None
 
 
 def diagonal_scan(
@@ -96,14 +94,7 @@ def diagonal_scan(
             output_final_state=output_final_state,
             cu_seqlens=shard.cu_seqlens,
         )
-    transfer = begin_states(_DIAGONAL_SCAN, view.chains, x, decay)
-
-    def op(x: Tensor, decay: Tensor, initial_state: Tensor | None = None, **more: Any) -> Any:
-        # (N, D, 1, 1) -> (N, D)
-        state = None if initial_state is None else initial_state[..., 0, 0]
-        return kernels.diagonal_scan(x, decay, initial_state=state, **more)
-
-    return _run(op, view, shard, transfer, meanwhile, x, decay), None
+    return _run(kernels.diagonal_scan, DiagonalScan(), view, shard, meanwhile, (x, decay)), None
 
 
 def short_convolution(
@@ -234,79 +225,40 @@ def _refuse_generation(*arguments: object) -> None:
 
 def _run(
     op: Callable[..., tuple[Tensor, Tensor | None]],
+    recurrence: Recurrence,
     view: View,
     shard: Shard,
-    transfer: StateTransfer,
     meanwhile: Meanwhile | None,
-    *inputs: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """`op` over the shard: first the fragments that start a sequence, while states travel; then
-    those that continue one, from the states that came.
-
-    Two calls, not one: for a shard of many short sequences, a state of zeros for each would take
-    more memory than their tokens.
-    """
-    begun = sum(shard.lengths[: view.continued])
-    sizes = [begun, shard.tokens - begun]
-    # (1, t, …) -> (1, tokens of the fragments that continue, …) and (1, tokens of the others, …)
-    heads, tails = zip(
-        *(
-            (x, x) if x is None or x.dim() == 1 else x.split(sizes, dim=1)  # a constant or rows
-            for x in inputs
-        ),
-        strict=True,
-    )
+    """`op` over the shard: cut sequences as `travel.chain` says, and whole ones while the first
+    states travel."""
+    continued, whole, first = zip(*(_in_parts(x, shard) for x in inputs), strict=True)
+    transfer = begin_states(recurrence, view.chains, continued, first)
     through = transfer.like
-    if view.continued < len(shard.lengths):
-        through, _ = op(*tails, cu_seqlens=shard.cu_seqlens_starting)
+    if shard.parts[1]:
+        through, _ = op(*whole, cu_seqlens=shard.cu_seqlens_whole)
     if meanwhile is not None:
         for turn in range(TURNS):
             if turn:
                 transfer.advance()
             meanwhile(turn, TURNS)
-    o, states = transfer.arrive(through)
-    if not view.continued:
-        return o
-    first, _ = op(*heads, initial_state=states, cu_seqlens=shard.cu_seqlens_continued)
-    return torch.cat([first, o], dim=1) if view.continued < len(shard.lengths) else first
+    through, *ends = transfer.arrive(through)
+    outputs = [o for o, t in zip((ends[0], through, ends[1]), shard.parts, strict=True) if t]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _shapes(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> Shapes:
-    """Shapes of the map of one fragment (N = 1): see `kernels.segments`."""
-    Dk, (Hv, Dv) = k.shape[3], v.shape[2:]
-    per_channel = decay is not None and decay.dim() == 4
-    M = (1, Hv, Dk, Dk) if beta is not None else (1, Hv, Dk) if per_channel else (1, Hv)
-    return Shapes(torch.Size(M), torch.Size((1, Hv, Dk, Dv)))
+def _in_parts(x: Tensor | None, shard: Shard) -> Sequence[Tensor | None]:
+    """(1, t, …) -> (1, tokens of a part, …) for each of `shard.parts`. A constant (H,) is the same
+    for all.
 
-
-def _final_state(
-    entering: Tensor | None, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
-) -> Tensor:
-    if entering is None:
-        shape = _shapes(k, v, decay, beta).E
-        entering = torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
-    return final_state(k, v, decay, beta, entering)
-
-
-# Inputs are k, v, decay and beta.
-_LINEAR_ATTENTION = Recurrence(_shapes, segment_state, _final_state)
-
-
-def _scan_shapes(x: Tensor, decay: Tensor) -> Shapes:
-    return Shapes(torch.Size((1, x.shape[2])), torch.Size((1, x.shape[2], 1, 1)))
-
-
-def _scan_segment(x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    M = decay.sum(1, dtype=accumulation_dtype(x.dtype)).exp()  # (1, T, D) -> (1, D)
-    return M, _scan_final_state(None, x, decay)
-
-
-def _scan_final_state(entering: Tensor | None, x: Tensor, decay: Tensor) -> Tensor:
-    state = None if entering is None else entering[..., 0, 0]
-    _, final = kernels.diagonal_scan(x, decay, initial_state=state, output_final_state=True)
-    assert final is not None
-    return final[..., None, None]  # (1, D) -> (1, D, 1, 1)
-
-
-# Inputs are x and decay. Each of the D channels is a head whose state is 1 × 1.
-_DIAGONAL_SCAN = Recurrence(_scan_shapes, _scan_segment, _scan_final_state)
+    If one part is all of a rank's tokens, it is x itself: its gradient need not be copied. Not for
+    whole sequences: there the backward pass reaches the exchange of gradients through the others.
+    """
+    if x is None or x.dim() == 1:
+        return x, x, x
+    alone = [t == shard.tokens for t in shard.parts]
+    if alone[0] or alone[2]:
+        none = x.detach()[:, :0]
+        return [x if all_ else none for all_ in alone]
+    return x.split(list(shard.parts), dim=1)

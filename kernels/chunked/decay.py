@@ -40,7 +40,7 @@ def decay_in_chunks(x: Tensor | None) -> NoDecay | HeadDecay | ChannelDecay:
 class NoDecay:
     """Every weight is one."""
 
-    prefix = suffix = total = None
+    prefix = suffix = total = log_total = None
 
     def scores(self, lefts: Sequence[Tensor], k: Tensor) -> list[Tensor]:
         """(G, C, C) for each of `lefts` (G, C, Dk)."""
@@ -59,11 +59,12 @@ class HeadDecay:
     def __init__(self, x: Tensor) -> None:
         # Differences of cumulative sums in fp64 are as exact as fp32 sums over the tokens between.
         g = x.double().squeeze(-1).cumsum(-1)
-        self.prefix = _exp(g.to(x.dtype, copy=True)).unsqueeze(-1)
-        self.suffix = _exp((g[..., -1:] - g).to(x.dtype)).unsqueeze(-1)
+        self.prefix = exp(g.to(x.dtype, copy=True)).unsqueeze(-1)
+        self.suffix = exp((g[..., -1:] - g).to(x.dtype)).unsqueeze(-1)
         self.total = self.prefix[..., -1:, :]
+        self.log_total = g[..., -1:, None].to(x.dtype)
         pairs = (g.unsqueeze(-1) - g.unsqueeze(-2)).to(x.dtype)  # (G, C) -> (G, C, C)
-        self.pairs = _exp(pairs.clamp_(max=0)).tril_()
+        self.pairs = exp(pairs.clamp_(max=0)).tril_()
 
     def scores(self, lefts: Sequence[Tensor], k: Tensor) -> list[Tensor]:
         return [(left @ k.mT).mul_(self.pairs) for left in lefts]
@@ -100,9 +101,10 @@ class ChannelDecay:
     def __init__(self, x: Tensor) -> None:
         self.x = x
         upto, after = _edge_sums(x.dtype, x.device)
-        self.prefix = _exp(upto @ x)
-        self.suffix = _exp(after @ x)
+        self.prefix = exp(upto @ x)
+        self.suffix = exp(after @ x)
         self.total = self.prefix[..., -1:, :]
+        self.log_total = x.sum(-2, keepdim=True)
 
     def scores(self, lefts: Sequence[Tensor], k: Tensor) -> list[Tensor]:
         scores = []
@@ -111,7 +113,7 @@ class ChannelDecay:
             score.diagonal(dim1=-2, dim2=-1).copy_((left * k).sum(-1))
             scores.append(score)
         for b, sums in _level_sums(k.dtype, k.device):
-            first, second = _halves(_exp(sums @ self.x), b)
+            first, second = _halves(exp(sums @ self.x), b)
             columns = (_halves(k, b)[0] * first).mT
             for score, left in zip(scores, lefts, strict=True):
                 _blocks(score, b).copy_((_halves(left, b)[1] * second) @ columns)
@@ -128,7 +130,7 @@ class ChannelDecay:
         dx = torch.zeros_like(self.x)
         dsums = torch.empty_like(self.x)
         for b, sums in _level_sums(k.dtype, k.device):
-            first, second = _halves(_exp(sums @ self.x), b)
+            first, second = _halves(exp(sums @ self.x), b)
             columns = _halves(k, b)[0] * first
             dcolumns = torch.zeros_like(columns)
             dfirst, dsecond = _halves(dsums.zero_(), b)
@@ -154,7 +156,7 @@ def _least(dtype: torch.dtype) -> float:
     return -668.0 if dtype == torch.float64 else -69.0
 
 
-def _exp(log_weight: Tensor) -> Tensor:
+def exp(log_weight: Tensor) -> Tensor:
     """exp, in place. Weights below `_least` become zero: they would be denormal numbers, or make
     some in products, and a CPU takes about a hundred times as long for those."""
     least = _least(log_weight.dtype)

@@ -214,54 +214,60 @@ def backward_scan(
     store_rows(ddecay, to_decay, first, start, end, c, D, ROWS)
 
 
-class _DiagonalScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, decay: Tensor, initial_state: Tensor | None, bounds: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        B, T, D = x.shape
-        N = B if bounds is None else len(bounds) - 1
-        x, decay = x.contiguous(), decay.contiguous()
-        state = None if initial_state is None else initial_state.float().contiguous()
-        h = torch.empty_like(x)
-        # An empty sequence's final state is its initial state.
-        final = x.new_zeros(N, D, dtype=torch.float32) if state is None else state.clone()
-        factors, totals, grid, constants = _plan(x, bounds)
-        constants["STATE"] = state is not None
-        chunks = grid[0]
-        launch(forward_totals, grid, x, decay, state, factors, totals, bounds, N, T, D, **constants)
-        _enter(factors, totals, False)
-        launch(
-            forward_scan, grid, x, decay, state, totals, h, final, bounds, N, T, D, chunks,
-            **constants,
-        )  # fmt: skip
-        ctx.save_for_backward(decay, state, h, bounds)
-        ctx.set_materialize_grads(False)
-        return h, final
+def forward(
+    x: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """h and the final state of `kernels.diagonal_scan`; bf16, fp16 or fp32."""
+    B, T, D = x.shape
+    bounds = packed_bounds(cu_seqlens, x.device)
+    N = B if bounds is None else len(bounds) - 1
+    x, decay = x.contiguous(), decay.contiguous()
+    state = None if initial_state is None else initial_state.float().contiguous()
+    h = torch.empty_like(x)
+    # An empty sequence's final state is its initial state.
+    final = x.new_zeros(N, D, dtype=torch.float32) if state is None else state.clone()
+    factors, totals, grid, constants = _plan(x, bounds)
+    constants["STATE"] = state is not None
+    chunks = grid[0]
+    launch(forward_totals, grid, x, decay, state, factors, totals, bounds, N, T, D, **constants)
+    _enter(factors, totals, False)
+    launch(
+        forward_scan, grid, x, decay, state, totals, h, final, bounds, N, T, D, chunks,
+        **constants,
+    )  # fmt: skip
+    return h, final
 
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        decay, state, h, bounds = ctx.saved_tensors
-        B, T, D = h.shape
-        N = B if bounds is None else len(bounds) - 1
-        dh = None if dh is None else dh.contiguous()
-        dfinal = None if dfinal is None else dfinal.contiguous()
-        dx, ddecay = torch.empty_like(h), torch.empty_like(decay)
-        dstate = None
-        if state is not None:
-            dstate = torch.zeros_like(state) if dfinal is None else dfinal.clone()
-        factors, totals, grid, constants = _plan(h, bounds)
-        constants |= {"OUTPUT": dh is not None, "FINAL": dfinal is not None}
-        chunks = grid[0]
-        launch(
-            backward_totals, grid, dh, dfinal, decay, factors, totals, bounds, N, T, D, **constants
-        )
-        _enter(factors, totals, True)
-        launch(
-            backward_scan, grid, dh, dfinal, decay, state, h, totals, dx, ddecay, dstate, bounds,
-            N, T, D, chunks, STATE=state is not None, **constants,
-        )  # fmt: skip
-        return dx, ddecay, dstate, None
+
+def backward(
+    h: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dh: Tensor | None,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, of the decay and of the initial state, if there is one, in fp32."""
+    B, T, D = h.shape
+    bounds = packed_bounds(cu_seqlens, h.device)
+    N = B if bounds is None else len(bounds) - 1
+    h, decay = h.contiguous(), decay.contiguous()
+    state = None if initial_state is None else initial_state.float().contiguous()
+    dh = None if dh is None else dh.contiguous()
+    dfinal = None if dfinal is None else dfinal.float().contiguous()
+    dx, ddecay = torch.empty_like(h), torch.empty_like(decay)
+    dstate = None
+    if state is not None:
+        dstate = torch.zeros_like(state) if dfinal is None else dfinal.clone()
+    factors, totals, grid, constants = _plan(h, bounds)
+    constants |= {"OUTPUT": dh is not None, "FINAL": dfinal is not None}
+    chunks = grid[0]
+    launch(backward_totals, grid, dh, dfinal, decay, factors, totals, bounds, N, T, D, **constants)
+    _enter(factors, totals, True)
+    launch(
+        backward_scan, grid, dh, dfinal, decay, state, h, totals, dx, ddecay, dstate, bounds,
+        N, T, D, chunks, STATE=state is not None, **constants,
+    )  # fmt: skip
+    return dx, ddecay, dstate
 
 
 def _plan(
@@ -289,25 +295,16 @@ def _enter(factors: Tensor, totals: Tensor, reverse: bool) -> None:
     )  # fmt: skip
 
 
-def diagonal_scan(
-    x: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Compute `kernels.diagonal_scan` with Triton; bf16, fp16 or fp32."""
-    bounds = packed_bounds(cu_seqlens, x.device)
-    h, final = _DiagonalScan.apply(x, decay, initial_state, bounds)
-    return h, final
-
-
 def shipped(arch: str) -> Iterator[tuple[str, Launch]]:
     """Every launch of a forward and backward pass, with its name."""
     for dtype in DTYPES:
         for packed in (True, False):
-            x, decay = torch.empty(2, 1, 8192, 2048, device="meta", requires_grad=True).unbind()
-            state = torch.empty(8 if packed else 1, 2048, device="meta", requires_grad=True)
+            x, decay = torch.empty(2, 1, 8192, 2048, device="meta").unbind()
+            state = torch.empty(8 if packed else 1, 2048, device="meta")
             cu_seqlens = torch.empty(9, dtype=torch.int64, device="meta") if packed else None
             with recording(arch) as launches:
-                outputs = diagonal_scan(x.to(dtype), decay, state, cu_seqlens)
-                torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+                h, final = forward(x.to(dtype), decay, state, cu_seqlens)
+                backward(h, decay, state, cu_seqlens, h, final)
             name = f"diagonal scan {'packed ' * packed}{str(dtype).removeprefix('torch.')}"
             for launched in launches:
                 yield f"{name} {launched.kernel.__name__}", launched

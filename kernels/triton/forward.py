@@ -10,6 +10,9 @@ For one sequence, value head and BLOCK_V columns of the state S (Dk × Dv, fp32)
 Outputs are computed here, where the state that they read is, so that the forward pass writes
 neither the states (Dk·Dv / 64 numbers a token) nor β r to memory. The backward pass runs the same
 kernel without o, and with buffers for the state that enters each chunk and for r.
+
+The state may be wider than v: to columns past v's nothing is written. Those that begin as the
+identity become the map of a state that enters later, and their outputs what it adds to o.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -21,6 +24,7 @@ import triton.language as tl
 from kernels.triton.tiles import (
     CHUNK,
     VECTOR,
+    at,
     decayed_state,
     dot,
     load_row_gate,
@@ -35,17 +39,35 @@ from kernels.triton.tiles import (
 
 
 @triton.jit
+def load_values(
+    v, start, length, heads, head,
+    VALUES: tl.constexpr, DV: tl.constexpr, column, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(CHUNK, COLUMNS) of v in fp32; zeros in columns of the state past those of v."""
+    if VALUES == DV:
+        values = load_rows(v, start, length, heads, head, VALUES, column, COLUMNS)
+    else:
+        rows = tl.arange(0, CHUNK)
+        columns = column + tl.arange(0, COLUMNS)
+        mask = (rows < length)[:, None] & (columns < VALUES)[None, :]
+        offsets = (rows * (heads * VALUES))[:, None] + columns[None, :]
+        values = tl.load(at(v, start, heads, head, VALUES) + offsets, mask=mask, other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
 def forward_chunks(
     q_read, k_read, k_written, v, decay, beta, A, Z, initial_state,
     o, final_state, states, errors, bounds, first_chunks, key_heads, value_heads, scale,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    KIND: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, VALUES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All chunks of one sequence and value head, for BLOCK_V columns of S. BLOCK_K ≥ Dk.
 
     Shapes as in `kernels.triton.linear_attention`: q_read, k_read, k_written (tokens, Hk or Hv,
-    Dk); v, o, errors (tokens, Hv, Dv); A, Z (tokens, Hv, C); states (slots, Hv, Dk, Dv). What is
-    None is not read, or not written. Grid: (column blocks, Hv, N).
+    Dk); v (tokens, Hv, VALUES); o, errors (tokens, Hv, Dv); A, Z (tokens, Hv, C); states (slots,
+    Hv, Dk, Dv), Dv ≥ VALUES. What is None is not read, or not written. Grid: (column blocks, Hv,
+    N).
     """
     column = tl.program_id(0) * BLOCK_V
     head = tl.program_id(1)
@@ -72,7 +94,7 @@ def forward_chunks(
         if states is not None:
             store_state(states, S, slot, value_heads, head, DK, DV, 0, BLOCK_K, column, BLOCK_V)
         # All reads of the state come together, so that the registers of its operands are freed.
-        r = load_rows(v, start, length, value_heads, head, DV, column, BLOCK_V).to(tl.float32)
+        r = load_values(v, start, length, value_heads, head, VALUES, DV, column, BLOCK_V)
         if beta is not None:
             k_tile = load_rows(k_read, start, length, key_heads, key_head, DK, 0, BLOCK_K)
             r -= read_state(k_tile, gate, S, KIND, PRECISION)

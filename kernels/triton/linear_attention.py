@@ -20,9 +20,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.triton import backward, forward, intra
+from kernels.packing import gradient_like
+from kernels.triton.backward import backward_chunks, gradients, pair_gradients
+from kernels.triton.forward import forward_chunks
+from kernels.triton.intra import intra_chunk
 from kernels.triton.launch import (
     Blocks,
     architecture,
@@ -31,7 +35,7 @@ from kernels.triton.launch import (
     precision,
 )
 from kernels.triton.layout import Layout, lay_out
-from kernels.triton.tiles import CHUNK, NONE, SCALAR, VECTOR
+from kernels.triton.tiles import CHUNK, FORGET_ALL, NONE, SCALAR, VECTOR
 
 
 class Problem(NamedTuple):
@@ -46,7 +50,7 @@ class Problem(NamedTuple):
     kind: int  # of decay: NONE, SCALAR or VECTOR of `tiles`
     scale: float
     Hv: int
-    DV: int
+    DV: int  # columns of the state
     layout: Layout
     packed: bool  # with `cu_seqlens`: some rows may belong to no sequence
 
@@ -147,7 +151,7 @@ def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> I
         # of fp32, or fp64 where there is no tf32 or other products are fp32.
         tf32 = constants["PRECISION"] != "ieee" and architecture(p.k.device).startswith("sm_")
         launch(
-            intra.intra_chunk, (len(p.layout.chunks), p.Hv),
+            intra_chunk, (len(p.layout.chunks), p.Hv),
             p.q, p.k, p.decay, None if Z_made is None else p.beta, A_made, Z_made,
             *((q_read, k_read, k_written, decay) if vector else [None] * 4),
             p.layout.chunks, Hk, p.Hv, SOLVE="tf32x3" if tf32 else "ieee", **constants,
@@ -157,11 +161,12 @@ def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> I
 
 
 def run_forward(
-    p: Problem, made: Intra, initial_state: Tensor | None
+    p: Problem, made: Intra, initial_state: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor | None, Tensor]:
-    """o (tokens, Hv, Dv), None without q, and the final states (N, Hv, Dk, Dv)."""
+    """o (tokens, Hv, Dv) in `dtype` (of k unless given), None without q, and the final states
+    (N, Hv, Dk, Dv)."""
     tokens, _, DK = p.k.shape
-    o = None if p.q is None else p.result(tokens, p.Hv, p.DV, dtype=p.k.dtype)
+    o = None if p.q is None else p.result(tokens, p.Hv, p.DV, dtype=dtype or p.k.dtype)
     N = len(p.layout.first_chunks)
     final_state = p.empty(N, p.Hv, DK, p.DV, dtype=torch.float32)
     _launch_forward(p, made, initial_state, o, final_state, None, None)
@@ -192,21 +197,12 @@ def _launch_forward(
     chosen, constants = p.choices("forward")
     N, Hv = final_state.shape[:2]
     launch(
-        forward.forward_chunks, (-(-p.DV // chosen.BLOCK_V), Hv, N),
+        forward_chunks, (-(-p.DV // chosen.BLOCK_V), Hv, N),
         made.q_read, made.k_read, made.k_written, p.v, made.decay, p.beta, made.A, made.Z,
         initial_state, o, final_state, states, errors,
         p.layout.bounds, p.layout.first_chunks, made.k_written.shape[1], Hv, p.scale,
-        DV=p.DV, BLOCK_V=chosen.BLOCK_V, **constants,
+        DV=p.DV, VALUES=p.v.shape[2], BLOCK_V=chosen.BLOCK_V, **constants,
     )  # fmt: skip
-
-
-class Gradients(NamedTuple):
-    q: Tensor | None
-    k: Tensor
-    v: Tensor
-    decay: Tensor | None
-    beta: Tensor | None
-    initial_state: Tensor
 
 
 def run_backward(
@@ -216,8 +212,9 @@ def run_backward(
     Z: Tensor | None,
     d_o: Tensor | None,
     d_final_state: Tensor | None,
-) -> Gradients:
-    """Gradients in the shapes of `Problem`; that of a decay a head has one number a token.
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, decay, beta and the initial state, in the shapes of `Problem`; that of
+    a decay a head has one number a token.
 
     dq and dk are summed over the value heads of a key head, and the parts of column blocks are
     summed, in a fixed order: the same inputs give the same bits.
@@ -237,7 +234,7 @@ def run_backward(
     d_states = torch.empty_like(states)
     d_initial_state = p.empty(N, Hv, DK, DV, dtype=torch.float32)
     launch(
-        backward.backward_chunks, (column_blocks, Hv, N),
+        backward_chunks, (column_blocks, Hv, N),
         made.q_read, made.k_read, made.k_written, made.decay, p.beta, made.A, made.Z, errors,
         d_o, d_final_state, d_v, d_beta, d_states, d_initial_state,
         p.layout.bounds, p.layout.first_chunks, made.k_written.shape[1], Hv, tokens, p.scale,
@@ -251,7 +248,7 @@ def run_backward(
     dA = None if made.A is None else torch.empty_like(made.A)
     dK = None if made.Z is None else torch.empty_like(made.Z)
     launch(
-        backward.pair_gradients, (slots, Hv),
+        pair_gradients, (slots, Hv),
         *((p.q, p.k, p.decay) if scalar else [None] * 3),
         p.beta, errors, d_o, d_v, dA, dK, d_crossed,
         p.layout.chunks, Hk, Hv, p.scale, DV=DV, BLOCK_V=chosen.BLOCK_V, **constants,
@@ -268,7 +265,7 @@ def run_backward(
     elif p.kind != NONE.value:
         d_decay = p.result(column_blocks, tokens, Hv, dtype=torch.float32)
     launch(
-        backward.gradients, (slots, Hv, column_blocks),
+        gradients, (slots, Hv, column_blocks),
         p.q, p.k, p.decay, p.beta, errors, states, dA, dK, d_o, d_v, d_states,
         d_q, d_k, d_decay, p.layout.chunks, Hk, Hv, tokens, p.scale,
         DV=DV, BLOCK_V=chosen.BLOCK_V, **constants,
@@ -280,7 +277,7 @@ def run_backward(
 
     if d_decay is not None and d_crossed is not None:
         d_decay = d_decay.sum(0) + d_crossed
-    return Gradients(
+    return (
         None if d_q is None else over_group(d_q),
         over_group(d_k),
         d_v,
@@ -290,60 +287,11 @@ def run_backward(
     )
 
 
-def _like(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """A gradient (tokens, …) in the shape and dtype of its input x."""
-    if gradient is None or x is None:
-        return None
-    if x.dim() == 1:  # a decay a head: (tokens, Hv) -> (Hv,)
-        gradient = gradient.sum(0)
-    return gradient.reshape(x.shape).to(x.dtype)
+Kept = tuple[Tensor | None, Tensor | None]  # A and Z, for the backward pass
 
 
-class _LinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor | None,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        beta: Tensor | None,
-        scale: float,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor]:
-        if initial_state is not None:
-            initial_state = initial_state.float().contiguous()
-        p = make_problem(q, k, v, decay, beta, scale, cu_seqlens)
-        made = run_intra(p)
-        o, final_state = run_forward(p, made, initial_state)
-        A = made.A if p.kind == VECTOR.value else None
-        ctx.save_for_backward(q, k, v, decay, beta, initial_state, cu_seqlens, A, made.Z)
-        ctx.scale = scale
-        ctx.set_materialize_grads(False)
-        return None if o is None else o.reshape(v.shape), final_state
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, beta, initial_state, cu_seqlens, A, Z = ctx.saved_tensors
-        d_o, d_final_state = (None if d is None else d.contiguous() for d in d_outputs)
-        read = None if d_o is None else q
-        p = make_problem(read, k, v, decay, beta, ctx.scale, cu_seqlens)
-        g = run_backward(p, initial_state, None if read is None else A, Z, d_o, d_final_state)
-        return (
-            torch.zeros_like(q) if q is not None and g.q is None else _like(g.q, q),
-            _like(g.k, k),
-            _like(g.v, v),
-            _like(g.decay, decay),
-            _like(g.beta, beta),
-            None,
-            None if initial_state is None else g.initial_state,
-            None,
-        )
-
-
-def linear_attention(
-    q: Tensor,
+def forward(
+    q: Tensor | None,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -351,26 +299,114 @@ def linear_attention(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute `kernels.linear_attention` with Triton; bf16, fp16 or fp32."""
-    o, final = _LinearAttention.apply(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
-    return o, final
+) -> tuple[Tensor | None, Tensor, Kept]:
+    """Compute `kernels.linear_attention` with Triton; bf16, fp16 or fp32.
+
+    Without q the same kernels run with everything for an output compiled away.
+
+    Returns:
+        o, None without q; the final state in fp32; and what `backward` needs.
+    """
+    p = make_problem(q, k, v, decay, beta, scale, cu_seqlens)
+    made = run_intra(p)
+    o, final_state = run_forward(p, made, _as_state(initial_state))
+    A = made.A if p.kind == VECTOR.value else None
+    return None if o is None else o.reshape(v.shape), final_state, (A, made.Z)
 
 
-def final_state(
+def backward(
+    q: Tensor | None,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
     beta: Tensor | None,
+    scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> Tensor:
-    """The final states (N, Hv, Dk, Dv) in fp32, without outputs.
+    kept: Kept,
+    d_o: Tensor | None,
+    d_final_state: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, decay, beta and the initial state, in the shapes of the inputs.
 
-    The same kernels with everything for an output compiled away, forward and backward. With
-    `initial_state` [0 | I] and values [v | 0] it is the map [E | M] of a segment
-    (`kernels.segments`).
+    Args:
+        kept: what `forward` returned.
+        d_o, d_final_state: gradients of o and of the final state; None is zeros.
     """
-    _, final = _LinearAttention.apply(None, k, v, decay, beta, 1.0, initial_state, cu_seqlens)
-    final_state: Tensor = final
-    return final_state
+    read = None if d_o is None else q
+    p = make_problem(read, k, v, decay, beta, scale, cu_seqlens)
+    A, Z = kept
+    d_o, d_final_state = (None if d is None else d.contiguous() for d in (d_o, d_final_state))
+    *found, d_initial_state = run_backward(
+        p, _as_state(initial_state), None if read is None else A, Z, d_o, d_final_state
+    )
+    d_inputs = [gradient_like(d, x) for d, x in zip(found, (q, k, v, decay, beta), strict=True)]
+    if q is not None and read is None:
+        d_inputs[0] = torch.zeros_like(q)
+    return *d_inputs, d_initial_state
+
+
+def forward_with_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Kept]:
+    """The pass from states of zero, and what states S that enter later change.
+
+    With the delta rule R and M are Dk more columns of the state, in the same launches; without it
+    they are products with decays. A is kept too: 64 numbers a token and head of one fragment.
+
+    Returns:
+        o⁰ (B, T, Hv, Dv) in fp32 and R (B, T, Hv, Dk) in the dtype of products, where o = o⁰ + R S;
+        M in a shape of `kernels.segments` and E (N, Hv, Dk, Dv) in fp32, where S_out = M S + E; and
+        what `enter` needs.
+    """
+    p = make_problem(q, k, v, decay, beta, scale, cu_seqlens)
+    DK, DV = k.shape[3], p.DV
+    state = None
+    if beta is not None:
+        p = p._replace(DV=DV + DK)
+        state = torch.eye(DK, DV + DK, device=k.device).roll(DV, 1)  # (Dk, Dv + Dk): [0 | I]
+        state = state.expand(len(p.layout.first_chunks), p.Hv, -1, -1).contiguous()
+    made = run_intra(p)
+    o, E = run_forward(p, made, state, torch.float32)
+    assert o is not None
+    o = o.unflatten(0, v.shape[:2])
+    if beta is None:
+        R, M = decayed_reads(q, decay, scale, p)
+    else:
+        (o, R), (E, M) = (x.split([DV, DK], dim=3) for x in (o, E))
+    return o, R.to(p.operand_dtype).contiguous(), M.contiguous(), E.contiguous(), (made.A, made.Z)
+
+
+def decayed_reads(
+    q: Tensor, decay: Tensor | None, scale: float, p: Problem
+) -> tuple[Tensor, Tensor]:
+    """R (B, T, Hv, Dk) and M (N, Hv) or (N, Hv, Dk), without the delta rule: products with the
+    decays from the first row of each sequence."""
+    B, T, Hk, _ = q.shape
+    bounds = p.layout.bounds
+    R = (scale * q).repeat_interleave(p.Hv // Hk, dim=2)
+    if p.decay is None:
+        return R, torch.ones(len(bounds) - 1, p.Hv, device=q.device)
+    # Differences of sums over all rows, in fp64; (B · T + 1, Hv, 1 | Dk)
+    steps = p.decay.reshape(B * T, p.Hv, -1).clamp(min=FORGET_ALL.value)
+    total = F.pad(steps.cumsum(0, dtype=torch.float64), (0, 0, 0, 0, 1, 0))
+    row = torch.arange(B * T, device=q.device)
+    sequence = torch.searchsorted(bounds[1:], row, right=True).clamp(max=len(bounds) - 2)
+    left = (total[1:] - total[bounds[sequence]]).float().exp()
+    M = (total[bounds[1:]] - total[bounds[:-1]]).float().exp()
+    return R * left.unflatten(0, (B, T)), M if decay is not None and decay.dim() == 4 else M[..., 0]
+
+
+def enter(v: Tensor, cu_seqlens: Tensor | None, state: Tensor, kept: Kept) -> Kept:
+    """What `backward` needs after `forward_with_maps`: as before, since it is given the states."""
+    return kept
+
+
+def _as_state(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.triton.launch import DTYPES, Launch, recording
-from kernels.triton.linear_attention import linear_attention
+from kernels.triton.linear_attention import backward, forward, forward_with_maps
 from kernels.triton.tiles import NONE, SCALAR, VECTOR
 
 # (mixer, kind of decay, delta rule, head dim).
@@ -52,7 +52,7 @@ def _launches(
     B, T, H = 2, 4096, 16
 
     def x(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     decay_shape = {NONE: (), SCALAR: (B, T, H), VECTOR: (B, T, H, D)}[kind]
     decay = x(*decay_shape, dtype=torch.float32) if decay_shape else None
@@ -60,10 +60,15 @@ def _launches(
     state = x(B, H, D, D, dtype=torch.float32)
     with recording(arch) as launches:
         q, k, v = (x(B, T, H, D) for _ in range(3))
-        outputs = linear_attention(q, k, v, decay, beta, 1.0, state, None)
-        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+        inputs = (q, k, v, decay, beta, 1.0, state, None)
+        o, final_state, kept = forward(*inputs)
+        backward(*inputs, kept, o, final_state)
+        if delta:  # else it launches nothing more
+            forward_with_maps(q, k, v, decay, beta, 1.0, None)
     name = f"{mixer} D{D} {str(dtype).removeprefix('torch.')}"
     for launched in launches:
         given = dict(zip(launched.kernel.arg_names, launched.args, strict=False))
-        states = " states" if "o" in given and given["o"] is None else ""
-        yield f"{name} {launched.kernel.__name__}{states}", launched
+        what = " states" if "o" in given and given["o"] is None else ""
+        if launched.constants.get("VALUES", D) != launched.constants.get("DV", D):
+            what = " maps"
+        yield f"{name} {launched.kernel.__name__}{what}", launched

@@ -295,7 +295,8 @@ class Plan:
             allowed).
         stream: the layout of all layers but full attention. Shard sizes differ by one token at
             most, or as far as memory allows where that makes the sum of all work even. Each rank
-            holds the fragments that continue a sequence of another rank first, then the rest.
+            holds middle fragments of cut sequences first, then last ones, whole sequences and
+            first fragments.
         attention: the layout of full attention. Each rank holds the blocks of `rings` in their
             order, then the sequences it has whole, in the batch's order.
         rings: the ones over most nodes first, then by falling size. Every rank works through its

@@ -101,12 +101,17 @@ class _Runs(NamedTuple):
         return _Runs(*(np.concatenate(columns) for columns in zip(self, *others, strict=True)))
 
     def layout(self, ranks: int) -> Layout:
-        """The layout of these runs, whose holders are ranks.
+        """The layout of these runs, whose holders are ranks and which are all tokens.
 
-        On each rank, runs that continue a sequence come first.
+        On each rank, middle runs of a sequence come first, then last ones, whole sequences and
+        first runs.
         """
         runs = self.joined()
-        sequence, start, end, rank, _ = runs.at(np.argsort(runs.start == 0, kind="stable"))
+        length = np.zeros(int(runs.sequence.max(initial=-1)) + 1, np.int64)
+        np.maximum.at(length, runs.sequence, runs.end)
+        begins, ends = runs.start == 0, runs.end == length[runs.sequence]
+        kind = np.where(begins, 3 - ends, ends)
+        sequence, start, end, rank, _ = runs.at(np.argsort(kind, kind="stable"))
         return Layout.stack(sequence, start, end, rank, ranks)
 
 

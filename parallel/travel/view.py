@@ -1,7 +1,8 @@
 """A batch's plan as one rank sees it, and the shard of the stream that it holds.
 
-A rank's fragments come in two groups. Those that *continue* a sequence, whose first tokens lie in
-another fragment, come first in the shard; those that start their sequence follow.
+A rank's fragments come in four groups, in this order: middle fragments of cut sequences, last
+ones, whole sequences, and first fragments. So those that *continue* a sequence, whose first tokens
+lie in another fragment, come first.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.recurrences import Packed
 from parallel.config import Attention
 from parallel.planning.layout import Layout, Plan, moves
 from parallel.planning.passing import Passing
-from parallel.travel.chain import Chain, Chains
 from parallel.travel.exchange import Table, peer_rows, to_device
+from parallel.travel.states import Chain, Chains, Group, Key
 
 Made = TypeVar("Made")
 
@@ -61,6 +63,14 @@ class View:
         stream = self.plan.stream
         return int((stream.start[stream.rows(self.rank)] > 0).sum())
 
+    @cached_property
+    def first(self) -> int:
+        """How many of this rank's fragments are the first of a cut sequence: its last ones."""
+        stream = self.plan.stream
+        rows = stream.rows(self.rank)
+        lengths = np.diff(self.plan.cu_seqlens)[stream.sequence[rows]]
+        return int(((stream.start[rows] == 0) & (stream.end[rows] < lengths)).sum())
+
     def chains(self, heads: int) -> Chains:
         """The cut sequences with a fragment on this rank's node, whose states it helps to pass.
 
@@ -74,7 +84,26 @@ class View:
         node = self.plan.stream.rank // each
         shared = [rows for rows in self.plan.crossing if self.rank // each in node[rows]]
         forward, backward = ([self._chain(x[::way], heads) for x in shared] for way in (1, -1))
-        return Chains(forward, backward, self.rank, self.group)
+        here = [
+            (rows, (c, number), (number == 0) - (number == chain.passing.last))
+            for c, chain in enumerate(forward)
+            for number, rows in chain.rows.items()
+        ]
+        middle, last, first = (
+            self._group([one for one in here if one[2] == kind]) for kind in (0, -1, 1)
+        )
+        return Chains(forward, backward, middle, last, first, self.rank, self.group)
+
+    def _group(self, fragments: list[tuple[slice, Key, int]]) -> Group | None:
+        if not fragments:
+            return None
+        fragments.sort(key=lambda one: one[0].start)
+        lengths = tuple(rows.stop - rows.start for rows, *_ in fragments)
+        bounds = np.cumsum((0, *lengths)).astype(np.int32)
+        cu_seqlens = to_device(bounds, self.device) if len(lengths) > 1 else None
+        rows = slice(fragments[0][0].start, fragments[-1][0].stop)
+        assert rows.stop - rows.start == bounds[-1]
+        return Group([key for _, key, _ in fragments], rows, Packed(lengths, cu_seqlens))
 
     def _chain(self, rows: np.ndarray, heads: int) -> Chain:
         stream, me = self.plan.stream, self.rank
@@ -163,13 +192,20 @@ class Shard:
         return sum(self.lengths)
 
     @cached_property
-    def cu_seqlens_continued(self) -> Tensor | None:
-        """`cu_seqlens` of the fragments that continue a sequence; None if there is exactly one."""
-        entering = self.view.continued if self.view else 0
-        return self.cu_seqlens[: entering + 1] if entering != 1 else None
+    def parts(self) -> tuple[int, int, int]:
+        """Numbers of tokens: in fragments that continue a sequence, in whole sequences, and in
+        first fragments of cut ones. They lie in this order."""
+        continued, first = (self.view.continued, self.view.first) if self.view else (0, 0)
+        end = len(self.lengths) - first
+        return (
+            sum(self.lengths[:continued]),
+            sum(self.lengths[continued:end]),
+            sum(self.lengths[end:]),
+        )
 
     @cached_property
-    def cu_seqlens_starting(self) -> Tensor:
-        """`cu_seqlens` of the fragments that start their sequence, counted from the first one."""
-        entering = self.view.continued if self.view else 0
-        return self.cu_seqlens[entering:] - sum(self.lengths[:entering])
+    def cu_seqlens_whole(self) -> Tensor:
+        """`cu_seqlens` of the whole sequences, counted from the first one."""
+        continued, first = (self.view.continued, self.view.first) if self.view else (0, 0)
+        bounds = self.cu_seqlens[continued : len(self.cu_seqlens) - first]
+        return bounds - self.parts[0]

@@ -16,8 +16,8 @@ import kernels
 import parallel
 from parallel import ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
-from parallel.travel.chain import _OneWay
 from parallel.travel.exchange import sent_bytes
+from parallel.travel.states import OneWay
 from tests.parallel.across import STREAMS, difference, noting
 from train.model.config import ModelConfig
 from train.model.linear import _Rows
@@ -190,9 +190,9 @@ def test_linear_layers_send_only_states(ranks, length: int) -> None:
 def calls_of_a_layer(world: World) -> list[str]:
     """The calls of one gated layer while states travel, forward and backward, in order."""
     told: list[str] = []
-    turn, world = _OneWay._turn, dataclasses.replace(world, ranks_per_node=1)
+    turn, world = OneWay._turn, dataclasses.replace(world, ranks_per_node=1)
 
-    def noted_turn(way: _OneWay) -> Callable[[], dict]:
+    def noted_turn(way: OneWay) -> Callable[[], dict]:
         told.append("turn")
         arrived = turn(way)
 
@@ -209,7 +209,7 @@ def calls_of_a_layer(world: World) -> list[str]:
     _, _, shard = distribute(count, count, np.array([0, 29, 48]), world, ParallelConfig())
     x = torch.randn(1, shard.tokens, 16, requires_grad=True)
     with (
-        mock.patch.object(_OneWay, "_turn", noted_turn),
+        mock.patch.object(OneWay, "_turn", noted_turn),
         noting(told, Later, "__call__", "piece"),
         noting(told, _Rows, "backward", "piece"),
     ):

@@ -39,11 +39,15 @@ STREAMS = [[4096], [1500, 900, 700, 500, 200, 100, 100, 60, 30, 6], [128] * 32]
 
 
 def step(
-    world: World, strategy: Attention, lengths: list[int], checkpointed: bool = False
+    world: World,
+    strategy: Attention,
+    lengths: list[int],
+    checkpointed: bool = False,
+    config: ModelConfig = CONFIG,
 ) -> tuple[Shard, Callable[[], Tensor]]:
     """A batch's shard, and a function that computes a model's loss of it."""
     torch.manual_seed(0)
-    model = Model(replace(CONFIG, checkpoint_activations=checkpointed), VOCABULARY)
+    model = Model(replace(config, checkpoint_activations=checkpointed), VOCABULARY)
     count = np.arange(sum(lengths))
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     with closing(planner_of(model, ParallelConfig(strategy), world, torch.float32)) as planner:
@@ -96,8 +100,9 @@ def test_attention_may_hold_more_than_its_share_if_all_activations_stay_within_i
     assert max(found) <= 1.15 * alone(checkpointed, *lengths) / RANKS
 
 
-def left_after_a_step(world: World) -> tuple[int, int]:
-    """How many exchanges a step begins, and how many of these objects are alive after it."""
+def left_after_a_step(world: World, config: ModelConfig, backward: bool) -> tuple[int, int]:
+    """How many exchanges a step begins, and how many of these objects are alive after it, or after
+    its forward pass alone."""
     begun: list[weakref.ref[Any]] = []
 
     def noted(kind: type) -> Any:
@@ -111,14 +116,23 @@ def left_after_a_step(world: World) -> tuple[int, int]:
     gc.disable()  # nothing may wait for it: it would be a step's activations
     try:
         with noted(StateTransfer), noted(Transfer):
-            _, loss = step(world, "balanced", [256])
-            loss().backward()
+            _, loss = step(world, "balanced", [256], config=config)
+            result = loss()
+            if backward:
+                result.backward()
+            del result
     finally:
         gc.enable()
     return len(begun), sum(one() is not None for one in begun)
 
 
-def test_a_step_leaves_no_exchange_in_memory(ranks) -> None:
-    for begun, left in ranks(RANKS).run(left_after_a_step):
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, ModelConfig(pattern=["hgrn", "gla"], layers=2, dim=16)],
+    ids=["hybrid", "scan"],
+)
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_step_leaves_no_exchange_in_memory(ranks, config: ModelConfig, backward: bool) -> None:
+    for begun, left in ranks(RANKS).run(left_after_a_step, config, backward):
         assert begun > 0
         assert left == 0

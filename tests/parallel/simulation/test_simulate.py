@@ -365,7 +365,7 @@ def test_the_command_prints_json_and_draws(
     ("options", "said"),
     [
         ("--gpus 0", "--gpus is 0"),
-        ("--gpus 9999", "the limit is 4096"),
+        ("--gpus 9999", "--gpus is 9999; it must be at most 4096"),
         ("--cluster b100", "cluster is 'b100'; it must be one of a800, h200, h800, or"),
         ("--model gpt", "model is 'gpt'; it must be one of llama-3b"),
         ("--lengths novels", "lengths is 'novels'; it must be one of arxiv"),
