@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.backend import device_kind
 from kernels.chunked import linear_attention as chunked
 from kernels.linear_attention import Backend, check_arguments, linear_attention, resolve
 from kernels.packing import accumulation_dtype
@@ -113,6 +114,6 @@ def compose_segments(
 def _times(M: Tensor, x: Tensor) -> Tensor:
     """M · x for a factor (N, Hv), a diagonal (N, Hv, Dk) or a matrix (N, Hv, Dk, Dk)."""
     if M.dim() == x.dim():
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device_kind(x), enabled=False):
             return M @ x
     return M.reshape(*M.shape, *(1,) * (x.dim() - M.dim())) * x

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import device_kind
 from kernels.chunked.decay import CHUNK, NoDecay, decay_in_chunks
 from kernels.chunked.plan import Plan, Slab, make_plan
 from kernels.packing import accumulation_dtype, host_bounds
@@ -85,7 +86,7 @@ def _run(
     plan = make_plan(bounds, max(1, SLAB // (CHUNK * Hv)), v.device)
     # (B, T, H, D) -> (B · T, H, D)
     tokens = [None if x is None else x.flatten(0, 1) for x in (q, k, v, decay, beta)]
-    with torch.autocast(v.device.type, enabled=False):
+    with torch.autocast(device_kind(v), enabled=False):
         o, state = _Chunked.apply(*tokens, initial_state, scale, plan)
     return None if o is None else o.view(v.shape), state
 
