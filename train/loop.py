@@ -16,7 +16,7 @@ from data.settings import ConfigError
 from parallel import World, distribute
 from train import memory
 from train.config import Config, differences, due
-from train.engine import Engine
+from train.engine import Engine, dtype_of
 from train.evaluation.evaluate import evaluate
 from train.evaluation.generate import generate
 from train.evaluation.validation import Validation
@@ -65,7 +65,8 @@ class Trainer:
         for line in [*notes, *surroundings(world)]:
             self.say(line)
 
-        memory.check(config, world, _dtype(config, world))
+        dtype = dtype_of(config.train, world.device.type)
+        memory.check(config, world, dtype)
         self.material = data.material(config.data, config.train, log=self.say)
         self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
         self.stream = self.material.batches(self.cursor)
@@ -77,9 +78,9 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model: {blocks_in_words(config.model.blocks)}; {parameters:,} parameters")
         self.engine = Engine(
-            model, config.optim, config.zero, world, _dtype(config, world), config.train.accumulate
+            model, config.optim, config.zero, world, dtype, config.train.accumulate
         )
-        self.planner = planner_of(model, config.parallel, world, _dtype(config, world))
+        self.planner = planner_of(model, config.parallel, world, dtype)
         self.peak_flops = peak_flops(world.device)
         self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)
         self.lookout = Lookout(world, watch, self.watchdog)
@@ -387,9 +388,3 @@ class Trainer:
         self.validation.done.add(self.step)
         if self.recorder:
             self.recorder.evaluation({"step": self.step, **row})
-
-
-def _dtype(config: Config, world: World) -> torch.dtype:
-    auto = "bf16" if world.device.type == "cuda" else "fp32"
-    name = auto if config.train.dtype == "auto" else config.train.dtype
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -32,7 +32,8 @@ def post(
     """Start sending and receiving; the function returned waits until all is done.
 
     Tensors are contiguous, and sender and receiver list those between them in the same order.
-    Until the wait is over none may be written to, and received ones not be read.
+    Until the wait is over none may be written to, and received ones not be read. Meta tensors,
+    which hold no numbers, are neither sent nor received.
 
     Raises:
         LostRankError: a rank is gone, or does not answer within the group's timeout.
@@ -41,11 +42,11 @@ def post(
         dist.P2POp(dist.irecv, tensor, peer, group)
         for peer, tensors in sorted(receives.items())
         for tensor in tensors
-        if tensor.numel()
+        if tensor.numel() and not tensor.is_meta
     ]
     for peer, tensors in sorted(sends.items()):
         for tensor in tensors:
-            if tensor.numel():
+            if tensor.numel() and not tensor.is_meta:
                 operations.append(dist.P2POp(dist.isend, tensor, peer, group))
                 sent_bytes[peer] += tensor.numel() * tensor.element_size()
     with waiting_for(None):
