@@ -31,7 +31,12 @@ ROOMS = {
     },
     "data.ordering": {"data.batch", "data.config", "data.settings", "data.storing"},
     "parallel.planning": {"parallel.config"},
-    "parallel.travel": {"parallel.planning", "parallel.config", "parallel.peers"},
+    "parallel.travel": {
+        "parallel.planning",
+        "parallel.config",
+        "parallel.peers",
+        "parallel.timing",
+    },
     "parallel.simulation": {"parallel.planning"},
     "train.model": set(),
     "train.optimiser": set(),

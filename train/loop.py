@@ -21,8 +21,10 @@ from train.evaluation.evaluate import evaluate
 from train.evaluation.generate import generate
 from train.evaluation.validation import Validation
 from train.model.transformer import Model
+from train.monitor.clock import DATA, OPTIMISER, REDUCING, Clock
 from train.monitor.metrics import Recorder, peak_flops, peak_memory
 from train.monitor.summary import blocks_in_words, summarise, surroundings
+from train.monitor.trace import Trace
 from train.optimiser.optim import learning_rate
 from train.planning import planner_of
 from train.start import begin_from, rate_jump
@@ -86,6 +88,9 @@ class Trainer:
         self.lookout = Lookout(world, watch, self.watchdog)
         for block in model.blocks:
             block.register_forward_pre_hook(lambda *_: self.lookout.look_inside())
+        self.clock = Clock(config.model.blocks, world.device)
+        self.clock.watch(model.blocks)
+        self.trace = Trace(folder, world.rank, config.train.profile)
         self.saver = checkpoint.Saver(
             self.checkpoints, world, lambda: self.lookout.at("copying what is saved")
         )
@@ -153,13 +158,14 @@ class Trainer:
             if self.wrong:
                 self._pass_over(self.step + 1, self.wrong)
                 continue
+            last = self.step == config.train.steps
             if row is not None:
                 self.watch.step_done()
                 if self.recorder:
                     self.recorder.step(row)
+                    self.recorder.times(self.clock, last or due(self.step, config.eval.every))
                 self._validate()
                 self._saved(self.saver.poll())
-            last = self.step == config.train.steps
             if self.lookout.cause or last or due(self.step, config.checkpoint.every):
                 self._save()
         self._finish_saving()
@@ -174,6 +180,8 @@ class Trainer:
         config, world, engine = self.config.train, self.world, self.engine
         self.lookout.step = self.step + 1
         began, self.wrong = time.monotonic(), None
+        self.trace.before_step()
+        self.clock.start()
         wanted = (b for b in self.stream if b.cursor.batches not in self.judge.skipped)
         self.batches = batches = list(islice(wanted, config.accumulate))
         targets = max(1, sum(batch.targets for batch in batches))
@@ -196,12 +204,15 @@ class Trainer:
                     batch.tokens, batch.labels, batch.cu_seqlens, world, planner=self.planner
                 )
                 self.planner.begin(np.diff(following.cu_seqlens))
-                with self.lookout.in_forward():
+                self.clock.mark(DATA)
+                with self.clock.forward(), self.lookout.in_forward():
                     scaled, cross_entropy = engine(tokens, labels, shard)
                 engine.backward(scaled * (world.size * config.accumulate / targets))
                 nats += cross_entropy
+                self.clock.mark(REDUCING)
                 self.lookout.at("the optimiser's step")
                 norm = engine.step(rate, is_good)
+                self.clock.mark(OPTIMISER)
         except GivenUpError:
             self.next_batch = batches[0].digest
             return None
@@ -211,6 +222,9 @@ class Trainer:
         if self.wrong is None:
             self.step += 1
             self.tokens += config.batch_tokens * config.accumulate
+        self.clock.stop(self.step)
+        if traced := self.trace.after_step(self.step):
+            self.say(traced)
         seconds = time.monotonic() - began
         # A backward pass is twice the work of a forward pass.
         work = 3 * sum(engine.model.flops(np.diff(batch.cu_seqlens)) for batch in batches)

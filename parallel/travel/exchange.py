@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.packing import accumulation_dtype
+from parallel import timing
 from parallel.peers import waiting_for
 
 # Bytes sent to each rank since the process started; tests compare the simulator's counts with it.
@@ -49,15 +50,20 @@ def post(
             if tensor.numel() and not tensor.is_meta:
                 operations.append(dist.P2POp(dist.isend, tensor, peer, group))
                 sent_bytes[peer] += tensor.numel() * tensor.element_size()
+    told = timing.observer() if operations else None
+    left = told.now() if told else None
     with waiting_for(None):
         works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait() -> None:
+        came = told.now() if told else None
         # gloo gives a handle for each operation; NCCL one for all, which does not wait here.
         for i, work in enumerate(works):
             with waiting_for(operations[i].peer if len(works) == len(operations) else None):
                 work.wait()
         operations.clear()  # it kept the tensors alive while they were sent
+        if told:
+            told.waited(left, came)
 
     return wait
 
