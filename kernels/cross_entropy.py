@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, use_triton
+from kernels.backend import Backend, device_kind, use_triton
 from kernels.packing import accumulation_dtype
 
 # Logits held at a time: on a CPU 2²² (16 MB in fp32), about the size of its last cache; on a GPU
@@ -131,8 +131,8 @@ def _chunks(
     to find out which those are, the CPU would have to wait for the GPU.
     """
     V = max(len(projection), 1)
-    limit = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cpu"])
-    if hidden.is_cuda:
+    limit = CHUNK_LOGITS.get(device_kind(hidden), CHUNK_LOGITS["cpu"])
+    if device_kind(hidden) == "cuda":
         limit = max(limit, projection.numel() // 2)
     step = max(limit // V, 1)
     if triton:
@@ -175,7 +175,7 @@ def _losses(
 def _operand(x: Tensor) -> Tensor:
     """x in the dtype to multiply: its own on a GPU, whose tensor cores sum in fp32; fp32 (fp64) on
     a CPU, where sums of a bf16 product are rounded to bf16."""
-    return x if x.is_cuda else x.to(accumulation_dtype(x.dtype))
+    return x if device_kind(x) == "cuda" else x.to(accumulation_dtype(x.dtype))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

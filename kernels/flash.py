@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MAX_WIDTH = 256  # channels of a head that the kernels take; the gradient of lse needs 8 of them
+from kernels.backend import device_kind
+from kernels.chunked import softmax_attention as attention_tiles
+
+MAX_WIDTH = 256  # channels of a head that the kernels take
 
 
 class Packed(NamedTuple):
@@ -39,7 +42,7 @@ class Packed(NamedTuple):
 def usable(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels take these tensors: bf16 or fp16 on a GPU, heads not too wide."""
     half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and max(q.shape[-1], v.shape[-1]) <= MAX_WIDTH - 8
+    return device_kind(q) == "cuda" and half and max(q.shape[-1], v.shape[-1]) <= MAX_WIDTH
 
 
 class FlashAttention(torch.autograd.Function):
@@ -70,6 +73,15 @@ class FlashAttention(torch.autograd.Function):
             # ds = p ⊙ (do·v − ⟨do, o⟩ + dlse), but the kernels have no dlse. An extra channel with
             # 1 in do, −dlse in o and 0 in v adds −dlse to ⟨do, o⟩ and changes nothing else.
             width = _rounded(max(q.shape[2], v.shape[2]) + 1)
+            if width > MAX_WIDTH:  # no room for it; training asks for no such gradient
+                tiling = attention_tiles.Tiling(
+                    packed.cu_q.tolist(), packed.cu_k.tolist(), packed.causal, packed.window
+                )
+                lse = raw_lse.t().masked_fill(raw_lse.t().isposinf(), float("-inf"))
+                found = attention_tiles.gradients(
+                    do, dlse, q, k, v, out[..., : v.shape[2]], lse, tiling, packed.scale
+                )
+                return *found, None
             do, out = _widened(do, width).clone(), _widened(out, width).clone()
             do[..., -1] = 1
             out[..., -1] = dlse.masked_fill(raw_lse.t().isposinf(), 0).neg()

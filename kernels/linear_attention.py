@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import reference
+from kernels.backend import device_kind
 from kernels.chunked import linear_attention as chunked
 from kernels.packing import check_cu_seqlens
 
@@ -136,7 +137,7 @@ def resolve(backend: Backend, q: Tensor, v: Tensor) -> ModuleType:
     """
     widest = max(q.shape[-1], v.shape[-1])
     if backend == "auto":
-        fits = q.is_cuda and q.dtype != torch.float64 and widest <= 256
+        fits = device_kind(q) == "cuda" and q.dtype != torch.float64 and widest <= 256
         backend = "triton" if fits else "torch"
     if backend == "torch":
         return chunked
@@ -149,7 +150,7 @@ def resolve(backend: Backend, q: Tensor, v: Tensor) -> ModuleType:
             raise ValueError(
                 f"backend 'triton' takes heads up to 256 wide, not {widest}: use 'torch'"
             )
-        if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if device_kind(q) != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"backend 'triton' needs tensors on a GPU, not on {q.device}: use 'torch', or set "
                 "TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"

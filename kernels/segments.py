@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.backend import device_kind
 from kernels.linear_attention import Backend, check_arguments, final_state
 from kernels.packing import accumulation_dtype
 
@@ -79,6 +80,6 @@ def compose_segments(
 def _times(M: Tensor, x: Tensor) -> Tensor:
     """M · x for a factor (N, Hv), a diagonal (N, Hv, Dk) or a matrix (N, Hv, Dk, Dk)."""
     if M.dim() == x.dim():
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device_kind(x), enabled=False):
             return M @ x
     return M.reshape(*M.shape, *(1,) * (x.dim() - M.dim())) * x

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
+from parallel.simulation import pictures
+
 _MOST_TOKENS = 1 << 30  # of one batch, or one sequence
-_PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 def main() -> int:
@@ -120,19 +120,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "seed", 0) < 0:
         raise ValueError(f"--seed is {arguments.seed}; it must be at least 0")
     if getattr(arguments, "figure", None) is not None:
-        _check_figure(arguments.figure)
-
-
-def _check_figure(path: str) -> None:
-    """Before minutes of work: matplotlib would write elsewhere, `fifo.png` for `fifo`."""
-    folder, name = os.path.split(path)
-    if os.path.splitext(name)[1].lower() not in _PICTURES or os.path.isdir(path):
-        raise ValueError(
-            f"--figure is {path[:200]!r}; it must be a file whose name ends in one of "
-            f"{', '.join(_PICTURES)}"
-        )
-    if not os.path.isdir(folder or "."):
-        raise ValueError(f"--figure is {path[:200]!r}; there is no folder {folder[:200]!r}")
+        pictures.check(arguments.figure)
 
 
 def _simulate(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 COMMANDS = {
+    "plan": "memory, speed and what to change first, before a run is queued",
     "evaluate": "loss by position, recall and a needle, up to four times the training length",
     "generate": "text from a model, printed while it is made",
     "table": "compare the last evaluations of runs, by mixer and ratio to attention",

@@ -245,6 +245,34 @@ def table(arguments: list[str]) -> int:
     return 0
 
 
+def plan(arguments: list[str]) -> int:
+    """Say what a run will need before it is queued."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train plan",
+        description="What a run will need: parameters, FLOPs, memory of a rank under every stage "
+        "of ZeRO, the longest sequence that fits, and what to change first. No GPU is asked.",
+    )
+    parser.add_argument("config", help="YAML file of the run")
+    _add_overrides(parser)
+    parser.add_argument(
+        "--cluster", default="h200", metavar="NAME", help="a800, h800, h200 or a YAML file (h200)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, help="ranks (as many as slurm/train.sbatch asks for)", metavar="N"
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="ranks of this machine's CPU, one unless --gpus"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--figure", metavar="PATH", help="memory as a picture of stacked bars")
+    options = parser.parse_intermixed_args(arguments)
+    config = read(options.config, options.overrides)
+
+    from train.forecast.answer import answer
+
+    return answer(config, options.cluster, options.gpus, options.cpu, options.json, options.figure)
+
+
 def _progress(line: str) -> None:
     _tell(f"{line} …")
 

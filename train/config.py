@@ -55,6 +55,13 @@ class TrainConfig(StreamConfig):
     dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "of weights and activations (auto: bf16 on a GPU, fp32 on a CPU)"
     )
+    profile: int = setting(
+        0,
+        "steps to trace for Perfetto, from the third of each start on, into the run's folder; "
+        "0 for none",
+        least=0,
+        most=100,
+    )
 
 
 @dataclass

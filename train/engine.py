@@ -7,6 +7,7 @@ of ranks or stages.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel import World
-from train.config import ZeroConfig
+from train.config import TrainConfig, ZeroConfig
 from train.model.transformer import Model
 from train.optimiser.muon import Muon, Piece
 from train.optimiser.optim import OptimConfig, parameter_groups
@@ -28,6 +29,15 @@ from train.optimiser.optim import OptimConfig, parameter_groups
 WEIGHT = "weight"
 _MUON = (WEIGHT, "exp_avg")
 _ADAMW = (WEIGHT, "exp_avg", "exp_avg_sq")
+
+
+# Most numbers that ZeRO's ranks reduce at a time, DeepSpeed's own default.
+BUCKET = 500_000_000
+
+
+def bucket(parameters: int) -> int:
+    """Numbers of the buffer from which ZeRO reduces gradients: no more than there are."""
+    return min(BUCKET, parameters)
 
 
 class Engine:
@@ -72,7 +82,10 @@ class Engine:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": optim.clip,
-            "zero_optimization": {"stage": zero.stage},
+            "zero_optimization": {
+                "stage": zero.stage,
+                "reduce_bucket_size": bucket(sum(p.numel() for p in model.parameters())),
+            },
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             "steps_per_print": None,
@@ -279,6 +292,13 @@ class Engine:
             parameter.data.copy_(value)
 
 
+def dtype_of(config: TrainConfig, device: str) -> torch.dtype:
+    """The dtype of weights and activations on a kind of device, "cuda" or "cpu"."""
+    auto = "bf16" if device == "cuda" else "fp32"
+    name = auto if config.dtype == "auto" else config.dtype
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
 def _quietly_initialise(
     model: nn.Module, optimizer: Any, settings: dict[str, Any], world: World
 ) -> Any:
@@ -305,4 +325,5 @@ def _quietly_initialise(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
     )
+    gc.collect()  # circles of its objects keep the weights as they were before it moved them
     return engine

@@ -16,13 +16,15 @@ from data.settings import ConfigError
 from parallel import World, distribute
 from train import memory
 from train.config import Config, differences, due
-from train.engine import Engine
+from train.engine import Engine, dtype_of
 from train.evaluation.evaluate import evaluate
 from train.evaluation.generate import generate
 from train.evaluation.validation import Validation
 from train.model.transformer import Model
+from train.monitor.clock import DATA, OPTIMISER, REDUCING, Clock
 from train.monitor.metrics import Recorder, peak_flops, peak_memory
 from train.monitor.summary import blocks_in_words, summarise, surroundings
+from train.monitor.trace import Trace
 from train.optimiser.optim import learning_rate
 from train.planning import planner_of
 from train.start import begin_from, rate_jump
@@ -65,7 +67,8 @@ class Trainer:
         for line in [*notes, *surroundings(world)]:
             self.say(line)
 
-        memory.check(config, world, _dtype(config, world))
+        dtype = dtype_of(config.train, world.device.type)
+        memory.check(config, world, dtype)
         self.material = data.material(config.data, config.train, log=self.say)
         self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
         self.stream = self.material.batches(self.cursor)
@@ -77,14 +80,17 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model: {blocks_in_words(config.model.blocks)}; {parameters:,} parameters")
         self.engine = Engine(
-            model, config.optim, config.zero, world, _dtype(config, world), config.train.accumulate
+            model, config.optim, config.zero, world, dtype, config.train.accumulate
         )
-        self.planner = planner_of(model, config.parallel, world, _dtype(config, world))
+        self.planner = planner_of(model, config.parallel, world, dtype)
         self.peak_flops = peak_flops(world.device)
         self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)
         self.lookout = Lookout(world, watch, self.watchdog)
         for block in model.blocks:
             block.register_forward_pre_hook(lambda *_: self.lookout.look_inside())
+        self.clock = Clock(config.model.blocks, world.device)
+        self.clock.watch(model.blocks)
+        self.trace = Trace(folder, world.rank, config.train.profile)
         self.saver = checkpoint.Saver(
             self.checkpoints, world, lambda: self.lookout.at("copying what is saved")
         )
@@ -152,13 +158,14 @@ class Trainer:
             if self.wrong:
                 self._pass_over(self.step + 1, self.wrong)
                 continue
+            last = self.step == config.train.steps
             if row is not None:
                 self.watch.step_done()
                 if self.recorder:
                     self.recorder.step(row)
+                    self.recorder.times(self.clock, last or due(self.step, config.eval.every))
                 self._validate()
                 self._saved(self.saver.poll())
-            last = self.step == config.train.steps
             if self.lookout.cause or last or due(self.step, config.checkpoint.every):
                 self._save()
         self._finish_saving()
@@ -173,6 +180,8 @@ class Trainer:
         config, world, engine = self.config.train, self.world, self.engine
         self.lookout.step = self.step + 1
         began, self.wrong = time.monotonic(), None
+        self.trace.before_step()
+        self.clock.start()
         wanted = (b for b in self.stream if b.cursor.batches not in self.judge.skipped)
         self.batches = batches = list(islice(wanted, config.accumulate))
         targets = max(1, sum(batch.targets for batch in batches))
@@ -195,12 +204,15 @@ class Trainer:
                     batch.tokens, batch.labels, batch.cu_seqlens, world, planner=self.planner
                 )
                 self.planner.begin(np.diff(following.cu_seqlens))
-                with self.lookout.in_forward():
+                self.clock.mark(DATA)
+                with self.clock.forward(), self.lookout.in_forward():
                     scaled, cross_entropy = engine(tokens, labels, shard)
                 engine.backward(scaled * (world.size * config.accumulate / targets))
                 nats += cross_entropy
+                self.clock.mark(REDUCING)
                 self.lookout.at("the optimiser's step")
                 norm = engine.step(rate, is_good)
+                self.clock.mark(OPTIMISER)
         except GivenUpError:
             self.next_batch = batches[0].digest
             return None
@@ -210,6 +222,9 @@ class Trainer:
         if self.wrong is None:
             self.step += 1
             self.tokens += config.batch_tokens * config.accumulate
+        self.clock.stop(self.step)
+        if traced := self.trace.after_step(self.step):
+            self.say(traced)
         seconds = time.monotonic() - began
         # A backward pass is twice the work of a forward pass.
         work = 3 * sum(engine.model.flops(np.diff(batch.cu_seqlens)) for batch in batches)
@@ -387,9 +402,3 @@ class Trainer:
         self.validation.done.add(self.step)
         if self.recorder:
             self.recorder.evaluation({"step": self.step, **row})
-
-
-def _dtype(config: Config, world: World) -> torch.dtype:
-    auto = "bf16" if world.device.type == "cuda" else "fp32"
-    name = auto if config.train.dtype == "auto" else config.train.dtype
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import device_kind
 from kernels.chunked.decay import CHUNK, NoDecay, decay_in_chunks, exp
 from kernels.chunked.plan import Plan, Slab, make_plan
 from kernels.packing import accumulation_dtype, gradient_like, host_bounds
@@ -97,7 +98,7 @@ def forward(
     o = None if q is None else _rows_like(x.v, x.plan)
     state = _states(initial_state, x)
     entered = []
-    with torch.autocast(v.device.type, enabled=False):
+    with torch.autocast(device_kind(v), enabled=False):
         for slab in x.plan.slabs:
             # (sequences, H, Dk, Dv) -> (sequences · H, Dk, Dv), here and below
             entered.append(state[slab.sequences].flatten(0, 1).clone())
@@ -134,7 +135,7 @@ def backward(
     given = (x.q, x.k, x.v, x.decay, x.beta)
     results = [None if one is None else _rows_like(one, x.plan) for one in given]
     dstate = _states(dfinal, x)
-    with torch.autocast(v.device.type, enabled=False):
+    with torch.autocast(device_kind(v), enabled=False):
         for slab, state in zip(reversed(x.plan.slabs), reversed(entered), strict=True):
             gradients = x.terms(slab).gradients(state, dstate[slab.sequences].flatten(0, 1), do)
             for out, slots in zip(results, gradients, strict=True):
@@ -175,7 +176,7 @@ def forward_with_maps(
     log_left = state.new_zeros(*state.shape[:2], 1, 1 if x.decay is None else x.decay.shape[-1])
     o, R = (_rows_like(state.new_empty(()).expand(tokens, H, D), x.plan) for D in (Dv, Dk))
     entered, maps = [], []
-    with torch.autocast(v.device.type, enabled=False):
+    with torch.autocast(device_kind(v), enabled=False):
         for slab in x.plan.slabs:
             entering = state[slab.sequences].flatten(0, 1)
             log_entering = log_left[slab.sequences].flatten(0, 1)
@@ -205,7 +206,7 @@ def enter(v: Tensor, cu_seqlens: Tensor | None, state: Tensor, kept: Kept) -> Ke
     plan = _plan(v, cu_seqlens)
     state = state.index_select(0, plan.order)
     entered = []
-    with torch.autocast(v.device.type, enabled=False):
+    with torch.autocast(device_kind(v), enabled=False):
         for slab, zero, M in zip(
             plan.slabs, kept[: len(plan.slabs)], kept[len(plan.slabs) :], strict=True
         ):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import device_kind
 from kernels.packing import accumulation_dtype
 
 # Queries of one tile in a sliding window, or without the flash kernel. They share a mask over
@@ -95,7 +96,7 @@ def _heads_first(x: Tensor, rows: slice, width: int) -> Tensor:
 
 def _has_flash(x: Tensor) -> bool:
     """Whether torch's flash kernel for CPUs can be used; elsewhere tiles are plain products."""
-    return x.device.type == "cpu"
+    return device_kind(x) == "cpu"
 
 
 def _plain(
@@ -181,15 +182,30 @@ class TiledAttention(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
-        if dlse is not None:
-            # ds = p ⊙ (do·v − ⟨do, o⟩ + dlse), but the kernel has no dlse. An extra channel with
-            # 1 in do, −dlse in o and 0 in v adds −dlse to ⟨do, o⟩ and changes nothing else.
-            width = -(-(max(q.shape[2], v.shape[2]) + 1) // 8) * 8
-            do = F.pad(do, (0, width - do.shape[2]))
-            o = F.pad(o, (0, width - o.shape[2]))
-            do[..., -1] = 1
-            o[..., -1] = -dlse
-        return *backward(do, q, k, v, o, lse, ctx.tiling, ctx.scale), None, None
+        return *gradients(do, dlse, q, k, v, o, lse, ctx.tiling, ctx.scale), None, None
+
+
+def gradients(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    tiling: Tiling,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backward`, with the gradient of lse (Tq, Hq) too; None is zero."""
+    if dlse is not None:
+        # ds = p ⊙ (do·v − ⟨do, o⟩ + dlse), but the kernel has no dlse. An extra channel with
+        # 1 in do, −dlse in o and 0 in v adds −dlse to ⟨do, o⟩ and changes nothing else.
+        width = -(-(max(q.shape[2], v.shape[2]) + 1) // 8) * 8
+        do = F.pad(do, (0, width - do.shape[2]))
+        o = F.pad(o, (0, width - o.shape[2]))
+        do[..., -1] = 1
+        o[..., -1] = -dlse
+    return backward(do, q, k, v, o, lse, tiling, scale)
 
 
 def backward(

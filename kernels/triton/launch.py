@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, MutableSequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Launch(NamedTuple):
 
 class _Recording(NamedTuple):
     arch: str
-    launches: list[Launch]
+    launches: MutableSequence[Launch]
 
 
 _recordings: list[_Recording] = []
@@ -53,9 +54,20 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     An op that runs on meta tensors here shows which kernels it launches and how. So the
     ahead-of-time compile needs no list of its own.
     """
-    _recordings.append(_Recording(arch, []))
+    launches: list[Launch] = []
+    _recordings.append(_Recording(arch, launches))
     try:
-        yield _recordings[-1].launches
+        yield launches
+    finally:
+        _recordings.pop()
+
+
+@contextlib.contextmanager
+def launching_nothing(arch: str) -> Iterator[None]:
+    """As `recording`, but nothing is collected: launches would keep their tensors alive."""
+    _recordings.append(_Recording(arch, deque(maxlen=0)))
+    try:
+        yield
     finally:
         _recordings.pop()
 

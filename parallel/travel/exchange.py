@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.packing import accumulation_dtype
+from parallel import timing
 from parallel.peers import waiting_for
 
 # Bytes sent to each rank since the process started; tests compare the simulator's counts with it.
@@ -32,7 +33,8 @@ def post(
     """Start sending and receiving; the function returned waits until all is done.
 
     Tensors are contiguous, and sender and receiver list those between them in the same order.
-    Until the wait is over none may be written to, and received ones not be read.
+    Until the wait is over none may be written to, and received ones not be read. Meta tensors,
+    which hold no numbers, are neither sent nor received.
 
     Raises:
         LostRankError: a rank is gone, or does not answer within the group's timeout.
@@ -41,22 +43,27 @@ def post(
         dist.P2POp(dist.irecv, tensor, peer, group)
         for peer, tensors in sorted(receives.items())
         for tensor in tensors
-        if tensor.numel()
+        if tensor.numel() and not tensor.is_meta
     ]
     for peer, tensors in sorted(sends.items()):
         for tensor in tensors:
-            if tensor.numel():
+            if tensor.numel() and not tensor.is_meta:
                 operations.append(dist.P2POp(dist.isend, tensor, peer, group))
                 sent_bytes[peer] += tensor.numel() * tensor.element_size()
+    told = timing.observer() if operations else None
+    left = told.now() if told else None
     with waiting_for(None):
         works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait() -> None:
+        came = told.now() if told else None
         # gloo gives a handle for each operation; NCCL one for all, which does not wait here.
         for i, work in enumerate(works):
             with waiting_for(operations[i].peer if len(works) == len(operations) else None):
                 work.wait()
         operations.clear()  # it kept the tensors alive while they were sent
+        if told:
+            told.waited(left, came)
 
     return wait
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels import softmax_attention, softmax_attention_backward
+from kernels import flash, softmax_attention, softmax_attention_backward
+from kernels.backend import imagining
 from kernels.chunked.softmax_attention import WINDOW_ROWS
 from tests.kernels.agreement import assert_agrees, bounds
 
@@ -115,6 +116,18 @@ def test_every_path_agrees(path, lengths, causal, window):
     """Values and gradients, through the log-sum-exp too, in fp64."""
     for with_lse in (False, True):
         check(torch.float64, lengths, causal, window, with_lse, D=8, Dv=5)
+
+
+def test_the_widest_heads_that_flash_takes_have_a_gradient_of_lse(monkeypatch):
+    """Qwen3-Next's: there is no channel left to put it in."""
+    monkeypatch.setattr("kernels.flash._forward", flash_forward)
+    monkeypatch.setattr("kernels.flash._backward", flash_backward)
+    q = torch.empty(1, 1, 256, dtype=torch.bfloat16, device="meta")
+    with imagining("cuda"):
+        assert flash.usable(q, q)
+        assert not flash.usable(q.new_empty(1, 1, 264), q)
+    monkeypatch.setattr("kernels.flash.usable", lambda q, v: True)
+    check(torch.float64, SEQUENCES["packed"], True, None, True, D=256, Dv=256)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""Figures of an evaluation. matplotlib is imported when the first one is drawn."""
+"""Figures of a run. matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -25,6 +25,33 @@ def curves(lines: Mapping[str, Mapping[str, float]], what: str, height: str) -> 
     axes.set(xlabel=f"{what}, from", ylabel=height)
     axes.grid(alpha=0.3)
     axes.legend()
+    return drawn
+
+
+def stacked(
+    bars: Mapping[str, Mapping[str, float]], height: str, limit: float | None = None
+) -> Any:
+    """Bars of stacked parts as a matplotlib figure.
+
+    Args:
+        bars: by their name, the height of each part by its name; all bars have the same parts.
+        height: what the heights are.
+        limit: drawn as a dashed line.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(2.6 + 0.9 * len(bars), 4.2), layout="constrained")
+    axes = drawn.subplots()
+    at, below = np.arange(len(bars)), np.zeros(len(bars))
+    for part in next(iter(bars.values())):
+        heights = np.array([bar[part] for bar in bars.values()])
+        axes.bar(at, heights, 0.7, below, label=part)
+        below += heights
+    if limit is not None:
+        axes.axhline(limit, color="black", linestyle="--")
+    axes.set_xticks(at, list(bars))
+    axes.set(ylabel=height)
+    drawn.legend(loc="outside right upper")
     return drawn
 
 

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from train.monitor import figures
+from train.monitor.clock import TRAVELLING, Clock
 from train.monitor.lines import METRICS, Lines, Rows
 
 # Peak dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name.
@@ -101,6 +102,18 @@ class Recorder:
                 f"step {step}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
                 f"grad_norm {row['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.0f} s left"
             )
+
+    def times(self, clock: Clock, drawn: bool) -> None:
+        """Where the time of the last steps went, in seconds; `drawn` as a figure too."""
+        for step, seconds in clock.read():
+            for name, value in seconds.items():
+                self.scalar(f"time/{name}", value, step)
+        if drawn and (means := clock.means()):
+            with self.harmless("a figure"):
+                travelling = 1e3 * means.pop(TRAVELLING)
+                parts = {name: 1e3 * seconds for name, seconds in means.items()}
+                said = f"ms of a step, and {travelling:.1f} under way beside it"
+                self.figure("time/step", figures.stacked({"rank 0": parts}, said), step)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """An evaluation's row: `step` and what `train.evaluation.evaluate.evaluate` gives."""

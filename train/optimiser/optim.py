@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,6 +55,15 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.min_lr_fraction + (1 - config.min_lr_fraction) * left)
 
 
+def _is_matrix(name: str, shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and name.endswith(".weight")
+
+
+def is_orthogonal(name: str, shape: Sequence[int], config: OptimConfig) -> bool:
+    """Whether a parameter takes Muon's step."""
+    return config.name == "muon" and _is_matrix(name, shape) and name.startswith("blocks.")
+
+
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
@@ -73,8 +82,8 @@ def parameter_groups(
     """
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
-        matrix = parameter.dim() == 2 and name.endswith(".weight")
-        orthogonal = config.name == "muon" and matrix and name.startswith("blocks.")
+        matrix = _is_matrix(name, parameter.shape)
+        orthogonal = is_orthogonal(name, parameter.shape, config)
         multiplier = multipliers.get(name, 1.0)
         if orthogonal:
             # An orthogonal update's spectral norm grows with the root of the width alone

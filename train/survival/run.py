@@ -35,6 +35,7 @@ _WRITTEN: dict[str, Any] = {
     "tensorboard": _EVENTS,
     "faults": {"step-*.npz": None},
     "beats": {"rank-*.json": None, "report": None},
+    "profile": {"steps-*-rank-*.json.gz": None},
     "evaluation": {**_REPORT, "*": _REPORT},
 }
 _PATIENCE_S = 30.0  # with what a job's last start has left

@@ -1,0 +1,231 @@
+"""A run on so many ranks: its memory under every stage of ZeRO, with and without checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import parallel
+from data.config import MOST_TOKENS, RECALL, longest_seq_len
+from data.recall import Recall
+from data.tokens.tokenizer import load
+from parallel import Shard, World, distribute
+from parallel.planning.clusters import MEMORY_SLACK
+from parallel.planning.planner import Planner
+from train.config import Config
+from train.forecast import memory, work
+from train.forecast.activations import Device, Part, Shape, parts
+from train.forecast.states import states
+from train.model import mixers
+from train.model.transformer import Model
+from train.planning import planner_of
+
+STAGES = (0, 1, 2, 3)
+TRAVELLING, SLACK, RUNTIME = "travelling", "slack", "runtime"
+# Bytes beside tensors. Of a GPU: CUDA's context and kernels, workspaces of products, NCCL's
+# channels, and what the allocator cannot use; of a CPU: Python and the libraries.
+_RUNTIME = {"cuda": 3e9, "cpu": 0.6e9}
+# Tokens a rank at which parts are run. A CPU's ops are many, chunk by chunk: past the last size
+# its bytes are taken from the line through the last two.
+_SIZES: dict[Device, list[int]] = {
+    "cuda": [1024, 4096, 16384, 65536, 262144, 1048576],
+    "cpu": [1024, 2048, 4096],
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank holds at the worst moment of a step.
+
+    Attributes:
+        stage, checkpointed: of ZeRO; of activations.
+        kinds: bytes by kind. Those of layers, the embedding and the loss go by their names;
+            `travelling` is what layers hold for other ranks' sake, `slack` what a rank may hold
+            above the others, `runtime` what is no tensor.
+    """
+
+    stage: int
+    checkpointed: bool
+    kinds: dict[str, float]
+
+    @property
+    def tensors(self) -> float:
+        """Bytes of tensors if shards are even: what an allocator's peak is compared with."""
+        return self.total - self.kinds[SLACK] - self.kinds[RUNTIME]
+
+    @property
+    def total(self) -> float:
+        return sum(self.kinds.values())
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on `ranks` ranks, `ranks_per_node` on a node, each with `room` bytes.
+
+    Attributes:
+        device: of the ranks.
+        dtype: of weights and activations.
+    """
+
+    config: Config
+    ranks: int
+    ranks_per_node: int
+    room: float
+    device: Device
+    dtype: torch.dtype
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Pieces of the tokenizer; of one that text will train, as many as it is asked for."""
+        data = self.config.data
+        if data.source == RECALL:
+            return Recall(data.recall, self.config.train).tokenizer.vocab_size
+        return load(Path(data.tokenizer)).vocab_size if data.tokenizer else data.vocab_size
+
+    @cached_property
+    def model(self) -> Model:
+        """On meta tensors."""
+        mixers.check(self.config.model)
+        with torch.device("meta"):
+            return Model(self.config.model, self.vocab_size)
+
+    @cached_property
+    def sizes(self) -> work.Sizes:
+        return work.sizes(self.model)
+
+    def on(self, ranks: int) -> Case:
+        """The same run on another number of ranks."""
+        return replace(self, ranks=ranks, ranks_per_node=min(ranks, self.ranks_per_node))
+
+    @property
+    def tokens(self) -> int:
+        """Of a rank in a batch, if shards are even."""
+        return -(-self.config.train.batch_tokens // self.ranks)
+
+    @property
+    def seq_len(self) -> int:
+        """The longest sequence of the whole run."""
+        train = self.config.train
+        return longest_seq_len(self.config.data, train, train.steps)
+
+    def lengths(self, seq_len: int) -> np.ndarray:
+        """A batch of full sequences, int64 (N,); the last one may be shorter."""
+        return _sequences(self.config.train.batch_tokens, seq_len)
+
+    def planner(self) -> Planner:
+        world = World(0, self.ranks, 0, torch.device("meta"), self.ranks_per_node)
+        return planner_of(self.model, self.config.parallel, world, self.dtype)
+
+    def memory(self, stage: int, checkpointed: bool) -> Memory:
+        """What a rank holds in a step on batches of full sequences."""
+        among, alone = self._parts(checkpointed)
+        kinds = self._peak(stage, among, self.tokens)
+        if self.ranks > 1:
+            by_itself = self._peak(stage, alone, self.tokens)
+            more = sum(kinds.values()) - sum(by_itself.values())
+            kinds = {**by_itself, TRAVELLING: max(0.0, more)}
+        kinds |= {SLACK: self._slack(kinds), RUNTIME: _RUNTIME[self.device]}
+        return Memory(stage, checkpointed, kinds)
+
+    def longest(self, stage: int, checkpointed: bool) -> int:
+        """Tokens of the longest sequence that fits if it is the whole batch; 0 if none does."""
+        sizes = _SIZES[self.device]
+
+        def fits(tokens: int, made: dict[str, Part]) -> bool:
+            kinds = self._peak(stage, made, tokens)
+            held = sum(kinds.values()) + self._slack(kinds) + _RUNTIME[self.device]
+            return held <= self.room
+
+        # Between two sizes, and past the last one, bytes lie on a line.
+        last = next(
+            (i for i, n in enumerate(sizes) if i and not fits(n, self._of_one(checkpointed, n))),
+            len(sizes) - 1,
+        )
+        one, two = (self._of_one(checkpointed, n) for n in sizes[last - 1 : last + 1])
+
+        def between(tokens: int) -> dict[str, Part]:
+            return _on_line(one, two, (tokens - sizes[last - 1]) / (sizes[last] - sizes[last - 1]))
+
+        low, high = 0, MOST_TOKENS // self.ranks
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle, between(middle)) else (low, middle - 1)
+        return low * self.ranks
+
+    def _peak(self, stage: int, made: dict[str, Part], tokens: int) -> dict[str, float]:
+        config = self.config
+        return memory.Step(
+            config.model.blocks,
+            made,
+            states(self.sizes.shapes, config.optim, stage, self.ranks, self.dtype),
+            tokens,
+            config.train.accumulate,
+            config.model.tie_embeddings,
+        ).peak()
+
+    def _slack(self, kinds: dict[str, float]) -> float:
+        """What a plan may give a rank above its even share of activations."""
+        fixed = (memory.WEIGHTS, memory.OPTIMISER, memory.GRADIENTS, memory.BUFFERS)
+        moving = sum(size for kind, size in kinds.items() if kind not in fixed)
+        return MEMORY_SLACK * moving if self.ranks > 1 else 0.0
+
+    # `lru_cache` on methods would keep every case alive.
+    @cached_property
+    def _parts(self) -> Callable[[bool], tuple[dict[str, Part], dict[str, Part]]]:
+        """Of batches of full sequences: the parts on a rank among others, and on one alone."""
+
+        def made(checkpointed: bool) -> tuple[dict[str, Part], dict[str, Part]]:
+            among = self._at(self.tokens, checkpointed)
+            return among, among if self.ranks == 1 else self.on(1)._at(self.tokens, checkpointed)
+
+        return lru_cache(None)(made)
+
+    @cached_property
+    def _of_one(self) -> Callable[[bool, int], dict[str, Part]]:
+        """The parts of a batch that is one sequence, by its tokens a rank."""
+
+        def made(checkpointed: bool, tokens: int) -> dict[str, Part]:
+            shard = self._shard(np.array([tokens * self.ranks]))
+            return parts(self.config.model, self._shape(checkpointed), shard)
+
+        return lru_cache(None)(made)
+
+    def _at(self, tokens: int, checkpointed: bool) -> dict[str, Part]:
+        """The parts of a batch of full sequences, by its tokens a rank."""
+        sizes = _SIZES[self.device][-2:]
+        if self.device == "cpu" and tokens > sizes[-1]:
+            one, two = (self._at(n, checkpointed) for n in sizes)
+            return _on_line(one, two, (tokens - sizes[0]) / (sizes[1] - sizes[0]))
+        shard = self._shard(_sequences(tokens * self.ranks, self.seq_len))
+        return parts(self.config.model, self._shape(checkpointed), shard)
+
+    def _shape(self, checkpointed: bool) -> Shape:
+        return Shape(self.device, self.dtype, self.vocab_size, checkpointed)
+
+    def _shard(self, lengths: np.ndarray) -> Shard:
+        """What the fullest rank has of a batch."""
+        if self.ranks == 1:
+            return parallel.shard(lengths, "cpu")
+        with closing(self.planner()) as planner:
+            rank = int(planner.plan(lengths).stream.tokens.argmax())
+            world = World(rank, self.ranks, 0, torch.device("meta"), self.ranks_per_node)
+            nothing = np.zeros(int(lengths.sum()), np.int64)
+            bounds = np.concatenate([[0], np.cumsum(lengths)])
+            return distribute(nothing, nothing, bounds, world, planner=planner)[2]
+
+
+def _on_line(one: dict[str, Part], two: dict[str, Part], way: float) -> dict[str, Part]:
+    """The parts at a point of the line from `one` (0) to `two` (1)."""
+    return {name: part.towards(two[name], way) for name, part in one.items()}
+
+
+def _sequences(total: int, seq_len: int) -> np.ndarray:
+    """Lengths (N,) of sequences of `seq_len` tokens, `total` in all; the last may be shorter."""
+    whole, rest = divmod(total, seq_len)
+    return np.array([seq_len] * whole + [rest] * (rest > 0), dtype=np.int64)
