@@ -1,4 +1,4 @@
-"""Simulation: `python -m parallel simulate | show`, plans priced and drawn without a cluster.
+"""Simulation: `python -m parallel simulate | show | published`, plans judged without a cluster.
 
 Read in this order:
 

@@ -13,13 +13,14 @@ from parallel.planning.clusters import load_cluster
 from parallel.planning.cost import price
 from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Topology
+from parallel.planning.passes import Passes
 from parallel.planning.passing import Passing
 from parallel.planning.plan import plan
 from parallel.planning.states import price_states
 from parallel.simulation.models import MODELS
 from parallel.simulation.strategies import Case, our_plan, price_plan
 
-STATES = States(3.0, heads=6, M_bytes=7.0, E_bytes=100.0, map_flops=1e6, beside_flops=1e6)
+STATES = States(3.0, 6, M_bytes=7.0, E_bytes=100.0, passes=Passes(1e-8, 2e-8, 3e-8), beside=1e-9)
 
 
 @settings(deadline=None)
@@ -55,9 +56,10 @@ def test_no_state_passes_where_no_sequence_is_cut() -> None:
 
 def test_states_overlap_what_is_computed_meanwhile() -> None:
     made, costs = plan([60000, 3000], Topology(16, 8)), Costs(states=STATES)
+    nothing = Passes(0.0, 0.0, 0.0)
     shown, hidden = (
-        price_states(made, replace(costs, states=replace(STATES, map_flops=0, beside_flops=flops)))
-        for flops in (0.0, 1e12)
+        price_states(made, replace(costs, states=replace(STATES, passes=nothing, beside=seconds)))
+        for seconds in (0.0, 1e-3)
     )
     assert shown[0] > hidden[0] == 0
     assert (shown[1].between == hidden[1].between).all()

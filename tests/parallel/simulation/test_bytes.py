@@ -19,9 +19,11 @@ from parallel.planning.clusters import load_cluster
 from parallel.planning.cost import price
 from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Plan, Topology
+from parallel.planning.passes import Passes
 from parallel.planning.states import price_states
+from parallel.simulation.groups import shared
 from parallel.simulation.models import Model
-from parallel.simulation.strategies import Case, ulysses
+from parallel.simulation.strategies import Case
 from parallel.travel.exchange import sent_bytes
 
 RANKS, EACH = 4, 2  # on two nodes
@@ -104,7 +106,7 @@ def a_case(lengths: list[int], full_every: int) -> Case:
 def test_bytes_of_ulysses(ranks) -> None:
     """For a sequence that needs all ranks."""
     found = ranks(RANKS).run(sent, "ulysses", False, [640], attend)
-    simulated = ulysses(a_case([640], 1))
+    simulated = shared(a_case([640], 1), np.zeros(1, np.int64), RANKS, (1, 1, RANKS))
     assert sum(everywhere(found)) == pytest.approx(2 * (simulated.inside + simulated.between))
 
 
@@ -123,6 +125,6 @@ def test_bytes_of_all_gather(ranks, lengths: list[int]) -> None:
 def test_bytes_of_linear_layers(ranks, layer: Callable, M: int, lengths: list[int]) -> None:
     """M is a matrix with the delta rule, and a diagonal without."""
     found = ranks(RANKS).run(sent, "balanced", False, lengths, layer)
-    states = States(1, HEADS, WORD * M, WORD * DIM * DIM, map_flops=0, beside_flops=0)
+    states = States(1, HEADS, WORD * M, WORD * DIM * DIM, passes=Passes(0, 0, 0), beside=0)
     _, traffic = price_states(found[0][1], Costs(states=states))
     assert everywhere(found) == pytest.approx((traffic.inside.sum(), traffic.between.sum()))
