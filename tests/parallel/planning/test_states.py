@@ -6,11 +6,12 @@ from dataclasses import replace
 from itertools import chain
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.planning.clusters import load_cluster
-from parallel.planning.cost import price
+from parallel.planning.cost import copied_seconds, price
 from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Topology
 from parallel.planning.passes import Passes
@@ -75,3 +76,17 @@ def test_expensive_states_change_the_plan_of_attention() -> None:
     assert price(made, attention).seconds > 1.1 * price(blind, attention).seconds
     assert price_states(made, costs)[0] < 0.5 * price_states(blind, costs)[0]
     assert price_plan(case, made).seconds < 0.97 * price_plan(case, blind).seconds
+
+
+def test_rows_are_copied_for_moves_at_the_speed_of_memory() -> None:
+    """On the rank that copies most: what it holds in either layout, read and written; nothing
+    where no token moves."""
+    costs = Costs(q_bytes=100.0, kv_bytes=50.0, copy=1e-3, heads=1, kv_heads=1)
+    still = plan([64] * 16, Topology(16, 8), costs=costs)
+    assert copied_seconds(still, costs) == 0
+    made = plan([4000, 500, 500, 40], Topology(4, 2), "even")
+    held = made.stream.tokens + made.attention.tokens
+    # Of each token q and o, and k and v.
+    assert copied_seconds(made, costs) == pytest.approx(2e-3 * held.max() * (2 * 100 + 50))
+    price_of, free = price(made, costs), price(made, replace(costs, copy=0.0))
+    assert price_of.seconds - free.seconds == pytest.approx(2 * copied_seconds(made, costs))
