@@ -16,19 +16,22 @@ if TYPE_CHECKING:
     from parallel.planning.layout import Array, Plan
 
 
+_KERNELS = 3  # that a pass over fragments launches besides those of the op
+
+
 def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
     """Seconds that one linear layer spends on states, forward and backward, and bytes sent.
 
     Three sums: the passes over the tokens of cut sequences, on the rank that takes longest forward
-    and on the one that does backward; for each turn the time by which it exceeds its share
-    (1 / `TURNS`) of the arithmetic beside it; the tokens before each fragment that the convolution
-    waits for. All are zero if `costs.states` is None or no sequence is cut.
+    and on the one that does backward, and their launches; for each turn the time by which it
+    exceeds its share (1 / `TURNS`) of the arithmetic beside it; the tokens before each fragment
+    that the convolution waits for. All are zero if `costs.states` is None or no sequence is cut.
     """
     stream, ranks, states = plan.stream, plan.topology.ranks, costs.states
     traffic = Traffic(np.zeros(ranks), np.zeros(ranks))
     if states is None or not plan.crossing:
         return 0.0, traffic
-    seconds = float(pass_seconds(plan, states).max(axis=1).sum())
+    seconds = float(pass_seconds(plan, states).max(axis=1).sum()) + 2 * _KERNELS * costs.launch
     piece = float(stream.tokens.max()) * states.beside / TURNS
     for way, products in zip((1, -1), MATMUL_WORK.tolist(), strict=True):
         chains = [

@@ -9,6 +9,7 @@ from typing import Any
 
 from parallel.planning.clusters import (
     BF16,
+    RECURRENCES,
     Cluster,
     LinearLayers,
     Recurrent,
@@ -28,13 +29,14 @@ _TAPS = 4  # tokens under the short convolution of a linear layer
 class Model:
     """A decoder of SwiGLU blocks; one in `full_every` blocks has full attention.
 
-    The other blocks have gated delta rule mixers with `heads` heads of `head_dim`, a short
-    convolution and a gate on the output.
+    The other blocks have linear mixers with `heads` heads of `head_dim`, a short convolution and a
+    gate on the output.
 
     Attributes:
         layers: number of blocks.
         dim, mlp_dim: width of the residual stream, and inside an MLP.
         heads, kv_heads, head_dim: of full attention.
+        mixer: the linear mixers' recurrence, one of `clusters.RECURRENCES`.
     """
 
     layers: int
@@ -45,6 +47,7 @@ class Model:
     head_dim: int = 128
     vocab_size: int = 32000
     full_every: int = 1
+    mixer: str = "gated_deltanet"
 
     @property
     def full_layers(self) -> int:
@@ -79,7 +82,7 @@ class Model:
     @property
     def recurrence(self) -> Recurrent:
         """Of one linear layer."""
-        return Recurrent("gated_deltanet", self.heads, self.head_dim, self.head_dim)
+        return Recurrent(self.mixer, self.heads, self.head_dim, self.head_dim)
 
     @cached_property
     def work(self) -> Work:
@@ -160,7 +163,13 @@ def load_model(name: str) -> Model:
         return MODELS[name]
     unknown = f"model is {name[:200]!r}; it must be one of {', '.join(MODELS)}"
     path = Path(name)
-    return Model(**numbers(path, Model, mapping(path, Model, unknown)))
+    content = mapping(path, Model, unknown)
+    mixer = content.pop("mixer", Model.mixer)
+    if not isinstance(mixer, str) or mixer not in RECURRENCES:
+        raise ValueError(
+            f"{path}: mixer is {str(mixer)[:200]!r}; it must be one of {', '.join(RECURRENCES)}"
+        )
+    return Model(**numbers(path, Model, content), mixer=mixer)
 
 
 def costs(cluster: Cluster, model: Model, routed: bool = False, zero: int = 1) -> Costs:

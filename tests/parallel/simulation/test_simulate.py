@@ -25,7 +25,7 @@ from parallel.planning.owners import on_all_ranks
 from parallel.planning.plan import Strategy, build, plan
 from parallel.planning.states import price_states
 from parallel.simulation import simulate
-from parallel.simulation.models import MODELS
+from parallel.simulation.models import MODELS, load_model
 from parallel.simulation.strategies import (
     Case,
     headrace,
@@ -446,3 +446,19 @@ def test_a_described_cluster_has_whole_numbers_that_can_be_reckoned_with(
     file.write_text(re.sub(r"(?m)^nics:.*", f"nics: {value}", described), encoding="utf-8")
     with pytest.raises(ValueError, match=r"nics is .* whole number above 0, at most"):
         load_cluster(str(file))
+
+
+def test_a_described_model_names_its_mixer(tmp_path: Path) -> None:
+    """A hybrid with KDA takes longer than one with GLA; a mixer that is none ends in one line."""
+    file = tmp_path / "model.yaml"
+    shape = "{layers: 8, dim: 1024, heads: 8, kv_heads: 8, mlp_dim: 2816, full_every: 4, mixer: "
+    bounds = []
+    for mixer in ("gla", "kda"):
+        file.write_text(f"{shape}{mixer}}}")
+        bounds.append(lower_bound(replace(a_case([4096] * 8, 8), model=load_model(str(file)))))
+    assert bounds[0] < bounds[1]
+    for wrong in ("[kda]", "3", "gru", "null"):
+        file.write_text(f"{shape}{wrong}}}")
+        with pytest.raises(ValueError, match="it must be one of linear, retention") as caught:
+            load_model(str(file))
+        assert "\n" not in str(caught.value)
