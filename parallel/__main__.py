@@ -1,4 +1,4 @@
-"""`python -m parallel simulate | show | bench`: judge and draw plans, and time cut sequences."""
+"""`python -m parallel simulate | show | published | bench | measure`: plans and what cuts cost."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ def main() -> int:
         default=True,
         help="headrace's traffic between nodes goes over all ranks of a node",
     )
+    simulate.add_argument(
+        "--zero", type=int, default=1, choices=range(4), help="stage of ZeRO, which uses the links"
+    )
     simulate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     simulate.add_argument("--figure", metavar="PATH", help="a picture with a timeline of the ranks")
 
@@ -73,15 +76,25 @@ def main() -> int:
     bench.add_argument("--only", default="", metavar="TEXT", help="mixers that contain TEXT")
     bench.add_argument("--rounds", type=int, default=5, help="runs; the quickest counts")
     bench.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    published = commands.add_parser(
+        "published", help="what papers published, beside what simulate says of the same"
+    )
+    published.add_argument("--batches", type=int, default=4, help="that a step is averaged over")
+
+    measure = commands.add_parser(
+        "measure", help="measure this machine, or the ranks that torchrun or srun started"
+    )
+    measure.add_argument(
+        "--out", metavar="FILE.yaml", help="a new file for parallel.cluster (else it is printed)"
+    )
+    measure.add_argument(
+        "--seconds", type=float, default=60.0, help="that all measurements take, 0.01 to 3600"
+    )
     arguments = parser.parse_args()
     try:
         _check(arguments)
-        if arguments.command == "simulate":
-            _simulate(arguments)
-        elif arguments.command == "show":
-            _show(arguments)
-        else:
-            _bench(arguments)
+        _COMMANDS[arguments.command](arguments)
     except (ValueError, OSError) as error:
         print(f"python -m parallel {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -121,6 +134,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--seed is {arguments.seed}; it must be at least 0")
     if getattr(arguments, "figure", None) is not None:
         pictures.check(arguments.figure)
+    if not 0.01 <= getattr(arguments, "seconds", 1.0) <= 3600:
+        raise ValueError(f"--seconds is {arguments.seconds}; it must be 0.01 to 3600")
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
@@ -137,6 +152,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
             batches=arguments.batches,
             seed=arguments.seed,
             routing=arguments.routing,
+            zero=arguments.zero,
         ),
         arguments.json,
         arguments.figure,
@@ -179,6 +195,39 @@ def _bench(arguments: argparse.Namespace) -> None:
         as_json=arguments.json,
     )
     bench.main(arguments.ranks or [2, 4], settings)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    import yaml
+
+    from parallel import join
+    from parallel.measure import check_out, measure, write
+
+    out = None if arguments.out is None else check_out(arguments.out)
+    with join() as world:
+        content = measure(world, arguments.seconds)
+        if content is None:
+            return
+        if out is None:
+            print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100), end="")
+            return
+        write(content, out)
+        print(f"written to {out}; train with parallel.cluster={out}")
+
+
+def _published(arguments: argparse.Namespace) -> None:
+    from parallel.simulation import published
+
+    print(published.table(arguments.batches))
+
+
+_COMMANDS = {
+    "simulate": _simulate,
+    "show": _show,
+    "published": _published,
+    "bench": _bench,
+    "measure": _measure,
+}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,14 @@ class ParallelConfig:
             "false: from one rank to one, to measure what routing brings"
         },
     )
+    cluster: str | None = field(
+        default=None,
+        metadata={
+            "help": "by whose speeds plans are priced: a800, h200, h800, or a file that "
+            "`python -m parallel measure` wrote (null: by the GPU's name)",
+            "path": True,
+        },
+    )
     timeout_s: float = field(
         default=600.0,
         metadata={

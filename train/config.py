@@ -11,6 +11,7 @@ from typing import Any, Literal
 from data import DataConfig, StreamConfig, sources
 from data.settings import ConfigError, fields, load, setting, with_absolute_paths
 from parallel.config import ParallelConfig
+from parallel.planning.clusters import clusters
 from train.model.config import ModelConfig
 from train.optimiser.optim import OptimConfig
 from train.survival.faults import FaultsConfig
@@ -118,7 +119,10 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, as a run writes it: its paths mean the same in any working directory."""
-        return with_absolute_paths(self) | {"data": self.data.to_dict()}
+        found = with_absolute_paths(self) | {"data": self.data.to_dict()}
+        if self.parallel.cluster in clusters():  # a name, no path
+            found["parallel"]["cluster"] = self.parallel.cluster
+        return found
 
 
 def due(step: int, every: int) -> bool:

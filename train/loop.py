@@ -14,7 +14,7 @@ import data
 from data.ordering.order import mixed
 from data.settings import ConfigError
 from parallel import World, distribute
-from train import memory
+from train import memory, planning
 from train.config import Config, differences, due
 from train.engine import Engine, dtype_of
 from train.evaluation.evaluate import evaluate
@@ -26,7 +26,6 @@ from train.monitor.metrics import Recorder, peak_flops, peak_memory
 from train.monitor.summary import blocks_in_words, summarise, surroundings
 from train.monitor.trace import Trace
 from train.optimiser.optim import learning_rate
-from train.planning import planner_of
 from train.start import begin_from, rate_jump
 from train.survival import checkpoint, faults, manifest
 from train.survival.lookout import GivenUpError, Lookout
@@ -69,6 +68,7 @@ class Trainer:
 
         dtype = dtype_of(config.train, world.device.type)
         memory.check(config, world, dtype)
+        planning.check(config.parallel)
         self.material = data.material(config.data, config.train, log=self.say)
         self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
         self.stream = self.material.batches(self.cursor)
@@ -82,7 +82,7 @@ class Trainer:
         self.engine = Engine(
             model, config.optim, config.zero, world, dtype, config.train.accumulate
         )
-        self.planner = planner_of(model, config.parallel, world, dtype)
+        self.planner = planning.planner_of(model, config.parallel, world, dtype, config.zero.stage)
         self.peak_flops = peak_flops(world.device)
         self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)
         self.lookout = Lookout(world, watch, self.watchdog)

@@ -1,64 +1,131 @@
-"""What the planner of full attention is told about a model."""
+"""What the planner is told about a model."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from data.settings import ConfigError
 from parallel import FullAttention, ParallelConfig, Planner, World
-from parallel.planning.clusters import slack
-from parallel.planning.costs import States
+from parallel.planning.clusters import (
+    MEMORY_SLACK,
+    LinearLayers,
+    Recurrent,
+    Work,
+    load_cluster,
+    slack,
+    zero_bytes,
+)
 from train.model.linear import Linear
 from train.model.mixers import attention
-from train.model.mixers._parts import LinearMixer
-from train.model.transformer import Model
+from train.model.transformer import Block, Model
 
-_FP32 = 4.0  # bytes of a number
+_LONG = 65536  # tokens of a sequence over which a window's work a token is averaged
 
 
-def planner_of(model: Model, config: ParallelConfig, world: World, dtype: torch.dtype) -> Planner:
-    """The planner of a run, on each of its ranks."""
+def check(config: ParallelConfig) -> None:
+    """Read the cluster that the settings name.
+
+    Raises:
+        ConfigError: there is none, or its file is wrong.
+    """
+    if config.cluster is not None:
+        try:
+            load_cluster(config.cluster)
+        except ValueError as error:
+            raise ConfigError(f"parallel.cluster: {error}") from None
+
+
+def planner_of(
+    model: Model, config: ParallelConfig, world: World, dtype: torch.dtype, zero_stage: int = 0
+) -> Planner:
+    """The planner of a run, on each of its ranks, for settings that `check` passes."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-    return Planner(config, world.topology, _full_attention(model, dtype), device)
+    return Planner(config, world.topology, _described(model, dtype, zero_stage), device)
 
 
-def _full_attention(model: Model, dtype: torch.dtype) -> FullAttention | None:
-    """The model's layers without a window; None if there are none."""
+def _described(model: Model, dtype: torch.dtype, zero_stage: int) -> FullAttention:
+    """The model's layers: full attention (without a window), linear layers, all other work."""
     mixers = [block.mixer for block in model.blocks]
     full = [m for m in mixers if isinstance(m, attention.Mixer) and m.window is None]
-    if not full:
-        return None
-    fewest = min(full, key=lambda mixer: mixer.heads)
-    others = sum(mixer.mixing_flops([1]) for mixer in mixers if mixer not in full)
+    layers = max(1, len(full))
+    fewest = min(full, key=lambda mixer: mixer.heads, default=None)
+    weights = model.matmul_parameters
+    if not model.config.tie_embeddings:
+        weights += model.embedding.num_embeddings * model.config.dim
     return FullAttention(
-        heads=fewest.heads,
-        kv_heads=fewest.kv_heads,
-        head_dim=fewest.head_dim,
-        dim=model.config.dim if all(mixer.by_wave for mixer in full) else 0,
+        heads=fewest.heads if fewest else 0,
+        kv_heads=fewest.kv_heads if fewest else 0,
+        head_dim=fewest.head_dim if fewest else 0,
+        dim=model.config.dim if full and all(mixer.by_wave for mixer in full) else 0,
         number_bytes=dtype.itemsize,
-        slack=_slack(model, full),
+        slack=_slack(model, full) if full else MEMORY_SLACK,
         alone=len(full) == len(mixers),
-        states=_states(model, len(full)),
-        rest_flops=(2.0 * model.matmul_parameters + others) / len(full),
+        layers=layers,
+        linear=_linear(model, layers, dtype),
+        work=_work(model, full, dtype),
+        zero_bytes=zero_bytes(weights, dtype.itemsize, zero_stage),
     )
 
 
-def _states(model: Model, full: int) -> States | None:
+def _linear(model: Model, layers: int, dtype: torch.dtype) -> LinearLayers | None:
     """Of the layers on the one recurrence, of several kinds those of most numbers.
 
-    A decay alone makes M a diagonal at most. Element-wise states are too small to count.
+    Element-wise states are too small to count.
     """
-    linear = [block.mixer for block in model.blocks if isinstance(block.mixer, LinearMixer)]
+    linear = [block.mixer for block in model.blocks if block.mixer.recurrent]
     if not linear:
         return None
-    most = max(linear, key=lambda mixer: mixer.value_dim * mixer.head_dim)
-    meanwhile = sum(part.out_features for part in most.children() if isinstance(part, Linear))
-    return States(
-        layers=len(linear) / full,
-        heads=most.value_heads,
-        M_bytes=_FP32 * most.head_dim * (most.head_dim if most.delta else 1),
-        E_bytes=_FP32 * most.head_dim * most.value_head_dim,
-        map_flops=most.mixing_flops([1]),
-        beside_flops=2.0 * model.config.dim * meanwhile,
+    most = max(linear, key=lambda mixer: _numbers(mixer.recurrent))
+    assert most.recurrent is not None
+    beside = sum(part.out_features for part in most.children() if isinstance(part, Linear))
+    filters = getattr(most, "conv", None)
+    reach, channels = (filters.shape[1] - 1, filters.shape[0]) if filters is not None else (0, 0)
+    return LinearLayers(
+        layers=len(linear) / layers,
+        recurrence=most.recurrent,
+        beside_flops=2.0 * model.config.dim * beside,
+        halo_bytes=float(dtype.itemsize * reach * channels),
+    )
+
+
+def _numbers(of: Recurrent | None) -> int:
+    """Numbers of a token's states."""
+    return of.heads * of.key_dim * of.value_dim if of else 0
+
+
+def _work(model: Model, full: list[attention.Mixer], dtype: torch.dtype) -> Work:
+    """Everything but full attention."""
+    others = [block.mixer for block in model.blocks if block.mixer not in full]
+    windows = sum(
+        mixer.mixing_flops(np.array([_LONG])) / _LONG for mixer in others if not mixer.recurrent
+    )
+    return Work(
+        products=2.0 * model.matmul_parameters,
+        recurrences=tuple(mixer.recurrent for mixer in others if mixer.recurrent),
+        windows=windows,
+        touched=dtype.itemsize * sum(_touched(block) for block in model.blocks),
+    )
+
+
+def _touched(block: Block) -> float:
+    """Numbers a token that a block's norms, activations and residuals read and write, forward.
+
+    Two norms and two residuals; the MLP's two halves and their product; what the mixer projects
+    (rotary embedding, a convolution) and its output (a norm, a gate).
+    """
+    given = sum(
+        part.out_features
+        for name, part in block.mixer.named_modules()
+        if isinstance(part, torch.nn.Linear) and not name.endswith("out")
+    )
+    out = block.mixer.get_submodule("out")
+    assert isinstance(out, torch.nn.Linear)
+    return (
+        10.0 * out.out_features
+        + 3.0 * block.mlp.out.in_features
+        + 2.0 * given
+        + 3.0 * out.in_features
     )
 
 

@@ -6,6 +6,7 @@ Read in this order:
     heads       how a layer's heads are divided over ranks
     costs       what the planner knows of machine and model; cost formulas of a single transfer
     cost        price of one full-attention layer under a plan
+    passes      what a fragment of a cut sequence computes more than a whole one does
     passing     which rank sends which state of a linear layer to whom
     states      price of that
     prices      seconds of each sequence on each size of group, before anything is placed
@@ -14,7 +15,7 @@ Read in this order:
     ordering    the stream's layout, near the ranks that attend to the tokens
     plan        several placings, built and priced; the cheapest is the plan
     planner     plans a run's batches in a thread, while the step before them runs
-    clusters/   machines as YAML files: speeds, links, memory
+    clusters/   machines as YAML files: speeds, links, memory, and where each number is from
 
 Everything is numpy and a function of its arguments: no torch, no process group, no clock, so that
 each rank computes the same plan by itself. May import `parallel.config` and nothing else of

@@ -2,9 +2,10 @@
 
 It can be checked by hand, and is the same for every strategy:
 
-- Attention. A run of L queries costs `pair` seconds for each query-key pair that the causal mask
-  leaves, times (L + half) / L, since short runs fill tiles and processors badly. Backward is
-  2.5 times forward (five matrix products instead of two).
+- Attention. A run of queries costs `pair` seconds for each query-key pair of the tiles (`tile` ×
+  `tile`) in which the causal mask leaves any. A ring's chunks are keys and queries of their own, so
+  each fills its last tile badly. A round of a ring takes a launch more. Backward is 2.5 times
+  forward (five matrix products instead of two).
 - Slices of heads. A rank with a slice does its share of the arithmetic and passes on its share of
   keys and values. A key head that several slices need travels once for each of them.
 - Rings. A round's transfer overlaps its arithmetic, so a ring takes the longer of the two sums. A
@@ -16,6 +17,7 @@ It can be checked by hand, and is the same for every strategy:
   of its nodes uses the members' share of the NICs. One that steps from node to node over a single
   pair of ranks uses one NIC; with `routed` (Zeppelin, arXiv 2509.21841, section 3.2) all of them,
   after a hop inside the node on either side.
+- Moves copy rows into messages and out of them, at the speed of the GPU's memory.
 - Moves between layouts take as long as the busiest rank or node; between nodes a rank has its
   share of the NICs, or with `routed` all of them. Forward moves q, k and v to attention and o back;
   backward moves the gradient of o there and those of q, k and v back. With heads in w waves, 1/w of
@@ -27,7 +29,8 @@ It can be checked by hand, and is the same for every strategy:
   take the slowest one's time for it. A rank's attention begins when the rest is done on the ranks
   that its tokens come from; the longest such sum of a pass counts. Ranks that never meet, over any
   number of others, do not wait for each other.
-- ZeRO's traffic of weights and gradients is the same for every plan and is left out.
+- ZeRO's traffic of weights and gradients is the same for every plan. Links have the speed that it
+  leaves them (`Costs.beside_zero`).
 """
 
 from __future__ import annotations
@@ -77,6 +80,7 @@ class LayerPrice:
         rings: when each ring runs.
         traffic: bytes that each rank sends, forward and backward together.
         waves: number of waves of heads; moves of one overlap the arithmetic of another.
+        copied: seconds of either pass in which rows are copied for moves.
     """
 
     arithmetic: Array
@@ -88,6 +92,7 @@ class LayerPrice:
     rings: list[RingTimes]
     traffic: Traffic
     waves: int
+    copied: float
 
     @property
     def exposed(self) -> Array:
@@ -100,34 +105,38 @@ class LayerPrice:
     @property
     def seconds(self) -> float:
         """Seconds of the layer and of the rest, forward and backward together."""
-        return float((self.slowest + self.exposed).sum())
+        return float((self.slowest + self.exposed).sum()) + 2 * self.copied
 
 
 def price(plan: Plan, costs: Costs) -> LayerPrice:
     """Price one full-attention layer of a plan."""
     ranks = plan.topology.ranks
     layout = plan.attention
-    spans = costs.attention(layout.start, layout.end)
-    if plan.sliced:
-        spans = spans * _heads(layout, costs, plan.waves)[0]
-    work = np.bincount(layout.rank, spans, minlength=ranks)
-    whole = work.copy()
+    alone = np.ones(len(plan.cu_seqlens) - 1, bool)
+    for ring in plan.rings:
+        alone[ring.sequences] = False
+    rows = alone[layout.sequence]
+    spans = costs.attention(layout.start[rows], layout.end[rows])
+    whole = np.bincount(layout.rank[rows], spans, minlength=ranks).astype(np.float64)
+    work = whole.copy()
     free, links = np.zeros((2, ranks)), np.zeros(ranks)
     rings = []
     traffic = Traffic(np.zeros(ranks), np.zeros(ranks))
     for ring in plan.rings:
         members = ring.members
         share = ring_work(ring, costs, plan.waves)
-        whole[members] -= share
+        work[members] += share
         travel, sent = ring_travel(ring, plan.topology, costs, plan.waves)
         links[members] += travel
         traffic.inside[members] += sent.inside * RING_TRAFFIC.sum()
         traffic.between[members] += sent.between * RING_TRAFFIC.sum()
         start = free[:, members].max(axis=1)
-        end = start + np.maximum(ATTENTION_WORK * share.max(), RING_TRAFFIC * travel)
+        # Each round has kernels of its own, in either pass.
+        launched = (ring.seats - 1) * plan.waves * costs.launch
+        end = start + np.maximum(ATTENTION_WORK * share.max() + launched, RING_TRAFFIC * travel)
         free[:, members] = end[:, None]
         rings.append(RingTimes(ring, start, end))
-    finish = free + ATTENTION_WORK[:, None] * np.maximum(whole, 0.0)
+    finish = free + ATTENTION_WORK[:, None] * whole
     moved, sent = _price_moves(plan, costs)
     tokens = plan.stream.tokens.max()
     return LayerPrice(
@@ -140,7 +149,24 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
         rings,
         traffic + sent,
         plan.waves,
+        copied_seconds(plan, costs),
     )
+
+
+def copied_seconds(plan: Plan, costs: Costs) -> float:
+    """Seconds of one pass in which rows are copied for messages and from them.
+
+    q, k, v and o, each read and written on either side; of the rank that copies most. Nothing if
+    no token moves.
+    """
+    moves = plan.to_attention
+    if (moves.source == moves.target).all():
+        return 0.0
+    queries, keys = _heads(moves, costs, plan.waves)
+    size = moves.tokens * (2 * costs.q_bytes * queries + costs.kv_bytes * keys)
+    ranks = plan.topology.ranks
+    copied = np.bincount(moves.source, size, ranks) + np.bincount(moves.target, size, ranks)
+    return 2 * float(copied.max()) * costs.copy
 
 
 def _slowest(plan: Plan, costs: Costs, finish: Array) -> Array:
@@ -151,10 +177,10 @@ def _slowest(plan: Plan, costs: Costs, finish: Array) -> Array:
     """
     tokens = plan.stream.tokens.astype(np.float64)
     if not costs.rest or np.ptp(tokens) <= 1:
-        return MATMUL_WORK * costs.rest * tokens.max() + finish.max(axis=1)
+        return costs.rest_passes * tokens.max() + finish.max(axis=1)
     met = [plan.stream.rank[rows] for rows in plan.crossing]
     met += [ring.members for ring in plan.rings]
-    rest = np.outer(MATMUL_WORK, _raise_to_group_max(met, tokens)) * costs.rest
+    rest = np.outer(costs.rest_passes, _raise_to_group_max(met, tokens))
     source, target = plan.to_attention.source, plan.to_attention.target
     away, every = source != target, np.arange(len(tokens))
     met += list(np.stack([source[away], target[away]], axis=1))
@@ -198,7 +224,7 @@ def _heads(spans: Layout | Moves, costs: Costs, waves: int) -> tuple[Array, Arra
 
 def ring_work(ring: Ring, costs: Costs, waves: int = 1) -> Array:
     """Seconds of arithmetic, forward, of each member of a ring: float64 (members,)."""
-    seconds = costs.attention(ring.chunks[:, :-1], ring.chunks[:, 1:]).sum(axis=0)
+    seconds = costs.chunked_attention(np.diff(ring.chunks, axis=1)).sum(axis=0)
     seats = ring.seats
     queries, _ = fractions(costs.heads, costs.kv_heads, ring.slices, waves)
     # (seats, slices) -> (members,)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from parallel.planning.heads import fractions
+from parallel.planning.passes import Passes
 
 if TYPE_CHECKING:
     from parallel.planning.layout import Array, Topology
@@ -19,6 +20,7 @@ MATMUL_WORK = np.array([1.0, 2.0])  # one product; one for each operand's gradie
 # Share of a layout move's time that no arithmetic hides, in the estimate `ring_seconds`: the first
 # wave of heads has nothing beside which to travel. `cost.price` counts waves instead.
 _EXPOSED = 0.3
+_MOST_SHARED = 0.9  # share of the links' time that ZeRO's traffic takes at most
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,18 @@ class States:
         layers: linear layers for each full-attention layer.
         heads: heads of a state; ranks divide them among themselves.
         M_bytes, E_bytes: bytes of M and of E of one head's map S_out = M · S_in + E.
-        map_flops: FLOPs a token of computing its fragment's map, forward and backward together.
-        beside_flops: forward FLOPs a token of what is computed while states travel.
+        passes: seconds a token of each pass over the tokens of a cut sequence, all heads.
+        beside: forward seconds a token of what is computed while states travel.
+        halo_bytes: bytes of the tokens before a fragment that its short convolution needs.
     """
 
     layers: float
     heads: int
     M_bytes: float
     E_bytes: float
-    map_flops: float
-    beside_flops: float
+    passes: Passes
+    beside: float
+    halo_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,10 @@ class Costs:
 
     Attributes:
         pair: forward seconds for one query-key pair, all heads.
-        half: tokens of a run of queries at which the arithmetic reaches half of its full speed.
+        tile: rows of queries, and of keys, that the kernel takes at a time; a tile that is not full
+            takes as long as one that is, and one on the diagonal as long as one below it.
+        launch: seconds that a kernel takes at least.
+        copy: seconds a byte that is read or written in the GPU's memory.
         q_bytes: bytes of one token's queries; its outputs are as many.
         kv_bytes: bytes of one token's keys and values.
         heads, kv_heads: query heads and key heads; the number of slices is at most `heads`.
@@ -66,10 +73,15 @@ class Costs:
         flops: FLOPs a second of large matrix products.
         states: the linear layers beside this one; None if the model has none.
         rest: forward seconds a token of everything but this layer's attention; 0 if not known.
+        rest_backward: the same of the backward pass, in units of `rest`.
+        weights: bytes of weights and gradients that ZeRO brings to each rank for a batch, for each
+            full-attention layer. `beside_zero` takes its traffic off the links.
     """
 
     pair: float = 4 * 32 * 128 / (989e12 * 0.5)
-    half: float = 256.0
+    tile: int = 128
+    launch: float = 0.0
+    copy: float = 0.0
     q_bytes: float = 2 * 32 * 128
     kv_bytes: float = 2 * 2 * 8 * 128
     heads: int = 1
@@ -85,11 +97,53 @@ class Costs:
     flops: float = 989e12 * 0.6
     states: States | None = None
     rest: float = 0.0
+    rest_backward: float = 2.0
+    weights: float = 0.0
+
+    @property
+    def rest_passes(self) -> Array:
+        """float64 (2,): seconds a token of `rest`, forward and backward."""
+        return self.rest * np.array([1.0, self.rest_backward])
 
     @property
     def rest_both_ways(self) -> float:
-        """Seconds a token of `rest`, forward and backward: three times the forward pass."""
-        return float(MATMUL_WORK.sum()) * self.rest
+        """Seconds a token of `rest`, forward and backward together."""
+        return float(self.rest_passes.sum())
+
+    def even_seconds(self, lengths: Array, ranks: int) -> float:
+        """Seconds of a layer and of the rest if a batch's work were even over the ranks."""
+        attention = self.attention(np.zeros_like(lengths), lengths).sum()
+        work = ATTENTION_WORK.sum() * attention + self.rest_both_ways * lengths.sum()
+        return float(work) / ranks
+
+    def zero_seconds(self, topology: Topology) -> tuple[float, float]:
+        """Seconds a batch in which ZeRO's traffic uses the links inside nodes and between them.
+
+        Rings over all ranks: each node gets what it lacks once, over all its NICs, and passes it
+        from rank to rank.
+        """
+        each, nodes = min(topology.ranks_per_node, topology.ranks), topology.nodes
+        inside = self.weights * (each - 1) / each / self.inside
+        return inside, self.weights * (nodes - 1) / nodes / self.between
+
+    def beside_zero(self, lengths: Array, topology: Topology) -> Costs:
+        """The costs with the links that ZeRO's traffic leaves to a batch of these lengths.
+
+        It is spread evenly over the step; if it takes most of that, the step is longer too.
+        """
+        inside, between = self.zero_seconds(topology)
+        step = self.even_seconds(lengths, topology.ranks)
+        step = max(step, inside / _MOST_SHARED, between / _MOST_SHARED)
+        if not step:
+            return self
+        near, far = 1 - inside / step, 1 - between / step
+        return replace(
+            self,
+            inside=self.inside * near,
+            between=self.between * far,
+            nic=self.nic * far,
+            weights=0.0,
+        )
 
     def latency(self, sent: Traffic) -> float:
         """Seconds before the first byte arrives: between nodes if anything crosses, else inside."""
@@ -104,9 +158,24 @@ class Costs:
         Returns:
             float64 (runs,).
         """
-        length = end - start
-        pairs = (end * (end + 1.0) - start * (start + 1.0)) / 2
-        return self.pair * pairs * (1 + self.half / np.maximum(length, 1))
+        before, last = _tiles(start, self.tile), _tiles(end, self.tile)
+        runs = np.maximum(_tiles(end - start, self.tile), 1)  # tiles of queries
+        # All tiles but the last end a multiple of the tile after `start`, the last one at `end`.
+        tiles = (runs - 1) * before + runs * (runs - 1.0) / 2 + last
+        return self.pair * self.tile**2 * np.where(end > start, tiles, 0.0)
+
+    def chunked_attention(self, size: Array) -> Array:
+        """Forward seconds of each chunk of sequences whose chunks are keys of their own.
+
+        Args:
+            size: int (…, chunks), tokens of each chunk.
+
+        Returns:
+            float64 (…, chunks).
+        """
+        tiles = _tiles(size, self.tile).astype(np.float64)
+        before = np.cumsum(tiles, axis=-1) - tiles
+        return self.pair * self.tile**2 * tiles * (before + (tiles + 1) / 2)
 
     def largest_slice(self, slices: int) -> tuple[float, float]:
         """The largest slice's share of the query heads, and the largest one's of the key heads."""
@@ -137,10 +206,12 @@ class Costs:
         seats, over = nodes * each // slices, max(1, slices // each)
         queries, keys = self.largest_slice(slices)
         chunks = np.where(np.equal(seats, 1), 1, 2 * np.asarray(seats))
-        work = self.pair * n * (n + 1.0) / 2 / seats * queries * (1 + self.half * chunks / n)
+        tiles = chunks * np.ceil(n / chunks / self.tile)
+        work = self.pair * self.tile**2 * tiles * (tiles + 1) / 2 / seats * queries
         block = n / seats * keys * self.kv_bytes
         inner = nodes * (max(1, each // slices) - 1)
         outer = nodes // over - 1
+        work = work + (seats - 1) * self.launch
         travel = np.maximum(
             inner * (self.latency_inside + block / self.inside),
             outer * (self.latency_between + each * block / self.between),
@@ -153,6 +224,11 @@ class Costs:
             ATTENTION_WORK[1] * work, RING_TRAFFIC[1] * travel
         )
         return seconds + 2 * _EXPOSED * move
+
+
+def _tiles(tokens: Array, tile: int) -> Array:
+    """How many tiles hold so many tokens."""
+    return -(-tokens // tile)
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,39 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parallel.config import ParallelConfig
-from parallel.planning.clusters import MEMORY_SLACK, cluster_of
-from parallel.planning.costs import Costs, States
+from parallel.planning.clusters import (
+    MEMORY_SLACK,
+    Cluster,
+    LinearLayers,
+    Work,
+    cluster_of,
+    load_cluster,
+)
+from parallel.planning.cost import price
+from parallel.planning.costs import Costs
 from parallel.planning.layout import Array, Plan, Topology
 from parallel.planning.plan import Strategy, plan
+from parallel.planning.states import price_states
 
 _PLANS_KEPT = 8  # the newest plans, finished or begun; a step uses each of its plans once
 
 
 @dataclass(frozen=True)
 class FullAttention:
-    """What the planner knows of a model with full-attention layers.
+    """What the planner knows of a model: its full-attention layers, and what is beside them.
 
     Attributes:
         heads, kv_heads, head_dim: of such a layer; if there are several kinds, of the one with
-            fewest heads.
+            fewest heads. `heads` is 0 if the model has none: then all other work is made even.
         dim: width of the hidden states, if q, k, v and o are projected wave by wave; else 0.
         number_bytes: bytes of one number of an activation: 2 in bf16.
         slack: fraction by which memory lets a rank's tokens in attention exceed the even share.
         alone: no layer of another kind mixes tokens (linear attention, a convolution, a window),
             so nothing passes between fragments: the stream keeps tokens on attention's ranks.
-        states: the linear layers, if there are any.
-        rest_flops: forward FLOPs a token of everything but full attention, divided by the number
-            of full-attention layers; 0 if not known, and then shards are even.
+        layers: how many full-attention layers there are; 1 if there are none.
+        linear: the linear layers, if there are any.
+        work: everything but full attention; None if not known, and then shards are even.
+        zero_bytes: of weights and gradients, that ZeRO brings to a rank for a batch.
     """
 
     heads: int
@@ -41,8 +51,21 @@ class FullAttention:
     number_bytes: int = 2
     slack: float = MEMORY_SLACK
     alone: bool = False
-    states: States | None = None
-    rest_flops: float = 0.0
+    layers: int = 1
+    linear: LinearLayers | None = None
+    work: Work | None = None
+    zero_bytes: float = 0.0
+
+    def costs(self, cluster: Cluster) -> Costs:
+        """Costs of one of its full-attention layers, and of what comes with it, on a cluster."""
+        forward, backward = cluster.rest(self.work) if self.work else (0.0, 0.0)
+        return replace(
+            cluster.costs(self.heads, self.kv_heads, self.head_dim, self.dim, self.number_bytes),
+            states=cluster.states(self.linear) if self.linear else None,
+            rest=forward / self.layers,
+            rest_backward=backward / forward if forward else 2.0,
+            weights=self.zero_bytes / self.layers,
+        )
 
 
 class Planner:
@@ -51,7 +74,11 @@ class Planner:
     Args:
         topology: the ranks.
         model: unless given, no plan splits heads, and costs are the defaults of `Costs`.
-        device: name of a rank's accelerator, by which a cluster is chosen (`cluster_of`).
+        device: name of a rank's accelerator, by which a cluster is chosen (`cluster_of`) unless
+            the config names one.
+
+    Raises:
+        ValueError: the config names a cluster that does not exist, or whose file is wrong.
     """
 
     def __init__(
@@ -62,7 +89,8 @@ class Planner:
         device: str = "",
     ) -> None:
         self.config, self.topology = config, topology
-        self.costs = _costs(model, device) if model else Costs()
+        cluster = load_cluster(config.cluster) if config.cluster else cluster_of(device)
+        self.costs = model.costs(cluster) if model else Costs()
         self.slack = model.slack if model else MEMORY_SLACK
         self.by_node = model is None or not model.alone
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
@@ -92,26 +120,27 @@ class Planner:
         # Ulysses splits heads and leaves tokens in the stream's layout, as all-gather does.
         attention = self.config.attention
         strategy: Strategy = "allgather" if attention == "ulysses" else attention
-        return plan(
-            lengths,
-            self.topology,
-            strategy,
-            self.costs,
-            self.slack,
-            by_node=self.by_node,
-            routing=self.config.routing,
-        )
+        costs = self.costs.beside_zero(lengths, self.topology)
+        given = (self.slack, self.by_node, self.config.routing)
+        made = plan(lengths, self.topology, strategy, costs, *given)
+        return made if self.costs.pair else without_attention(lengths, made, costs)
+
+
+def without_attention(lengths: Array, made: Plan, costs: Costs) -> Plan:
+    """The cheaper plan for a model without full attention: this one, or the batch in its order.
+
+    In order, no more sequences are cut than there are bounds between shards, and each only there.
+    """
+    in_order = plan(lengths, made.topology, "allgather")
+
+    def seconds(of: Plan) -> float:
+        layers = costs.states.layers if costs.states else 0.0
+        return price(of, costs).seconds + layers * price_states(of, costs)[0]
+
+    return min(in_order, made, key=seconds)
 
 
 def pad_to_ranks(lengths: Array, ranks: int) -> Array:
     """The lengths, and sequences of one token appended until there is a token for each rank."""
     lengths = np.asarray(lengths, dtype=np.int64)
     return np.append(lengths, np.ones(max(0, ranks - int(lengths.sum())), np.int64))
-
-
-def _costs(model: FullAttention, device: str) -> Costs:
-    """Costs of the model on the cluster that is chosen by the device's name."""
-    found = cluster_of(device).costs(
-        model.heads, model.kv_heads, model.head_dim, model.dim, model.number_bytes
-    )
-    return replace(found, states=model.states, rest=model.rest_flops / found.flops)

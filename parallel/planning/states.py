@@ -9,27 +9,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parallel.planning.costs import MATMUL_WORK, Costs, States, Traffic, move_time
+from parallel.planning.passes import passes_of
 from parallel.planning.passing import TURNS, Block, Passing
 
 if TYPE_CHECKING:
     from parallel.planning.layout import Array, Plan
 
 
+_KERNELS = 3  # that a pass over fragments launches besides those of the op
+
+
 def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
     """Seconds that one linear layer spends on states, forward and backward, and bytes sent.
 
-    Two sums: computing the maps, over all tokens of the rank that has most in cut sequences; and
-    for each turn the time by which it exceeds its share (1 / `TURNS`) of the arithmetic beside it.
-    Both are zero if `costs.states` is None or no sequence is cut.
+    Three sums: the passes over the tokens of cut sequences, on the rank that takes longest forward
+    and on the one that does backward, and their launches; for each turn the time by which it
+    exceeds its share (1 / `TURNS`) of the arithmetic beside it; the tokens before each fragment
+    that the convolution waits for. All are zero if `costs.states` is None or no sequence is cut.
     """
     stream, ranks, states = plan.stream, plan.topology.ranks, costs.states
     traffic = Traffic(np.zeros(ranks), np.zeros(ranks))
     if states is None or not plan.crossing:
         return 0.0, traffic
-    every = np.concatenate(plan.crossing)
-    mapped = np.bincount(stream.rank[every], (stream.end - stream.start)[every])
-    seconds = float(mapped.max()) * states.map_flops / costs.flops
-    piece = float(stream.tokens.max()) * states.beside_flops / costs.flops / TURNS
+    seconds = float(pass_seconds(plan, states).max(axis=1).sum()) + 2 * _KERNELS * costs.launch
+    piece = float(stream.tokens.max()) * states.beside / TURNS
     for way, products in zip((1, -1), MATMUL_WORK.tolist(), strict=True):
         chains = [
             Passing(stream.rank[rows][::way].tolist(), states.heads, plan.topology).blocks()
@@ -43,7 +46,31 @@ def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
             spent += costs.latency(sent)
             seconds += max(0.0, spent - products * piece)
             traffic += sent
+    if states.halo_bytes:
+        before = stream.rank[np.concatenate([rows[:-1] for rows in plan.crossing])]
+        after = stream.rank[np.concatenate([rows[1:] for rows in plan.crossing])]
+        size = np.full(len(before), states.halo_bytes)
+        spent, sent, got = move_time(before, after, size, plan.topology, costs)
+        seconds += 2 * (spent + costs.latency(sent))
+        traffic += sent + got  # the gradients go back
     return seconds, traffic
+
+
+def pass_seconds(plan: Plan, states: States) -> Array:
+    """Seconds that each rank spends on passes over its fragments: float64 (2, ranks).
+
+    Forward and backward; see `parallel.planning.passes`.
+    """
+    stream, ranks = plan.stream, plan.topology.ranks
+    every = np.concatenate(plan.crossing)
+    sizes = np.array([len(rows) for rows in plan.crossing])
+    last = np.repeat(sizes - 1, sizes)
+    number = np.arange(len(every)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    made, each = passes_of(number, last), states.passes
+    tokens = (stream.end - stream.start)[every]
+    forward = tokens * (made.state * each.state + made.map * each.map)
+    backward = tokens * made.gradient * each.gradient
+    return np.stack([np.bincount(stream.rank[every], x, ranks) for x in (forward, backward)])
 
 
 def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:

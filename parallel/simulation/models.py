@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from parallel.planning.clusters import BF16, Cluster, numbers, projections
-from parallel.planning.costs import Costs, States
+from parallel.planning.clusters import (
+    BF16,
+    RECURRENCES,
+    Cluster,
+    LinearLayers,
+    Recurrent,
+    Work,
+    mapping,
+    numbers,
+    projections,
+    zero_bytes,
+)
+from parallel.planning.costs import Costs
+from parallel.planning.planner import FullAttention
+
+_TAPS = 4  # tokens under the short convolution of a linear layer
 
 
 @dataclass(frozen=True)
 class Model:
     """A decoder of SwiGLU blocks; one in `full_every` blocks has full attention.
 
-    The other blocks have gated delta rule mixers with `heads` heads of `head_dim`, a short
-    convolution and a gate on the output.
+    The other blocks have linear mixers with `heads` heads of `head_dim`, a short convolution and a
+    gate on the output.
 
     Attributes:
         layers: number of blocks.
         dim, mlp_dim: width of the residual stream, and inside an MLP.
         heads, kv_heads, head_dim: of full attention.
+        mixer: the linear mixers' recurrence, one of `clusters.RECURRENCES`.
     """
 
     layers: int
@@ -31,6 +47,7 @@ class Model:
     head_dim: int = 128
     vocab_size: int = 32000
     full_every: int = 1
+    mixer: str = "gated_deltanet"
 
     @property
     def full_layers(self) -> int:
@@ -52,31 +69,58 @@ class Model:
         return 2 * self.dim * self.vocab_size
 
     @property
-    def mixer_flops(self) -> float:
-        """FLOPs a token of one linear-attention mixer, forward."""
-        from kernels import flops
-
-        return flops.linear_attention([1], self.heads, self.head_dim, self.head_dim, True)
-
-    @property
     def gate_flops(self) -> float:
         """FLOPs a token of the projection to one linear-attention mixer's gate, forward."""
         return 2.0 * self.dim * self.head_dim * self.heads
 
     @property
-    def rest_flops(self) -> float:
-        """FLOPs a token, forward, of all but full attention."""
-        linear = self.linear_layers * (self.mixer_flops + self.gate_flops)
-        return self.layers * self.dense_flops + self.head_flops + linear
+    def parameters(self) -> float:
+        """Number of weights; embedding and output head are two matrices."""
+        flops = self.layers * self.dense_flops + self.linear_layers * self.gate_flops
+        return flops / 2 + 2.0 * self.dim * self.vocab_size
 
     @property
-    def states(self) -> States | None:
-        """What the planner knows of the linear layers; None if there are none."""
-        if not self.linear_layers:
-            return None
-        one = 4.0 * self.head_dim**2  # bytes of M (Dk, Dk), and of E (Dk, Dv), in fp32
-        layers = self.linear_layers / max(1, self.full_layers)
-        return States(layers, self.heads, one, one, self.mixer_flops, self.gate_flops)
+    def recurrence(self) -> Recurrent:
+        """Of one linear layer."""
+        return Recurrent(self.mixer, self.heads, self.head_dim, self.head_dim)
+
+    @cached_property
+    def work(self) -> Work:
+        """All but full attention."""
+        inner = self.heads * self.head_dim
+        taken = inner + 2 * self.kv_heads * self.head_dim  # q, k and v
+        # Two norms and two residuals, the MLP's activation, rotary or convolution, gate and norm.
+        touched = 10 * self.dim + 3 * self.mlp_dim + 2 * taken + 3 * inner
+        return Work(
+            products=self.layers * self.dense_flops
+            + self.head_flops
+            + self.linear_layers * self.gate_flops,
+            recurrences=(self.recurrence,) * self.linear_layers,
+            touched=float(BF16 * self.layers * touched),
+        )
+
+    def known(self, zero: int = 1) -> FullAttention:
+        """What the planner of training would be told of it, under a stage of ZeRO."""
+        none = not self.full_layers
+        layers = max(1, self.full_layers)
+        linear = LinearLayers(
+            self.linear_layers / layers,
+            self.recurrence,
+            self.gate_flops,
+            float(BF16 * (_TAPS - 1) * 3 * self.heads * self.head_dim),
+        )
+        return FullAttention(
+            heads=0 if none else self.heads,
+            kv_heads=0 if none else self.kv_heads,
+            head_dim=self.head_dim,
+            dim=self.dim,
+            number_bytes=BF16,
+            alone=not self.linear_layers,
+            layers=layers,
+            linear=linear if self.linear_layers else None,
+            work=self.work,
+            zero_bytes=zero_bytes(self.parameters, BF16, zero),
+        )
 
     @property
     def stream_bytes(self) -> float:
@@ -117,15 +161,17 @@ def load_model(name: str) -> Model:
     """
     if name in MODELS:
         return MODELS[name]
-    return Model(
-        **numbers(
-            Path(name), Model, f"model is {name[:200]!r}; it must be one of {', '.join(MODELS)}"
+    unknown = f"model is {name[:200]!r}; it must be one of {', '.join(MODELS)}"
+    path = Path(name)
+    content = mapping(path, Model, unknown)
+    mixer = content.pop("mixer", Model.mixer)
+    if not isinstance(mixer, str) or mixer not in RECURRENCES:
+        raise ValueError(
+            f"{path}: mixer is {str(mixer)[:200]!r}; it must be one of {', '.join(RECURRENCES)}"
         )
-    )
+    return Model(**numbers(path, Model, content), mixer=mixer)
 
 
-def costs(cluster: Cluster, model: Model, routed: bool = False) -> Costs:
+def costs(cluster: Cluster, model: Model, routed: bool = False, zero: int = 1) -> Costs:
     """Costs by which the planner prices a model's plans on a cluster."""
-    found = cluster.costs(model.heads, model.kv_heads, model.head_dim, model.dim)
-    rest = model.rest_flops / max(1, model.full_layers) / cluster.matmul_flops
-    return replace(found, routed=routed, states=model.states, rest=rest)
+    return replace(model.known(zero).costs(cluster), routed=routed)

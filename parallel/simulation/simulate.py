@@ -15,12 +15,12 @@ from parallel.planning.cost import price
 from parallel.planning.layout import Array, Topology
 from parallel.simulation.models import load_model
 from parallel.simulation.strategies import (
-    STRATEGIES,
     Case,
     Outcome,
     headrace,
     lower_bound,
     our_plan,
+    strategies,
 )
 
 LENGTHS = Path(__file__).parent / "lengths"
@@ -41,6 +41,7 @@ class Settings:
     batches: int
     seed: int
     routing: bool = True
+    zero: int = 1
 
 
 def distributions() -> list[str]:
@@ -128,6 +129,7 @@ def cases(settings: Settings) -> list[Case]:
             cluster,
             model,
             routing=settings.routing,
+            zero=settings.zero,
         )
         for _ in range(settings.batches)
     ]
@@ -147,7 +149,7 @@ def by_strategy(batches: list[Case]) -> dict[str, dict[str, float]]:
     """The figures of every strategy, means over batches but for `memory` and `worst_ms`."""
     bound = _mean_bound(batches)
     rows = {}
-    for name, strategy in STRATEGIES.items():
+    for name, strategy in strategies(batches[0].model).items():
         outcomes: list[Outcome] = [strategy(case) for case in batches]
         rows[name] = {
             "step_ms": 1e3 * float(np.mean([each.seconds for each in outcomes])),
@@ -203,7 +205,7 @@ def _table(settings: Settings, batches: list[Case], summary: dict[str, Any]) -> 
     )
     lines.append(
         "speed: against even. memory: activations of the fullest rank against the even share. "
-        "zeppelin-states is nobody's system (see parallel/simulation/strategies.py)."
+        "What each is: parallel/simulation/strategies.py."
     )
     return "\n".join(lines)
 

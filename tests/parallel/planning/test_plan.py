@@ -314,7 +314,7 @@ def test_placings_that_differ_only_in_slices_are_different() -> None:
 @pytest.mark.parametrize("by_node", [False, True])
 def test_routing_takes_all_ranks_of_a_node(by_node: bool) -> None:
     """For a ring over two nodes, and for a node that takes tokens from another."""
-    lengths = [40000, 7000, *[700] * 30]
+    lengths = [100000, 7000, *[500] * 30]
     routed, direct = (
         price(plan(lengths, Topology(16, 8), by_node=by_node, routing=on), Costs()).traffic.between
         for on in (True, False)

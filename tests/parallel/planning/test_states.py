@@ -6,20 +6,22 @@ from dataclasses import replace
 from itertools import chain
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.planning.clusters import load_cluster
-from parallel.planning.cost import price
+from parallel.planning.cost import copied_seconds, price
 from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Topology
+from parallel.planning.passes import Passes
 from parallel.planning.passing import Passing
 from parallel.planning.plan import plan
 from parallel.planning.states import price_states
 from parallel.simulation.models import MODELS
 from parallel.simulation.strategies import Case, our_plan, price_plan
 
-STATES = States(3.0, heads=6, M_bytes=7.0, E_bytes=100.0, map_flops=1e6, beside_flops=1e6)
+STATES = States(3.0, 6, M_bytes=7.0, E_bytes=100.0, passes=Passes(1e-8, 2e-8, 3e-8), beside=1e-9)
 
 
 @settings(deadline=None)
@@ -55,9 +57,10 @@ def test_no_state_passes_where_no_sequence_is_cut() -> None:
 
 def test_states_overlap_what_is_computed_meanwhile() -> None:
     made, costs = plan([60000, 3000], Topology(16, 8)), Costs(states=STATES)
+    nothing = Passes(0.0, 0.0, 0.0)
     shown, hidden = (
-        price_states(made, replace(costs, states=replace(STATES, map_flops=0, beside_flops=flops)))
-        for flops in (0.0, 1e12)
+        price_states(made, replace(costs, states=replace(STATES, passes=nothing, beside=seconds)))
+        for seconds in (0.0, 1e-3)
     )
     assert shown[0] > hidden[0] == 0
     assert (shown[1].between == hidden[1].between).all()
@@ -73,3 +76,17 @@ def test_expensive_states_change_the_plan_of_attention() -> None:
     assert price(made, attention).seconds > 1.1 * price(blind, attention).seconds
     assert price_states(made, costs)[0] < 0.5 * price_states(blind, costs)[0]
     assert price_plan(case, made).seconds < 0.97 * price_plan(case, blind).seconds
+
+
+def test_rows_are_copied_for_moves_at_the_speed_of_memory() -> None:
+    """On the rank that copies most: what it holds in either layout, read and written; nothing
+    where no token moves."""
+    costs = Costs(q_bytes=100.0, kv_bytes=50.0, copy=1e-3, heads=1, kv_heads=1)
+    still = plan([64] * 16, Topology(16, 8), costs=costs)
+    assert copied_seconds(still, costs) == 0
+    made = plan([4000, 500, 500, 40], Topology(4, 2), "even")
+    held = made.stream.tokens + made.attention.tokens
+    # Of each token q and o, and k and v.
+    assert copied_seconds(made, costs) == pytest.approx(2e-3 * held.max() * (2 * 100 + 50))
+    price_of, free = price(made, costs), price(made, replace(costs, copy=0.0))
+    assert price_of.seconds - free.seconds == pytest.approx(2 * copied_seconds(made, costs))

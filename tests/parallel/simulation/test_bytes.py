@@ -19,13 +19,16 @@ from parallel.planning.clusters import load_cluster
 from parallel.planning.cost import price
 from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Plan, Topology
+from parallel.planning.passes import Passes
 from parallel.planning.states import price_states
+from parallel.simulation.groups import shared
 from parallel.simulation.models import Model
-from parallel.simulation.strategies import Case, ulysses
+from parallel.simulation.strategies import Case
 from parallel.travel.exchange import sent_bytes
 
 RANKS, EACH = 4, 2  # on two nodes
 HEADS, KV_HEADS, DIM, WORD = 4, 2, 8, 4  # fp32
+TAPS = 4  # of a short convolution
 MODEL = FullAttention(HEADS, KV_HEADS, DIM, WORD)
 Q, KV = WORD * HEADS * DIM, 2 * WORD * KV_HEADS * DIM  # bytes of a token
 STREAMS = [[640], [301, 20, 200, 3, 77, 40], [30] * 20]
@@ -50,6 +53,12 @@ def delta_rule(shard: Shard) -> Tensor:
 def decayed(shard: Shard) -> Tensor:
     q, v = (torch.randn(1, shard.tokens, HEADS, DIM, requires_grad=True) for _ in range(2))
     return parallel.linear_attention(q, q.detach(), v, -torch.rand_like(q), None, shard)[0]
+
+
+def convolved(shard: Shard) -> Tensor:
+    x = torch.randn(1, shard.tokens, HEADS * DIM, requires_grad=True)
+    weight = torch.randn(HEADS * DIM, TAPS, requires_grad=True)
+    return parallel.short_convolution(x, weight, shard)[0]
 
 
 def sent(
@@ -104,7 +113,7 @@ def a_case(lengths: list[int], full_every: int) -> Case:
 def test_bytes_of_ulysses(ranks) -> None:
     """For a sequence that needs all ranks."""
     found = ranks(RANKS).run(sent, "ulysses", False, [640], attend)
-    simulated = ulysses(a_case([640], 1))
+    simulated = shared(a_case([640], 1), np.zeros(1, np.int64), RANKS, (1, 1, RANKS))
     assert sum(everywhere(found)) == pytest.approx(2 * (simulated.inside + simulated.between))
 
 
@@ -123,6 +132,26 @@ def test_bytes_of_all_gather(ranks, lengths: list[int]) -> None:
 def test_bytes_of_linear_layers(ranks, layer: Callable, M: int, lengths: list[int]) -> None:
     """M is a matrix with the delta rule, and a diagonal without."""
     found = ranks(RANKS).run(sent, "balanced", False, lengths, layer)
-    states = States(1, HEADS, WORD * M, WORD * DIM * DIM, map_flops=0, beside_flops=0)
+    states = States(1, HEADS, WORD * M, WORD * DIM * DIM, passes=Passes(0, 0, 0), beside=0)
     _, traffic = price_states(found[0][1], Costs(states=states))
     assert everywhere(found) == pytest.approx((traffic.inside.sum(), traffic.between.sum()))
+
+
+@pytest.mark.parametrize("lengths", STREAMS, ids=str)
+def test_bytes_of_a_convolution(ranks, lengths: list[int]) -> None:
+    """The tokens before each fragment, forward, and their gradients back."""
+    found = ranks(RANKS).run(sent, "balanced", False, lengths, convolved)
+    halo = WORD * (TAPS - 1) * HEADS * DIM
+    nothing = {"passes": Passes(0, 0, 0), "beside": 0.0}
+    with_halo, without = (
+        price_states(
+            found[0][1], Costs(states=States(1, HEADS, 0.0, 0.0, **nothing, halo_bytes=size))
+        )
+        for size in (float(halo), 0.0)
+    )
+    near, far = (
+        getattr(with_halo[1], where).sum() - getattr(without[1], where).sum()
+        for where in ("inside", "between")
+    )
+    assert everywhere(found) == pytest.approx((near, far))
+    assert (with_halo[0] > without[0]) == bool(found[0][1].crossing)

@@ -21,11 +21,18 @@ from torch import Tensor, nn
 
 from data.settings import ConfigError, build
 from parallel import Shard
+from parallel.planning.clusters import Recurrent
 from train.model.config import ModelConfig
 
 
 class Mixer(nn.Module, ABC):
-    """What a block expects of its mixer."""
+    """What a block expects of its mixer.
+
+    Attributes:
+        recurrent: its recurrence on `kernels.linear_attention`, by which plans are priced.
+    """
+
+    recurrent: Recurrent | None = None
 
     @abstractmethod
     def __init__(self, model: ModelConfig, config: Any, layer: int) -> None:

@@ -16,6 +16,7 @@ from data.settings import ConfigError, setting
 from kernels import flops
 from kernels.packing import accumulation_dtype
 from parallel import Shard
+from parallel.planning.clusters import Recurrent
 from train.model import mixers
 from train.model.config import MOST_HEAD_DIM, MOST_HEADS, MOST_TAPS, ModelConfig
 from train.model.linear import InParts, Linear
@@ -60,9 +61,15 @@ class LinearMixer(mixers.Mixer):
 
     A subclass adds the projections to decay, β and gates, and a `forward` that reads as its
     equation.
+
+    Attributes:
+        delta: whether the recurrence is the delta rule.
+        kind: which of `parallel.planning.clusters.RECURRENCES` it is, for its price; unless given,
+            the one of most work.
     """
 
-    delta = False  # whether the recurrence is the delta rule
+    delta = False
+    kind: str | None = None
 
     def __init__(self, model: ModelConfig, config: Heads, layer: int) -> None:
         super().__init__(model, config, layer)
@@ -70,6 +77,10 @@ class LinearMixer(mixers.Mixer):
         assert config.value_head_dim is not None
         self.heads, self.value_heads = config.heads, config.value_heads
         self.head_dim, self.value_head_dim = config.head_dim, config.value_head_dim
+        kind = self.kind or ("kda" if self.delta else "gla")
+        self.recurrent: Recurrent | None = Recurrent(
+            kind, self.value_heads, self.head_dim, self.value_head_dim
+        )
         key_dim, self.value_dim = self.heads * self.head_dim, self.value_heads * self.value_head_dim
         self.widths = [key_dim, key_dim, self.value_dim]
 

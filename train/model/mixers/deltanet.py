@@ -32,6 +32,7 @@ class Mixer(LinearMixer):
     """The delta rule without decay, on keys of length 1."""
 
     delta = True
+    kind = "deltanet"
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)

@@ -40,6 +40,7 @@ class Mixer(LinearMixer):
     """
 
     delta = True
+    kind = "gated_deltanet"
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)

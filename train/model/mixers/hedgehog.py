@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kernels import flops
 from parallel import Shard
+from parallel.planning.clusters import Recurrent
 from train.model.config import ModelConfig
 from train.model.mixers._parts import average, repeat_heads
 from train.model.mixers.attention import ProjectedMixer, Projections
@@ -30,6 +31,7 @@ class Mixer(ProjectedMixer):
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
+        self.recurrent = Recurrent("linear", self.heads, 2 * self.head_dim, self.head_dim + 1)
         self.q_map = nn.Parameter(torch.empty(self.heads, self.head_dim, self.head_dim))
         self.k_map = nn.Parameter(torch.empty(self.heads, self.head_dim, self.head_dim))
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from data.settings import ConfigError, setting
 from kernels import flops
 from parallel import Shard
+from parallel.planning.clusters import Recurrent
 from train.model.config import ModelConfig
 from train.model.mixers._parts import full, recur, repeat_heads
 from train.model.mixers.attention import ProjectedMixer, Projections, attend
@@ -44,6 +45,7 @@ class Mixer(ProjectedMixer):
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
+        self.recurrent = Recurrent("gla", self.heads, self.head_dim, self.head_dim)
         self.window, self.pool = config.window, config.gate_pool
         self.normalizer = config.gate_normalizer
 

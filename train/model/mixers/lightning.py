@@ -24,6 +24,8 @@ class Mixer(LinearMixer):
     slope = 2^(−8 (h + 1) / heads) · (1 − layer / (layers − 1 + 1e-5) + 1e-5) for head h
     """
 
+    kind = "retention"
+
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
         # The first 1e-5 is 14 % of the last of 8 layers' factor.

@@ -46,6 +46,8 @@ class Config(Heads):
 class Mixer(LinearMixer):
     """S_t = S_{t−1} + φ(k_t) v_tᵀ, o_t = norm(S_tᵀ φ(q_t))."""
 
+    kind = "linear"
+
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
         self.feature_map = FEATURE_MAPS[config.feature_map]

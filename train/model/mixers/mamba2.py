@@ -34,6 +34,8 @@ class Config:
 class Mixer(LinearMixer):
     """S_t = exp(dt_t A) S_{t−1} + B_t (dt_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t; q is C, k is B."""
 
+    kind = "mamba2"
+
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         heads = config.heads
         shape = Heads(config.groups, heads, config.state_dim, config.head_dim, config.conv_size)

@@ -30,6 +30,8 @@ class Config(Heads):
 class Mixer(LinearMixer):
     """a = 1 − 2^(−5 − h) for head h, a norm a head and a swish gate on the output."""
 
+    kind = "retention"
+
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
         self.rotary_theta = config.rotary_theta

@@ -42,10 +42,14 @@ class Mixer(LinearMixer):
     (NormAttention).
     """
 
+    kind = "linear"
+
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, Heads(config.heads, None, config.head_dim), layer)
         self.block = config.block if layer < round(config.diagonal * model.layers) else None
         self.norm = RMSNorm(self.value_dim, model.norm_eps) if self.block is None else None
+        if self.block is not None:
+            self.recurrent = None
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         q, k, v = self.project(x, shard, cache)

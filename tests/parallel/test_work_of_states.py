@@ -1,0 +1,97 @@
+"""Linear layers over ranks execute the work that plans are priced by, counted in FLOPs a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+import parallel
+from kernels.segments import final_state, segment_state
+from kernels.tools.check import mixer_inputs
+from parallel import ParallelConfig, Planner, World, distribute
+from parallel.planning.costs import States
+from parallel.planning.layout import Plan
+from parallel.planning.passes import Passes
+from parallel.planning.states import pass_seconds
+
+RANKS, HEADS, DIM = 4, 2, 16
+KINDS = {"mamba2": "mamba2", "gla": "gla", "gated_deltanet": "gated deltanet", "kda": "kda"}
+LENGTHS = [[8192], [4096, 64, 3000, 1032], [2048] * 4]
+ALONE = 1024  # tokens of the runs whose work is the price of a token
+
+
+def inputs(kind: str, tokens: int) -> list[Tensor | None]:
+    """q, k, v, decay and β, which want gradients."""
+    made = mixer_inputs(KINDS[kind], 1, tokens, HEADS, DIM)
+    return [
+        made[name].float().requires_grad_() if name in made else None
+        for name in ("q", "k", "v", "decay", "beta")
+    ]
+
+
+def flops(run: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def executed(world: World, lengths: list[int], kind: str) -> tuple[list[float], Plan]:
+    """FLOPs of this rank's forward and backward pass, and the plan."""
+    world = replace(world, ranks_per_node=RANKS)
+    count, cu_seqlens = np.arange(sum(lengths)), np.concatenate([[0], np.cumsum(lengths)])
+    with closing(Planner(ParallelConfig("ring"), world.topology)) as planner:
+        _, _, shard = distribute(count, count, cu_seqlens, world, planner=planner)
+    given, found = inputs(kind, shard.tokens), []
+
+    def forward() -> None:
+        found.append(parallel.linear_attention(*given, shard)[0])
+
+    assert shard.view is not None
+    passes = [flops(forward), flops(lambda: found[0].sum().backward())]
+    return passes, shard.view.plan
+
+
+def of_a_token(kind: str) -> tuple[list[float], Passes]:
+    """FLOPs a token of the op's two passes, and of a fragment's further passes, each by itself."""
+    q, k, v, decay, beta = inputs(kind, ALONE)
+    entering = torch.randn(1, HEADS, DIM, DIM)
+    made: list[Tensor] = []
+
+    def op() -> None:
+        made.append(kernels.linear_attention(q, k, v, decay, beta, initial_state=entering)[0])
+
+    def gradient() -> None:
+        wanted = [x for x in (k, v, decay, beta) if x is not None]
+        final = final_state(k, v, decay, beta, entering)
+        torch.autograd.grad(final, wanted, torch.ones_like(final))
+
+    runs: list[Callable[[], object]] = [op, lambda: made[0].sum().backward()]
+    with torch.no_grad():
+        zeros = torch.zeros_like(entering)
+        state = flops(lambda: final_state(k, v, decay, beta, zeros))
+        of_map = flops(lambda: segment_state(k, v, decay, beta))
+    passes = Passes(state / ALONE, of_map / ALONE, flops(gradient) / ALONE)
+    return [flops(run) / ALONE for run in runs], passes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_do_the_work_of_their_fragments(ranks, kind: str) -> None:
+    """To 5 %: composing maps is left out of the price, which does not grow with the tokens."""
+    op, passes = of_a_token(kind)
+    assert min(*op, passes.gradient) > 0
+    states = States(1, HEADS, 0.0, 0.0, passes=passes, beside=0.0)
+    for lengths in LENGTHS:
+        found = ranks(RANKS).run(executed, lengths, kind)
+        plan = found[0][1]
+        further = pass_seconds(plan, states) if plan.crossing else np.zeros((2, RANKS))
+        wanted = np.outer(op, plan.stream.tokens) + further
+        counted = np.array([passes for passes, _ in found]).T
+        np.testing.assert_allclose(counted, wanted, rtol=0.05)
