@@ -77,26 +77,58 @@ def best(case: Case, allowed: Callable[[str], bool] = lambda _: True) -> Outcome
         allowed: whether a form is considered, by its name.
     """
     found: Outcome | None = None
-    placed = {size: packed(case, size) for size in sizes(case)}
-    for size in sorted(placed, key=lambda size: placed[size][1]):
-        group, least = placed[size]
-        if found is not None and least >= found.seconds:
-            break  # so are all that follow
+    for size, group, least in _by_size(case):
         for how, shape in forms(size, case.topology, case.model.heads):
             if size > 1 and not allowed(how):
                 continue
-            outcome = shared(case, group, size, shape)
-            outcome = replace(outcome, form=f"{case.topology.ranks // size} × {size}, {how}")
+            if found is not None and not _may_be_quicker(case, group, size, shape, least, found):
+                continue
+            limit = np.inf if found is None else found.seconds
+            outcome = shared(case, group, size, shape, limit)
             if found is None or outcome.seconds < found.seconds:
-                found = outcome
+                found = replace(outcome, form=f"{case.topology.ranks // size} × {size}, {how}")
     if found is None:  # none of the sizes that memory allows has such a form
         ranks = case.topology.ranks
         return shared(case, 0 * case.lengths, ranks, (1, ranks, 1))
     return found
 
 
-def shared(case: Case, group: Array, size: int, shape: Grid) -> Outcome:
-    """A step in which each group of `size` ranks attends to its sequences in one form."""
+def _by_size(case: Case) -> list[tuple[int, Array, float]]:
+    """Sizes of groups, the likeliest first: how sequences are packed, and the busiest's seconds.
+
+    The least work first; of sizes within a hundredth of each other the smaller, which is the
+    quicker one to price, too.
+    """
+    placed = [(size, *packed(case, size)) for size in sizes(case)]
+    bound = lower_bound(case)
+    return sorted(placed, key=lambda each: (round(each[2] / bound, 2), each[0]))
+
+
+def _may_be_quicker(
+    case: Case, group: Array, size: int, shape: Grid, least: float, found: Outcome
+) -> bool:
+    """Whether the work of a form leaves it a thousandth less than what was found.
+
+    Sequences that are cut into chunks fill the last tile of each badly.
+    """
+    if least >= 0.999 * found.seconds:
+        return False
+    costs = case.costs()
+    seats = shape[0] * shape[1]
+    chunks = 1 if seats == 1 else 2 * seats
+    tiles = chunks * np.ceil(case.lengths / chunks / costs.tile)
+    work = costs.pair * costs.tile**2 * tiles * (tiles + 1) / 2
+    seconds = BOTH * case.model.full_layers * work + case.linear_seconds(case.lengths)
+    groups = case.topology.ranks // size
+    return float(np.bincount(group, seconds, groups).max()) / size < 0.999 * found.seconds
+
+
+def shared(case: Case, group: Array, size: int, shape: Grid, limit: float = np.inf) -> Outcome:
+    """A step in which each group of `size` ranks attends to its sequences in one form.
+
+    Args:
+        limit: seconds beyond which a step is of no interest; its linear layers are not priced then.
+    """
     topology = case.topology
     starts = np.arange(0, topology.ranks, size)
     if size == 1:
@@ -104,14 +136,15 @@ def shared(case: Case, group: Array, size: int, shape: Grid) -> Outcome:
     else:
         grids = [np.arange(first, first + size).reshape(shape) for first in starts.tolist()]
         owners = Owners(-1 - group, grids, "rank")
-    return of_plan(case, build("groups", case.lengths, owners, topology, by_node=False))
+    return of_plan(case, build("groups", case.lengths, owners, topology, by_node=False), limit)
 
 
-def of_plan(case: Case, made: Plan) -> Outcome:
+def of_plan(case: Case, made: Plan, limit: float = np.inf) -> Outcome:
     """A step of a plan in which tokens stay where attention has them in all layers."""
     model, costs = case.model, replace(case.costs(), to_qkv=0.0, from_o=0.0)
     layer = price(made, costs)
-    linear, passed = linear_layer(made, costs) if model.linear_layers else (0.0, None)
+    priced = model.linear_layers and max(1, model.full_layers) * layer.seconds < limit
+    linear, passed = linear_layer(made, costs) if priced else (0.0, None)
     sent = layer.traffic * model.full_layers
     if passed is not None:
         sent += passed * model.linear_layers
@@ -185,33 +218,47 @@ def by_time(case: Case, form: str) -> Outcome:
         form: of full attention: "ring" or "all-to-all".
     """
     even = lower_bound(case)
-    outcomes = [_sized(case, limit * even, form) for limit in (0.5, 0.75, 1.0, 1.25, 1.6, np.inf)]
-    return min(outcomes, key=lambda outcome: outcome.seconds)
+    every = [_fewest(case, limit * even, form) for limit in (0.5, 0.75, 1.0, 1.25, 1.6, np.inf)]
+    distinct = {each.tobytes(): each for each in every}.values()
+    return min((_sized(case, each, form) for each in distinct), key=lambda outcome: outcome.seconds)
 
 
-def _sized(case: Case, limit: float, form: str) -> Outcome:
-    topology, ranks = case.topology, case.topology.ranks
-    attention = case.attention_seconds()
+def _fewest(case: Case, limit: float, form: str) -> Array:
+    """int64 (N,): the fewest ranks for each sequence, by memory and by a limit of seconds."""
+    ranks = case.topology.ranks
     most = min(ranks, case.model.heads) if form == "all-to-all" else ranks
+    work = case.attention_seconds() + case.linear_seconds(case.lengths)
+    size = np.ones(len(case.lengths), np.int64)
+    while True:
+        short = (case.lengths / size > case.room) | ((work / size > limit) & (size < most))
+        short &= size < ranks
+        if not short.any():
+            return size
+        size = np.where(short, np.minimum(2 * size, ranks), size)
+
+
+def _sized(case: Case, sizes: Array, form: str) -> Outcome:
+    """A step in which each sequence has a group of its size: the longest first, on the group that
+    is free first."""
+    topology, ranks = case.topology, case.topology.ranks
     ready = np.zeros(ranks)
     owner = np.zeros(len(case.lengths), np.int64)
     rings: dict[tuple[int, int], int] = {}
-    work = attention + case.linear_seconds(case.lengths)
+    work = (case.attention_seconds() + case.linear_seconds(case.lengths)) / sizes
     for i in np.argsort(-case.lengths, kind="stable").tolist():
-        n, size = float(case.lengths[i]), 1
-        while size < ranks and (n / size > case.room or (work[i] / size > limit and size < most)):
-            size = min(2 * size, ranks)
-        free = ready[: ranks // size * size].reshape(-1, size).max(axis=1)
-        first = int(free.argmin())
-        mine = slice(first * size, (first + 1) * size)
-        ready[mine] = free[first] + work[i] / size
+        size = int(sizes[i])
         if size == 1:
-            owner[i] = first
-        else:
-            owner[i] = -1 - rings.setdefault((first * size, size), len(rings))
+            owner[i] = first = int(ready.argmin())
+            ready[first] += work[i]
+            continue
+        free = ready[: ranks // size * size].reshape(-1, size).max(axis=1)
+        first = int(free.argmin()) * size
+        ready[first : first + size] = free.min() + work[i]
+        owner[i] = -1 - rings.setdefault((first, size), len(rings))
     grids = []
     for first, size in rings:
-        shape = (1, 1, size) if form == "all-to-all" and size <= most else _ring(size, topology)
+        whole = form == "all-to-all" and size <= case.model.heads
+        shape = (1, 1, size) if whole else _ring(size, topology)
         grids.append(np.arange(first, first + size).reshape(shape))
     made = build("sized", case.lengths, Owners(owner, grids, "rank"), topology, by_node=False)
     return of_plan(case, made)
@@ -230,9 +277,8 @@ def gathered(case: Case) -> Outcome:
     gather overlaps nothing.
     """
     found: Outcome | None = None
-    for size in sizes(case):
-        group, least = packed(case, size)
-        if found is None or least < found.seconds:
+    for size, group, least in _by_size(case):
+        if found is None or least < 0.999 * found.seconds:
             alone = size == 1
             outcome = shared(case, group, 1, (1, 1, 1)) if alone else _gathered(case, group, size)
             if found is None or outcome.seconds < found.seconds:
