@@ -26,7 +26,7 @@ from torch import Tensor
 
 import kernels
 from kernels import flops
-from kernels.segments import final_state, segment_state
+from kernels.recurrences import LinearAttention, Packed
 from parallel.planning.clusters import (
     HEAD_DIM,
     RECURRENCES,
@@ -208,26 +208,32 @@ def _recurrence(
     k = F.normalize(k, dim=-1)
     decay = None if shape is None else F.logsigmoid(torch.randn(shape, device=device) + 2)
     beta = torch.rand(1, T, H, device=device) if delta else None
-    leaves = [x.requires_grad_() for x in (k, v, decay, beta) if x is not None]
-    q.requires_grad_()
+    given = (q, k, v, decay, beta)
+    recurrence, segments = LinearAttention(), Packed((T,), None)
     state = torch.zeros(1, H, D, D, device=device)
+    for x in given:
+        if x is not None:
+            x.requires_grad_()
 
     def op() -> Tensor:
-        return kernels.linear_attention(q, k, v, decay, beta)[0]
+        return kernels.linear_attention(*given)[0]
 
-    def without_gradients(run: Callable[[], Any]) -> Callable[[], Any]:
+    def without_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
         return torch.no_grad()(run)
 
-    def gradient() -> None:
-        final = final_state(k, v, decay, beta, state)
-        torch.autograd.grad(final, leaves, torch.ones_like(final))
+    def middle() -> Any:
+        mapped = recurrence.forward_with_maps(given, segments)
+        return recurrence.enter(given, segments, mapped, state)
 
+    R = without_gradients(recurrence.forward_with_maps)(given, segments).R
     runs: dict[str, tuple[Callable[..., Any], Callable[[], Any] | None]] = {
         "forward": (without_gradients(op), None),
         "backward": (lambda o: o.backward(torch.ones_like(o)), op),
-        "state": (without_gradients(lambda: final_state(k, v, decay, beta, state)), None),
-        "map": (without_gradients(lambda: segment_state(k, v, decay, beta)), None),
-        "gradient": (gradient, None),
+        "middle": (without_gradients(middle), None),
+        "gradient": (
+            without_gradients(lambda: recurrence.entering_gradient(segments, R, v.detach())),
+            None,
+        ),
     }
     part = share / len(runs)
     return {

@@ -1,7 +1,8 @@
-"""What passes over its tokens a fragment of a cut sequence makes, beside those of the op itself.
+"""What passes over its tokens a fragment of a cut sequence makes more than a whole sequence would.
 
 This is the one place that says so: `states` prices them, clusters say how long each takes, and
-`tests/parallel/test_work_of_states.py` compares their work with what is executed.
+`tests/parallel/test_work_of_states.py` compares their work with what is executed. They are those
+of `parallel.travel.chain`: only fragments in the middle of a sequence make any.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ class Passes(NamedTuple):
     """Numbers of passes, or seconds a token of each.
 
     Attributes:
-        state: the final state from zeros, which is E (`kernels.segments.final_state`), forward.
-        map: M and E (`kernels.segments.segment_state`), forward.
-        gradient: the final state from the state that entered, and its gradients: in the backward
-            pass, forward and backward.
+        map: forward, what the op from zeros with its maps, and the state that enters later, take
+            more than the op (`kernels.recurrences`: `forward_with_maps`, `enter`).
+        gradient: backward, the gradient of the entering state through the outputs
+            (`entering_gradient`).
     """
 
-    state: Array | float
     map: Array | float
     gradient: Array | float
 
@@ -30,10 +30,8 @@ class Passes(NamedTuple):
 def passes_of(number: Array, last: Array) -> Passes:
     """Passes of fragments by their numbers in their sequences, (fragments,) int each.
 
-    The last fragment's map is wanted by nobody; no state enters the first one, so its M is not.
-
     Args:
         last: number of the last fragment of the same sequence.
     """
-    leaves = number < last
-    return Passes(leaves & (number == 0), leaves & (number > 0), leaves)
+    middle = (number > 0) & (number < last)
+    return Passes(middle, middle)

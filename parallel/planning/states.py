@@ -31,7 +31,8 @@ def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
     traffic = Traffic(np.zeros(ranks), np.zeros(ranks))
     if states is None or not plan.crossing:
         return 0.0, traffic
-    seconds = float(pass_seconds(plan, states).max(axis=1).sum()) + 2 * _KERNELS * costs.launch
+    further = pass_seconds(plan, states).max(axis=1)
+    seconds = float((further + _KERNELS * costs.launch * (further > 0)).sum())
     piece = float(stream.tokens.max()) * states.beside / TURNS
     for way, products in zip((1, -1), MATMUL_WORK.tolist(), strict=True):
         chains = [
@@ -68,9 +69,8 @@ def pass_seconds(plan: Plan, states: States) -> Array:
     number = np.arange(len(every)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     made, each = passes_of(number, last), states.passes
     tokens = (stream.end - stream.start)[every]
-    forward = tokens * (made.state * each.state + made.map * each.map)
-    backward = tokens * made.gradient * each.gradient
-    return np.stack([np.bincount(stream.rank[every], x, ranks) for x in (forward, backward)])
+    further = tokens * made.map * each.map, tokens * made.gradient * each.gradient
+    return np.stack([np.bincount(stream.rank[every], x, ranks) for x in further])
 
 
 def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:

@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 import parallel
-from kernels.segments import final_state, segment_state
+from kernels.recurrences import LinearAttention, Packed
 from kernels.tools.check import mixer_inputs
 from parallel import ParallelConfig, Planner, World, distribute
 from parallel.planning.costs import States
 from parallel.planning.layout import Plan
 from parallel.planning.passes import Passes
 from parallel.planning.states import pass_seconds
+from tests.kernels.test_recurrences import Products
 
 RANKS, HEADS, DIM = 4, 2, 16
 KINDS = {"mamba2": "mamba2", "gla": "gla", "gated_deltanet": "gated deltanet", "kda": "kda"}
@@ -38,9 +37,9 @@ def inputs(kind: str, tokens: int) -> list[Tensor | None]:
 
 
 def flops(run: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
+    with Products() as counter:
         run()
-    return float(counter.get_total_flops())
+    return float(counter.flops)
 
 
 def executed(world: World, lengths: list[int], kind: str) -> tuple[list[float], Plan]:
@@ -60,33 +59,33 @@ def executed(world: World, lengths: list[int], kind: str) -> tuple[list[float], 
 
 
 def of_a_token(kind: str) -> tuple[list[float], Passes]:
-    """FLOPs a token of the op's two passes, and of a fragment's further passes, each by itself."""
-    q, k, v, decay, beta = inputs(kind, ALONE)
-    entering = torch.randn(1, HEADS, DIM, DIM)
-    made: list[Tensor] = []
-
-    def op() -> None:
-        made.append(kernels.linear_attention(q, k, v, decay, beta, initial_state=entering)[0])
-
-    def gradient() -> None:
-        wanted = [x for x in (k, v, decay, beta) if x is not None]
-        final = final_state(k, v, decay, beta, entering)
-        torch.autograd.grad(final, wanted, torch.ones_like(final))
-
-    runs: list[Callable[[], object]] = [op, lambda: made[0].sum().backward()]
+    """FLOPs a token of the op's two passes, and of a middle fragment's further ones, by themselves:
+    the steps of `kernels.recurrences`, called without any rank."""
+    given = tuple(None if x is None else x.detach() for x in inputs(kind, ALONE))
+    state, do = torch.randn(1, HEADS, DIM, DIM), torch.randn(1, ALONE, HEADS, DIM)
+    recurrence, segments = LinearAttention(), Packed((ALONE,), None)
     with torch.no_grad():
-        zeros = torch.zeros_like(entering)
-        state = flops(lambda: final_state(k, v, decay, beta, zeros))
-        of_map = flops(lambda: segment_state(k, v, decay, beta))
-    passes = Passes(state / ALONE, of_map / ALONE, flops(gradient) / ALONE)
-    return [flops(run) / ALONE for run in runs], passes
+        passed = recurrence.forward(given, segments, state)
+        mapped = recurrence.forward_with_maps(given, segments)
+        R, kept = mapped.R, passed.kept
+        forward, backward, mapping, entering, gradient = (
+            flops(run) / ALONE
+            for run in (
+                lambda: recurrence.forward(given, segments, state),
+                lambda: recurrence.backward(given, segments, state, kept, do, state),
+                lambda: recurrence.forward_with_maps(given, segments),
+                lambda: recurrence.enter(given, segments, mapped, state),
+                lambda: recurrence.entering_gradient(segments, R, do),
+            )
+        )
+    return [forward, backward], Passes(mapping + entering - forward, gradient)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_do_the_work_of_their_fragments(ranks, kind: str) -> None:
     """To 5 %: composing maps is left out of the price, which does not grow with the tokens."""
     op, passes = of_a_token(kind)
-    assert min(*op, passes.gradient) > 0
+    assert min(*op, *passes) > 0
     states = States(1, HEADS, 0.0, 0.0, passes=passes, beside=0.0)
     for lengths in LENGTHS:
         found = ranks(RANKS).run(executed, lengths, kind)

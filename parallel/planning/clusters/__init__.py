@@ -47,14 +47,14 @@ class Recurrence:
 
     Attributes:
         forward, backward: of the op.
-        state, map, gradient: of the further passes that fragments of cut sequences make
+        middle: forward, of a fragment in the middle of a cut sequence.
+        gradient: of the entering state of such a fragment, besides its backward pass
             (`parallel.planning.passes`).
     """
 
     forward: float
     backward: float
-    state: float
-    map: float
+    middle: float
     gradient: float
 
 
@@ -227,7 +227,7 @@ class Cluster:
             heads=one.heads,
             M_bytes=4.0 * linear.map_numbers,
             E_bytes=4.0 * one.key_dim * one.value_dim,
-            passes=Passes(seconds.state, seconds.map, seconds.gradient),
+            passes=Passes(max(0.0, seconds.middle - seconds.forward), seconds.gradient),
             beside=linear.beside_flops / self.matmul_flops,
             halo_bytes=linear.halo_bytes,
         )

@@ -79,7 +79,7 @@ def described(**changes: Any) -> dict[str, Any]:
         ({"recurrence": dict.fromkeys(RECURRENCES, 3)}, "recurrence.linear: it must be a mapping"),
         (
             {"recurrence": {kind: {"forward": 1} for kind in RECURRENCES}},
-            "backward, state, map, grad",
+            "backward, middle, gradient must be given",
         ),
         ({"sources": {"tflops": "guessed"}}, "begins with one of measured, published, scaled"),
         ({"sources": [1]}, "sources must say"),

@@ -21,7 +21,7 @@ from parallel.planning.states import price_states
 from parallel.simulation.models import MODELS
 from parallel.simulation.strategies import Case, our_plan, price_plan
 
-STATES = States(3.0, 6, M_bytes=7.0, E_bytes=100.0, passes=Passes(1e-8, 2e-8, 3e-8), beside=1e-9)
+STATES = States(3.0, 6, M_bytes=7.0, E_bytes=100.0, passes=Passes(2e-8, 1e-8), beside=1e-9)
 
 
 @settings(deadline=None)
@@ -57,7 +57,7 @@ def test_no_state_passes_where_no_sequence_is_cut() -> None:
 
 def test_states_overlap_what_is_computed_meanwhile() -> None:
     made, costs = plan([60000, 3000], Topology(16, 8)), Costs(states=STATES)
-    nothing = Passes(0.0, 0.0, 0.0)
+    nothing = Passes(0.0, 0.0)
     shown, hidden = (
         price_states(made, replace(costs, states=replace(STATES, passes=nothing, beside=seconds)))
         for seconds in (0.0, 1e-3)

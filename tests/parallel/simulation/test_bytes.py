@@ -132,7 +132,7 @@ def test_bytes_of_all_gather(ranks, lengths: list[int]) -> None:
 def test_bytes_of_linear_layers(ranks, layer: Callable, M: int, lengths: list[int]) -> None:
     """M is a matrix with the delta rule, and a diagonal without."""
     found = ranks(RANKS).run(sent, "balanced", False, lengths, layer)
-    states = States(1, HEADS, WORD * M, WORD * DIM * DIM, passes=Passes(0, 0, 0), beside=0)
+    states = States(1, HEADS, WORD * M, WORD * DIM * DIM, passes=Passes(0, 0), beside=0)
     _, traffic = price_states(found[0][1], Costs(states=states))
     assert everywhere(found) == pytest.approx((traffic.inside.sum(), traffic.between.sum()))
 
@@ -142,7 +142,7 @@ def test_bytes_of_a_convolution(ranks, lengths: list[int]) -> None:
     """The tokens before each fragment, forward, and their gradients back."""
     found = ranks(RANKS).run(sent, "balanced", False, lengths, convolved)
     halo = WORD * (TAPS - 1) * HEADS * DIM
-    nothing = {"passes": Passes(0, 0, 0), "beside": 0.0}
+    nothing = {"passes": Passes(0, 0), "beside": 0.0}
     with_halo, without = (
         price_states(
             found[0][1], Costs(states=States(1, HEADS, 0.0, 0.0, **nothing, halo_bytes=size))

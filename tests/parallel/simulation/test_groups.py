@@ -98,7 +98,7 @@ def test_what_is_gathered_is_counted() -> None:
 
 def test_exchanged_heads_are_counted() -> None:
     """Four ranks on two nodes: each sends three quarters of its q, k, v and o, both ways."""
-    states = States(1, 8, 0.0, 0.0, passes=Passes(0, 0, 0), beside=0.0)
+    states = States(1, 8, 0.0, 0.0, passes=Passes(0, 0), beside=0.0)
     costs = Costs(q_bytes=2 * 8 * 64, heads=8, kv_heads=8, states=states)
     owners = Owners(np.array([-1]), [np.arange(4).reshape(1, 4, 1)], "rank")
     made = build("groups", np.array([4000]), owners, Topology(4, 2), by_node=False)
