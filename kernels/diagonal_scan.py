@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import Backend, use_triton
-from kernels.packing import accumulation_dtype, blocks, check_cu_seqlens, host_bounds
+from kernels.packing import Block, accumulation_dtype, blocks, check_cu_seqlens, host_bounds
 
 # Elements of a block of rows, 1 MB in fp32. A block is read several times, so its decays and states
 # should fit a core's second cache together.
@@ -117,10 +119,8 @@ def scan_forward(
     else:
         state = initial_state.to(dtype, copy=True)
     for n, start, end, _, _ in blocks(bounds, _rows(x)):
-        factor = decay[start:end].to(dtype).exp()
-        inputs = x[start:end].to(dtype, copy=True)
-        inputs[0].addcmul_(factor[0], state[n])
-        states = _scan(factor, inputs)
+        local = _scanned(decay[start:end].to(dtype).exp(), x[start:end].to(dtype, copy=True))
+        states = local.entered_by(state[n])
         h[start:end] = states
         state[n] = states[-1]
     return h.view(B, T, D), state
@@ -158,39 +158,151 @@ def scan_backward(
     carried = torch.zeros(len(bounds) - 1, D, dtype=dtype, device=h.device)
     if dfinal is not None:
         carried += dfinal
-    for n, start, end, first, _ in reversed(list(blocks(bounds, _rows(h)))):
+    for block in reversed(list(blocks(bounds, _rows(h)))):
+        n, start, end = block[:3]
         factor = decay[start:end].to(dtype).exp()
         arriving = torch.zeros_like(h[start:end]) if dh is None else dh[start:end]
-        gradient = arriving.flip(0).to(dtype)
-        gradient[0] += carried[n]
-        # Row t takes the factor of row t + 1: shift by one, then reverse. The last row takes that
-        # of the first, which `_scan` does not use.
-        gradient = _scan(factor.roll(-1, 0).flip(0), gradient).flip(0)
-        carried[n] = factor[0] * gradient[0]
+        gradient = _scanned_back(factor, arriving).entered_by(carried[n]).flip(0)
         dx[start:end] = gradient
         gradient *= factor
-        gradient[1:] *= h[start : end - 1]
-        if not first:
-            gradient[0] *= h[start - 1]
-        else:
-            gradient[0] *= 0 if initial_state is None else initial_state[n]
-        ddecay[start:end] = gradient
+        carried[n] = gradient[0]
+        ddecay[start:end] = _times_before(gradient, block, h, initial_state)
     dstate = None if initial_state is None else carried.to(initial_state.dtype)
     return dx.view(shape), ddecay.view(shape), dstate
+
+
+def _times_before(gradient: Tensor, block: Block, h: Tensor, state: Tensor | None) -> Tensor:
+    """A block's rows of `gradient`, each times the row of h before it; in place."""
+    n, start, end, first, _ = block
+    gradient[1:] *= h[start : end - 1]
+    before = h[start - 1] if not first else 0 if state is None else state[n]
+    gradient[0] *= before
+    return gradient
+
+
+def scan_begin(
+    x: Tensor, decay: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor, list[Local]]:
+    """The part of the scan, in torch, that does not depend on the states that enter.
+
+    Args:
+        x, decay: (1, T, D), N segments laid end to end.
+        lengths: tokens of each; none is empty.
+
+    Returns:
+        M and E (N, D), where the states that leave are M · state + E; and what `scan_finish` needs.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    M, E = torch.ones(2, len(lengths), x.shape[2], dtype=dtype, device=x.device).unbind()
+    E.zero_()
+    begun = []
+    for n, start, end, _, _ in _blocks_of(x, lengths):
+        factor = decay[0, start:end].to(dtype).exp()
+        begun.append(_scanned(factor, x[0, start:end].to(dtype, copy=True)))
+        _compose(M[n], E[n], *begun[-1].ends())
+    return M, E, begun
+
+
+def scan_finish(
+    x: Tensor, lengths: Sequence[int], begun: Sequence[Local], initial_state: Tensor
+) -> Tensor:
+    """h (1, T, D) from the states that enter, (N, D). Overwrites `begun`."""
+    h, state = torch.empty_like(x), initial_state.clone()
+    for (n, start, end, _, _), local in zip(_blocks_of(x, lengths), begun, strict=True):
+        states = local.entered_by(state[n])
+        h[0, start:end] = states
+        state[n] = states[-1]
+    return h
+
+
+def scan_begin_backward(
+    decay: Tensor, lengths: Sequence[int], dh: Tensor
+) -> tuple[Tensor, list[tuple[Tensor, Local]]]:
+    """The part of the backward pass that does not depend on gradients of states that leave.
+
+    Returns:
+        (N, D), the gradient of the states that enter, through h alone; and what
+        `scan_finish_backward` needs.
+    """
+    dtype = accumulation_dtype(dh.dtype)
+    dstate = torch.zeros(len(lengths), dh.shape[2], dtype=dtype, device=dh.device)
+    begun = []
+    for n, start, end, _, _ in reversed(_blocks_of(dh, lengths)):
+        factor = decay[0, start:end].to(dtype).exp()
+        local = _scanned_back(factor, dh[0, start:end])
+        M, E = local.ends()
+        dstate[n].mul_(M).add_(E).mul_(factor[0])
+        begun.append((factor, local))
+    return dstate, begun
+
+
+def scan_finish_backward(
+    h: Tensor,
+    decay: Tensor,
+    lengths: Sequence[int],
+    initial_state: Tensor,
+    begun: Sequence[tuple[Tensor, Local]],
+    dfinal: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the decay, given those of the states that leave (N, D). Overwrites
+    `begun`."""
+    dx, ddecay, carried = torch.empty_like(h), torch.empty_like(decay), dfinal.clone()
+    for block, (factor, local) in zip(reversed(_blocks_of(h, lengths)), begun, strict=True):
+        n, start, end = block[:3]
+        gradient = local.entered_by(carried[n]).flip(0)
+        dx[0, start:end] = gradient
+        gradient *= factor
+        carried[n] = gradient[0]
+        ddecay[0, start:end] = _times_before(gradient, block, h[0], initial_state)
+    return dx, ddecay
+
+
+def _blocks_of(x: Tensor, lengths: Sequence[int]) -> list[Block]:
+    return list(blocks([0, *accumulate(lengths)], _rows(x[0])))
+
+
+def _compose(M: Tensor, E: Tensor, later_M: Tensor, later_E: Tensor) -> None:
+    """The map (M, E) followed by a later one, in place."""
+    M.mul_(later_M)
+    E.mul_(later_M).add_(later_E)
 
 
 def _rows(x: Tensor) -> int:
     return max(BLOCK_ELEMENTS // max(x.shape[1], 1), 1)
 
 
-def _scan(factor: Tensor, x: Tensor) -> Tensor:
-    """h_t = factor_t · h_{t−1} + x_t over the rows of (L, D), L ≥ 1, with h_0 = x_0.
+class Local(NamedTuple):
+    """A scan over the rows of (L, D), L ≥ 1, up to the state that enters it.
 
     A prefix scan in two levels. The rows are cut into about √L chunks of √L rows. All chunks are
     scanned side by side, each from a state of zero, together with the products of their factors;
     then, chunk after chunk, the state that enters is added. Factors are at most 1 and nothing is
-    divided by their products. Overwrites both arguments.
+    divided by their products. (chunks, rows, D) each.
     """
+
+    h: Tensor
+    product: Tensor
+    length: int  # L
+
+    def entered_by(self, state: Tensor) -> Tensor:
+        """The rows (L, D) of the scan from `state` (D,). Overwrites `h`."""
+        for states, share in zip(self.h.unbind(0), self.product.unbind(0), strict=True):
+            states.addcmul_(share, state)
+            state = states[-1]
+        return self.h.flatten(0, 1)[: self.length]
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """(M, E), (D,) each: the last row of the scan from a state S is M S + E."""
+        last = (self.length - 1) % self.h.shape[1]
+        rows = [*zip(self.product[:-1, -1], self.h[:-1, -1], strict=True)]
+        M, E = self.product[-1, last], self.h[-1, last]
+        for product, h in reversed(rows):
+            E, M = torch.addcmul(E, M, h), M * product
+        return M, E
+
+
+def _scanned(factor: Tensor, x: Tensor) -> Local:
+    """h_t = factor_t · h_{t−1} + x_t over the rows of (L, D). Overwrites both."""
     L, D = x.shape
     rows = math.isqrt(L - 1) + 1
     chunks = -(-L // rows)
@@ -202,8 +314,12 @@ def _scan(factor: Tensor, x: Tensor) -> Tensor:
     for t in range(1, rows):
         steps[t].addcmul_(factors[t], steps[t - 1])
         factors[t].mul_(factors[t - 1])
-    ends = steps[-1].unbind(0)  # `chunks` views of (D,)
-    for c, (states, share) in enumerate(zip(h.unbind(0), product.unbind(0), strict=True)):
-        if c:
-            states.addcmul_(share, ends[c - 1])
-    return h.view(chunks * rows, D)[:L]  # (chunks, rows, D) -> (L, D)
+    return Local(h, product, L)
+
+
+def _scanned_back(factor: Tensor, dh: Tensor) -> Local:
+    """g_t = factor_{t+1} · g_{t+1} + dh_t over the rows of (L, D), the last row first; its state is
+    the gradient that reaches the last row from later ones."""
+    shifted = factor.roll(-1, 0).flip(0)
+    shifted[0] = 1
+    return _scanned(shifted, dh.flip(0).to(factor.dtype))

@@ -5,10 +5,15 @@ in the state S that enters it:
 
     o = o⁰ + R S        S_out = M S + E        (M and E: see `kernels.segments`)
 
-so the op may run from states of zero before S is known. With do the gradient of o, and dS_out that
-of S_out, the gradient of S is known before the op's backward pass, which then runs once:
+so most of the op may be done before S is known. With do the gradient of o and dS_out that of S_out,
+that of S is known before the op's backward pass, which then runs once:
 
     dS = Rᵀ do + Mᵀ dS_out
+
+`forward` and `backward` are the op where states are known from the start. Where not, `begin` gives
+M and E, and `finish` takes S; `begin_backward` gives Rᵀ do, and `finish_backward` takes dS_out.
+Linear attention runs from states of zero and then adds R S. The scan in torch has two levels, and
+waits between them: it makes no R.
 
 Shapes of N segments laid end to end: states and E (N, H, Dk, Dv); R (1, T, H, Dk), in the dtype in
 which the backend multiplies; M as in `kernels.segments`. The diagonal scan has D heads with
@@ -25,8 +30,15 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend as ScanBackend
-from kernels.chunked.decay import exp
-from kernels.diagonal_scan import scan_backward, scan_forward
+from kernels.backend import use_triton
+from kernels.diagonal_scan import (
+    scan_backward,
+    scan_begin,
+    scan_begin_backward,
+    scan_finish,
+    scan_finish_backward,
+    scan_forward,
+)
 from kernels.linear_attention import Backend, check_arguments, resolve
 from kernels.packing import accumulation_dtype
 
@@ -68,39 +80,24 @@ class Pass(NamedTuple):
     kept: Kept
 
 
-class Mapped(NamedTuple):
-    """o⁰, R, M and E of segments, and what `enter` needs."""
+class Begun(NamedTuple):
+    """M and E of segments, and what `finish` needs."""
 
-    o: Tensor
-    R: Tensor
     M: Tensor
     E: Tensor
-    kept: Kept
+    pending: tuple[Any, ...]
 
 
 class Recurrence(ABC):
     """One of the recurrences, as functions of its inputs."""
 
     @abstractmethod
-    def shapes(self, inputs: Inputs) -> Shapes: ...
+    def shapes(self, inputs: Inputs) -> Shapes:
+        """Shapes of M and E of one segment, with all heads."""
 
     @abstractmethod
     def forward(self, inputs: Inputs, segments: Packed, state: Tensor | None) -> Pass:
         """The op from `state`, zeros if None."""
-
-    @abstractmethod
-    def forward_with_maps(self, inputs: Inputs, segments: Packed) -> Mapped:
-        """The op from states of zero, and the maps of the states that enter later."""
-
-    @abstractmethod
-    def enter(
-        self, inputs: Inputs, segments: Packed, mapped: Mapped, state: Tensor
-    ) -> tuple[Tensor, Kept]:
-        """The outputs from `state`, and what `backward` needs. Overwrites `mapped.o`."""
-
-    @abstractmethod
-    def entering_gradient(self, segments: Packed, R: Tensor, do: Tensor) -> Tensor:
-        """Rᵀ do: the gradient of the states that enter, through the outputs alone."""
 
     @abstractmethod
     def backward(
@@ -116,9 +113,43 @@ class Recurrence(ABC):
 
         Args:
             state: that entered; None is zeros.
-            kept: what `forward` or `enter` returned.
+            kept: what `forward` returned.
             do, dstate: gradients of the outputs and of the states that leave; None is zeros.
         """
+
+    @abstractmethod
+    def begin(self, inputs: Inputs, segments: Packed) -> Begun:
+        """What of the op does not depend on the states that enter; most of it."""
+
+    @abstractmethod
+    def finish(
+        self, inputs: Inputs, segments: Packed, begun: Begun, state: Tensor
+    ) -> tuple[Tensor, Kept]:
+        """The outputs from `state`, and what the backward pass needs. Overwrites `begun`."""
+
+    @abstractmethod
+    def begin_backward(
+        self, inputs: Inputs, segments: Packed, kept: Kept, do: Tensor
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Rᵀ do, the gradient of the states that enter through the outputs alone, and what
+        `finish_backward` needs.
+
+        Args:
+            kept: what `finish` returned.
+        """
+
+    @abstractmethod
+    def finish_backward(
+        self,
+        inputs: Inputs,
+        segments: Packed,
+        state: Tensor,
+        kept: Kept,
+        do: Tensor,
+        pending: tuple[Any, ...],
+        dstate: Tensor,
+    ) -> list[Tensor | None]:
+        """Gradients of the inputs, given that of the states that leave."""
 
 
 class LinearAttention(Recurrence):
@@ -145,36 +176,6 @@ class LinearAttention(Recurrence):
         backend, scale = self._of(inputs)
         return Pass(*backend.forward(*inputs, scale, state, segments.cu_seqlens))
 
-    def forward_with_maps(self, inputs: Inputs, segments: Packed) -> Mapped:
-        backend, scale = self._of(inputs)
-        return Mapped(*backend.forward_with_maps(*inputs, scale, segments.cu_seqlens))
-
-    def enter(
-        self, inputs: Inputs, segments: Packed, mapped: Mapped, state: Tensor
-    ) -> tuple[Tensor, Kept]:
-        backend, _ = self._of(inputs)
-        v, o, S = inputs[2], mapped.o, state.to(mapped.R.dtype)
-        with torch.autocast(v.device.type, enabled=False):
-            for n, rows in enumerate(segments.rows()):
-                # (t, H, Dk) -> (H, t, Dk), times (H, Dk, Dv), gives (H, t, Dv)
-                into, R = (x[0, rows].transpose(0, 1) for x in (o, mapped.R))
-                if R.dtype == o.dtype:
-                    into.baddbmm_(R, S[n])
-                else:
-                    into += R @ S[n]
-        o = o.to(v.dtype).contiguous()
-        return o, backend.enter(v, segments.cu_seqlens, state, mapped.kept)
-
-    def entering_gradient(self, segments: Packed, R: Tensor, do: Tensor) -> Tensor:
-        do = do.to(R.dtype)
-        with torch.autocast(R.device.type, enabled=False):
-            # (t, H, Dk) -> (H, Dk, t), times (t, H, Dv) -> (H, t, Dv), gives (H, Dk, Dv)
-            parts = [
-                R[0, rows].permute(1, 2, 0) @ do[0, rows].transpose(0, 1)
-                for rows in segments.rows()
-            ]
-        return torch.stack(parts).to(accumulation_dtype(R.dtype))
-
     def backward(
         self,
         inputs: Inputs,
@@ -189,6 +190,54 @@ class LinearAttention(Recurrence):
             *inputs, scale, state, segments.cu_seqlens, kept, do, dstate
         )
         return gradients, dentering
+
+    def begin(self, inputs: Inputs, segments: Packed) -> Begun:
+        backend, scale = self._of(inputs)
+        o, R, M, E, kept = backend.forward_with_maps(*inputs, scale, segments.cu_seqlens)
+        return Begun(M, E, (o, R, kept))
+
+    def finish(
+        self, inputs: Inputs, segments: Packed, begun: Begun, state: Tensor
+    ) -> tuple[Tensor, Kept]:
+        backend, _ = self._of(inputs)
+        v, (o, R, kept) = inputs[2], begun.pending
+        S = state.to(R.dtype)
+        with torch.autocast(v.device.type, enabled=False):
+            for n, rows in enumerate(segments.rows()):
+                # (t, H, Dk) -> (H, t, Dk), times (H, Dk, Dv), gives (H, t, Dv)
+                into, reads = (x[0, rows].transpose(0, 1) for x in (o, R))
+                if reads.dtype == o.dtype:
+                    into.baddbmm_(reads, S[n])
+                else:
+                    into += reads @ S[n]
+        o = o.to(v.dtype).contiguous()
+        return o, (R, *backend.enter(v, segments.cu_seqlens, state, kept))
+
+    def begin_backward(
+        self, inputs: Inputs, segments: Packed, kept: Kept, do: Tensor
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        R = kept[0]
+        assert R is not None
+        do = do.to(R.dtype)
+        with torch.autocast(R.device.type, enabled=False):
+            # (t, H, Dk) -> (H, Dk, t), times (t, H, Dv) -> (H, t, Dv), gives (H, Dk, Dv)
+            parts = [
+                R[0, rows].permute(1, 2, 0) @ do[0, rows].transpose(0, 1)
+                for rows in segments.rows()
+            ]
+        return torch.stack(parts).to(accumulation_dtype(R.dtype)), ()
+
+    def finish_backward(
+        self,
+        inputs: Inputs,
+        segments: Packed,
+        state: Tensor,
+        kept: Kept,
+        do: Tensor,
+        pending: tuple[Any, ...],
+        dstate: Tensor,
+    ) -> list[Tensor | None]:
+        return self.backward(inputs, segments, state, kept[1:], do, dstate)[0]
 
 
 class DiagonalScan(Recurrence):
@@ -207,30 +256,6 @@ class DiagonalScan(Recurrence):
         h, final = scan_forward(x, decay, S, segments.cu_seqlens, self._backend)
         return Pass(h, final[..., None, None], (h,))
 
-    def forward_with_maps(self, inputs: Inputs, segments: Packed) -> Mapped:
-        x, decay = inputs
-        dtype = accumulation_dtype(x.dtype)
-        h, E = scan_forward(x.to(dtype), decay, None, segments.cu_seqlens, self._backend)
-        R = torch.empty_like(h)
-        for rows in segments.rows():
-            torch.cumsum(decay[0, rows], dim=0, dtype=dtype, out=R[0, rows])
-        R = exp(R)
-        M = torch.stack([R[0, rows.stop - 1] for rows in segments.rows()])
-        return Mapped(h, R.unsqueeze(-1), M, E[..., None, None], ())
-
-    def enter(
-        self, inputs: Inputs, segments: Packed, mapped: Mapped, state: Tensor
-    ) -> tuple[Tensor, Kept]:
-        h, R = mapped.o, mapped.R[..., 0]
-        for n, rows in enumerate(segments.rows()):
-            h[0, rows].addcmul_(R[0, rows], state[n, :, 0, 0])
-        h = h.to(inputs[0].dtype)
-        return h, (h,)
-
-    def entering_gradient(self, segments: Packed, R: Tensor, do: Tensor) -> Tensor:
-        products = R[0, :, :, 0] * do[0]  # (t, D)
-        return torch.stack([products[rows].sum(0) for rows in segments.rows()])[..., None, None]
-
     def backward(
         self,
         inputs: Inputs,
@@ -247,3 +272,59 @@ class DiagonalScan(Recurrence):
             h, decay, S, segments.cu_seqlens, do, dfinal, self._backend
         )
         return [dx, ddecay], None if dentering is None else dentering[..., None, None]
+
+    def begin(self, inputs: Inputs, segments: Packed) -> Begun:
+        x, decay = inputs
+        if not use_triton(self._backend, x):
+            M, E, begun = scan_begin(x, decay, segments.lengths)
+            return Begun(M, E[..., None, None], tuple(begun))
+        dtype = accumulation_dtype(x.dtype)
+        h, E = scan_forward(x.to(dtype), decay, None, segments.cu_seqlens, self._backend)
+        R = torch.empty_like(h)
+        for rows in segments.rows():
+            torch.cumsum(decay[0, rows], dim=0, dtype=dtype, out=R[0, rows])
+        R.exp_()
+        M = torch.stack([R[0, rows.stop - 1] for rows in segments.rows()])
+        return Begun(M, E[..., None, None], (h, R))
+
+    def finish(
+        self, inputs: Inputs, segments: Packed, begun: Begun, state: Tensor
+    ) -> tuple[Tensor, Kept]:
+        x, S = inputs[0], state[..., 0, 0]
+        if not use_triton(self._backend, x):
+            h = scan_finish(x, segments.lengths, begun.pending, S)
+            return h, (h,)
+        h, R = begun.pending
+        for n, rows in enumerate(segments.rows()):
+            h[0, rows].addcmul_(R[0, rows], S[n])
+        h = h.to(x.dtype)
+        return h, (h, R)
+
+    def begin_backward(
+        self, inputs: Inputs, segments: Packed, kept: Kept, do: Tensor
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        if not use_triton(self._backend, do):
+            dS, begun = scan_begin_backward(inputs[1], segments.lengths, do)
+            return dS[..., None, None], tuple(begun)
+        _, R = kept
+        assert R is not None
+        products = R * do  # (1, t, D)
+        parts = [products[0, rows].sum(0) for rows in segments.rows()]
+        return torch.stack(parts)[..., None, None], ()
+
+    def finish_backward(
+        self,
+        inputs: Inputs,
+        segments: Packed,
+        state: Tensor,
+        kept: Kept,
+        do: Tensor,
+        pending: tuple[Any, ...],
+        dstate: Tensor,
+    ) -> list[Tensor | None]:
+        h, decay = kept[0], inputs[1]
+        assert h is not None
+        if use_triton(self._backend, h):
+            return self.backward(inputs, segments, state, (h,), do, dstate)[0]
+        S, dfinal = state[..., 0, 0], dstate[..., 0, 0]
+        return [*scan_finish_backward(h, decay, segments.lengths, S, pending, dfinal)]

@@ -7,8 +7,8 @@ A *chain* is the fragments of one sequence, in order. The states that enter them
 
                         forward                             backward
     first fragment      the op; its final state leaves      waits for dS_out, then runs once
-    middle ones         the op from zeros, and its maps;    Rᵀ do, at once; waits for dS_out, then
-                        then adds R · S_in to o             runs once
+    middle ones         begins, and computes its maps;      Rᵀ do, at once; waits for dS_out, then
+                        finishes with S_in                  runs once
     last fragment       waits for S_in, then the op         runs once; its dS_in leaves
 
 So only middle fragments do more than a whole sequence would: they compute R and M. That the last
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.packing import accumulation_dtype
-from kernels.recurrences import Inputs, Kept, Mapped, Pass, Recurrence
+from kernels.recurrences import Begun, Inputs, Kept, Pass, Recurrence
 from parallel.travel.states import Chain, Chains, Key, Map, OneWay
 
 
@@ -44,7 +44,7 @@ class StateTransfer:
         first = next(x for x in inputs if x is not None)
         self.like = first.new_empty(0, dtype=accumulation_dtype(first.dtype))
         self.way: OneWay  # the pass under way, forward or backward
-        self.begun: _Begun | None = None  # from `begin_states` to `arrive`
+        self.started: _Started | None = None  # from `begin_states` to `arrive`
         self.left: _Left | None = None  # in the backward pass, from `arrive` to `begin_states`
         self.ticket: Tensor
 
@@ -73,9 +73,9 @@ class StateTransfer:
         return _Arrive.apply(self, ticket, through)
 
 
-class _Begun(NamedTuple):
+class _Started(NamedTuple):
     continued: Inputs
-    middle: Mapped | None
+    middle: Begun | None
     first: Pass | None
 
 
@@ -85,6 +85,7 @@ class _Left(NamedTuple):
     do: Tensor | None  # of middle fragments
     state: Tensor | None  # that entered them
     kept: Kept  # for their backward pass
+    pending: tuple[Any, ...]  # from its beginning
     last: list[Tensor | None]  # gradients of the last fragments' inputs
     do_first: Tensor  # of first fragments
 
@@ -114,14 +115,14 @@ class _Begin(torch.autograd.Function):
         middle = first = None
         if chains.middle:
             of = chains.middle
-            middle = recurrence.forward_with_maps(_rows(continued, of.rows), of.segments)
+            middle = recurrence.begin(_rows(continued, of.rows), of.segments)
             Ms = of.each(middle.M)
             own |= {key: [E, Ms[key]] for key, E in of.each(middle.E).items()}
         if chains.first:
             first = recurrence.forward(firsts, chains.first.segments, None)
             own |= {key: [E] for key, E in chains.first.each(first.state).items()}
         transfer.begin_way(chains.forward, own)
-        transfer.begun = _Begun(continued, middle, first)
+        transfer.started = _Started(continued, middle, first)
         ctx.transfer, ctx.count = transfer, len(inputs)
         ctx.save_for_backward(*inputs, *_detached(first.kept if first else ()))
         return transfer.like.new_empty(0)
@@ -136,11 +137,11 @@ class _Begin(torch.autograd.Function):
         left, transfer.left = transfer.left, None
         assert left is not None
         found = [left.last] if chains.last else []
-        if chains.middle and left.do is not None:
+        if chains.middle and left.do is not None and left.state is not None:
             of = chains.middle
-            gradients, _dS = recurrence.backward(
+            gradients = recurrence.finish_backward(
                 _rows(continued, of.rows), of.segments, left.state, left.kept, left.do,
-                of.gathered(dstates),
+                left.pending, of.gathered(dstates),
             )  # fmt: skip
             found.insert(0, gradients)
         of_first: list[Tensor | None] = [None if x is None else torch.zeros_like(x) for x in firsts]
@@ -197,29 +198,29 @@ class _Arrive(torch.autograd.Function):
         ctx: Any, transfer: StateTransfer, ticket: Tensor, through: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         recurrence, chains = transfer.recurrence, transfer.chains
-        states, begun = transfer.way.states(), transfer.begun
-        assert begun is not None
-        transfer.begun = None
+        states, started = transfer.way.states(), transfer.started
+        assert started is not None
+        transfer.started = None
         outputs: list[Tensor] = []
         saved: list[Any] = []
-        if chains.middle and begun.middle:
-            of, inputs = chains.middle, _rows(begun.continued, chains.middle.rows)
+        if chains.middle and started.middle:
+            of, inputs = chains.middle, _rows(started.continued, chains.middle.rows)
             S = of.gathered(states)
-            o, kept = recurrence.enter(inputs, of.segments, begun.middle, S)
+            o, kept = recurrence.finish(inputs, of.segments, started.middle, S)
             outputs.append(o)
-            saved += [S, begun.middle.R, begun.middle.M, *kept]
+            saved += [S, started.middle.M, *inputs, *kept]
         ctx.of_middle = len(saved)
         if chains.last:
-            of, inputs = chains.last, _rows(begun.continued, chains.last.rows)
+            of, inputs = chains.last, _rows(started.continued, chains.last.rows)
             S = of.gathered(states)
             done = recurrence.forward(inputs, of.segments, S)
             outputs.append(done.o)
             saved += [S, *inputs, *done.kept]
-        ctx.transfer, ctx.count = transfer, len(begun.continued)
+        ctx.transfer, ctx.count = transfer, len(started.continued)
         ctx.save_for_backward(*_detached(saved))
         none = transfer.like.new_empty(0)
         o = none if not outputs else outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return through.view_as(through), o, begun.first.o if begun.first else none.clone()
+        return through.view_as(through), o, started.first.o if started.first else none.clone()
 
     @staticmethod
     def backward(ctx: Any, dthrough: Tensor, do: Tensor, do_first: Tensor) -> tuple[Any, ...]:
@@ -229,12 +230,14 @@ class _Arrive(torch.autograd.Function):
         own: dict[Key, Map] = {}
         do_middle = state = None
         kept: Kept = ()
+        pending: tuple[Any, ...] = ()
         last: list[Tensor | None] = []
         if chains.middle:
             of = chains.middle
-            state, R, M, *rest = saved[: ctx.of_middle]
-            kept, do_middle = tuple(rest), do[:, of.rows]
-            entering = recurrence.entering_gradient(of.segments, R, do_middle)
+            state, M, *rest = saved[: ctx.of_middle]
+            inputs, kept = tuple(rest[: ctx.count]), tuple(rest[ctx.count :])
+            do_middle = do[:, of.rows]
+            entering, pending = recurrence.begin_backward(inputs, of.segments, kept, do_middle)
             Ms = of.each(M.mT if M.dim() == 4 else M)
             own |= {chains.mirrored(k): [E, Ms[k]] for k, E in of.each(entering).items()}
         if chains.last:
@@ -246,6 +249,6 @@ class _Arrive(torch.autograd.Function):
             )  # fmt: skip
             assert dS is not None
             own |= {chains.mirrored(k): [E] for k, E in of.each(dS).items()}
-        transfer.left = _Left(do_middle, state, kept, last, do_first)
+        transfer.left = _Left(do_middle, state, kept, pending, last, do_first)
         transfer.begin_way(chains.backward, own)
         return None, transfer.like.new_empty(0), dthrough
