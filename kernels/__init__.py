@@ -6,6 +6,7 @@ The front has one file for each op: its signature, its checks, and its torch for
     reference            that recurrence, token by token: the definition
     segments             what a run of tokens does to the state that enters it
     diagonal_scan        the recurrence with an element-wise state
+    recurrences          both in steps, for a caller that learns late what enters a segment
     convolution          the short causal convolution before a mixer
     softmax_attention    full attention, or in a sliding window; on a GPU by `flash`
     norm, rotary, cross_entropy

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend as ScanBackend
-from kernels.backend import use_triton
+from kernels.backend import device_kind, use_triton
 from kernels.diagonal_scan import (
     scan_backward,
     scan_begin,
@@ -202,7 +202,7 @@ class LinearAttention(Recurrence):
         backend, _ = self._of(inputs)
         v, (o, R, kept) = inputs[2], begun.pending
         S = state.to(R.dtype)
-        with torch.autocast(v.device.type, enabled=False):
+        with torch.autocast(device_kind(v), enabled=False):
             for n, rows in enumerate(segments.rows()):
                 # (t, H, Dk) -> (H, t, Dk), times (H, Dk, Dv), gives (H, t, Dv)
                 into, reads = (x[0, rows].transpose(0, 1) for x in (o, R))
@@ -219,7 +219,7 @@ class LinearAttention(Recurrence):
         R = kept[0]
         assert R is not None
         do = do.to(R.dtype)
-        with torch.autocast(R.device.type, enabled=False):
+        with torch.autocast(device_kind(R), enabled=False):
             # (t, H, Dk) -> (H, Dk, t), times (t, H, Dv) -> (H, t, Dv), gives (H, Dk, Dv)
             parts = [
                 R[0, rows].permute(1, 2, 0) @ do[0, rows].transpose(0, 1)

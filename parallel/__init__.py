@@ -29,8 +29,9 @@ their tensors went. Transfers overlap work that does not depend on them: a wave 
 the attention and the projections of other waves, states overlap pieces of the output's gate.
 
 The front: `layers` (what a model calls), `stream` (a batch to shards), `world` (the ranks), `peers`
-(who is lost), `measure` (how fast this machine is), `config`. Under it `planning`, `travel` and
-`simulation`. Names are imported when first used, so that settings and plans come without torch.
+(who is lost), `measure` (how fast this machine is), `bench` (what a cut costs), `config`. Under it
+`planning`, `travel` and `simulation`. Names are imported when first used, so that settings and
+plans come without torch.
 """
 
 from importlib import import_module
