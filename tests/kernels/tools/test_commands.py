@@ -55,12 +55,13 @@ def test_a_second_run_compiles_nothing(tmp_path):
 
 
 def test_spills_are_counted():
-    # Wider than any model's heads: a state of 256 rows leaves too few registers.
+    # Wider than any model's heads: a state of 256 rows leaves too few registers, but for the pass
+    # that makes states again, without outputs.
     result = run("compile", "--arch", "sm_90", "--only", "kda D256 bfloat16 forward", "--json")
     reports = json.loads(result.stdout)
-    assert [r["spills"] > 0 for r in reports] == [True, False]
-    assert [r["stack"] > 0 for r in reports] == [True, False]
-    assert [r["failed"] for r in reports] == [False, False]
+    assert [r["spills"] > 0 for r in reports] == [True, False, True]
+    assert [r["stack"] > 0 for r in reports] == [True, False, True]
+    assert [r["failed"] for r in reports] == [False, False, False]
 
 
 def test_a_spill_is_an_error():
