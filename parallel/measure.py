@@ -222,16 +222,15 @@ def _recurrence(
         return torch.no_grad()(run)
 
     def middle() -> Any:
-        mapped = recurrence.forward_with_maps(given, segments)
-        return recurrence.enter(given, segments, mapped, state)
+        return recurrence.finish(given, segments, recurrence.begin(given, segments), state)
 
-    R = without_gradients(recurrence.forward_with_maps)(given, segments).R
+    _, kept = without_gradients(middle)()
     runs: dict[str, tuple[Callable[..., Any], Callable[[], Any] | None]] = {
         "forward": (without_gradients(op), None),
         "backward": (lambda o: o.backward(torch.ones_like(o)), op),
         "middle": (without_gradients(middle), None),
         "gradient": (
-            without_gradients(lambda: recurrence.entering_gradient(segments, R, v.detach())),
+            without_gradients(lambda: recurrence.begin_backward(given, segments, kept, v.detach())),
             None,
         ),
     }

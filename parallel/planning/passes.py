@@ -18,9 +18,9 @@ class Passes(NamedTuple):
 
     Attributes:
         map: forward, what the op from zeros with its maps, and the state that enters later, take
-            more than the op (`kernels.recurrences`: `forward_with_maps`, `enter`).
+            more than the op (`kernels.recurrences`: `begin`, `finish`).
         gradient: backward, the gradient of the entering state through the outputs
-            (`entering_gradient`).
+            (`begin_backward`).
     """
 
     map: Array | float

@@ -65,20 +65,20 @@ def of_a_token(kind: str) -> tuple[list[float], Passes]:
     state, do = torch.randn(1, HEADS, DIM, DIM), torch.randn(1, ALONE, HEADS, DIM)
     recurrence, segments = LinearAttention(), Packed((ALONE,), None)
     with torch.no_grad():
-        passed = recurrence.forward(given, segments, state)
-        mapped = recurrence.forward_with_maps(given, segments)
-        R, kept = mapped.R, passed.kept
-        forward, backward, mapping, entering, gradient = (
+        kept = recurrence.forward(given, segments, state).kept
+        _, kept_late = recurrence.finish(given, segments, recurrence.begin(given, segments), state)
+        forward, backward, late, gradient = (
             flops(run) / ALONE
             for run in (
                 lambda: recurrence.forward(given, segments, state),
                 lambda: recurrence.backward(given, segments, state, kept, do, state),
-                lambda: recurrence.forward_with_maps(given, segments),
-                lambda: recurrence.enter(given, segments, mapped, state),
-                lambda: recurrence.entering_gradient(segments, R, do),
+                lambda: recurrence.finish(
+                    given, segments, recurrence.begin(given, segments), state
+                ),
+                lambda: recurrence.begin_backward(given, segments, kept_late, do),
             )
         )
-    return [forward, backward], Passes(mapping + entering - forward, gradient)
+    return [forward, backward], Passes(late - forward, gradient)
 
 
 @pytest.mark.parametrize("kind", KINDS)
