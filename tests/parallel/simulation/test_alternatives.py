@@ -29,11 +29,11 @@ from tests.parallel.simulation.test_simulate import EVEN_SHARDS, a_case
         ("llama-7b", 64, 1.12),
         ("llama-7b", 256, 1.18),
         ("llama-13b", 64, 1.12),
-        ("hybrid-3b", 16, 1.07),
-        ("hybrid-7b", 16, 1.06),
-        ("hybrid-7b", 64, 1.10),
-        ("hybrid-7b", 256, 1.15),
-        ("hybrid-7b-gqa", 64, 1.08),
+        ("hybrid-3b", 16, 1.04),
+        ("hybrid-7b", 16, 1.03),
+        ("hybrid-7b", 64, 1.075),
+        ("hybrid-7b", 256, 1.125),
+        ("hybrid-7b-gqa", 64, 1.05),
         ("llama-8b-gqa", 64, 1.08),
     ],
 )
@@ -52,13 +52,13 @@ def test_no_alternative_is_quicker(lengths: str, model: str, gpus: int, over_bou
 
 def known(values: Any, behind: set[Any]) -> list[Any]:
     """The values, of which those are expected to fail in which an alternative is known to be
-    ahead, by up to 7 %, since speeds are true and alternatives at their best: the planner is to
+    ahead, by up to 4 %, since speeds are true and alternatives at their best: the planner is to
     find them."""
     marks = pytest.mark.xfail(reason="an alternative is ahead", strict=False)
     return [pytest.param(x, marks=marks) if x in behind else x for x in values]
 
 
-@pytest.mark.parametrize("seed", known(range(30), {13, 16, 18, 28}))
+@pytest.mark.parametrize("seed", known(range(30), {13, 16, 18}))
 def test_no_alternative_is_quicker_in_a_random_setting(seed: int) -> None:
     rng = np.random.default_rng(seed)
 
@@ -98,7 +98,7 @@ def test_no_alternative_is_quicker_on_other_lengths(seed: int, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("model", "gpus", "tokens_per_gpu", "over_bound"),
-    [("llama-8b-gqa", 64, 4096, 1.065), ("hybrid-7b", 128, 8192, 1.12)],
+    [("llama-8b-gqa", 64, 4096, 1.06), ("hybrid-7b", 128, 8192, 1.06)],
 )
 def test_few_long_sequences_come_near_the_bound(
     model: str, gpus: int, tokens_per_gpu: int, over_bound: float
@@ -132,7 +132,7 @@ def assert_nobody_is_ahead(given: simulate.Settings | Case) -> None:
 
 KINDS = ("one", "few", "equal", "one among short ones", "powers of two")
 ODD = [(gpus, kind) for gpus in (2, 3, 5, 7, 8, 12, 24, 36, 64) for kind in KINDS]
-BEHIND = {(n, "one among short ones") for n in (3, 5, 7)} | {(24, "powers of two")}
+BEHIND = {(3, "one among short ones"), (24, "powers of two")}
 
 
 @pytest.mark.parametrize("odd", known(ODD, BEHIND))
@@ -161,7 +161,7 @@ def test_one_document_among_thousands_is_placed_well_at_the_first_try(model: str
     """With so many sequences there is time to try only two or three placings."""
     short = np.random.default_rng(0).integers(16, 600, 2700).tolist()
     case = replace(a_case([1_280_000, *short], 128, model), cluster=load_cluster("h200"))
-    assert price_plan(case, our_plan(case)).seconds <= 1.02 * lower_bound(case)
+    assert price_plan(case, our_plan(case)).seconds <= 1.01 * lower_bound(case)
     assert_nobody_is_ahead(case)
 
 

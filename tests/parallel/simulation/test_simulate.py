@@ -182,15 +182,21 @@ def test_routing_is_priced(lengths: str) -> None:
     It gains less where fewer tokens cross: more if shards have to be even.
     """
     given = simulate.Settings("a800", "hybrid-7b", lengths, 64, 4096, 65536, 3, 0)
+    batches = simulate.cases(given)
     for most, tried in ((1.0, planning._LIMITS), (0.98, EVEN_SHARDS)):
         with mock.patch.object(planning, "_LIMITS", tried):
-            steps = [
-                simulate.by_strategy(simulate.cases(replace(given, routing=routing)))
+            routed, direct = (
+                sum(headrace(replace(case, routing=routing)).seconds for case in batches)
                 for routing in (True, False)
-            ]
-        routed, direct = (rows.pop("headrace")["step_ms"] for rows in steps)
+            )
         assert routed < most * direct
-        assert steps[0] == steps[1]  # the alternatives' own
+
+
+def test_routing_is_our_plans_alone() -> None:
+    case = a_case([9000, 4000, 2000, 1000, 384], model="llama-7b")
+    for name, step in strategies(case.model).items():
+        if name != "headrace":
+            assert step(case).seconds == step(replace(case, routing=False)).seconds, name
 
 
 def test_moves_overlap_projections() -> None:
