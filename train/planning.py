@@ -41,10 +41,10 @@ def planner_of(
 ) -> Planner:
     """The planner of a run, on each of its ranks, for settings that `check` passes."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-    return Planner(config, world.topology, _described(model, dtype, zero_stage), device)
+    return Planner(config, world.topology, described(model, dtype, zero_stage), device)
 
 
-def _described(model: Model, dtype: torch.dtype, zero_stage: int) -> FullAttention:
+def described(model: Model, dtype: torch.dtype, zero_stage: int) -> FullAttention:
     """The model's layers: full attention (without a window), linear layers, all other work."""
     mixers = [block.mixer for block in model.blocks]
     full = [m for m in mixers if isinstance(m, attention.Mixer) and m.window is None]
