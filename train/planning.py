@@ -80,7 +80,9 @@ def _linear(model: Model, layers: int, dtype: torch.dtype) -> LinearLayers | Non
     assert most.recurrent is not None
     beside = sum(part.out_features for part in most.children() if isinstance(part, Linear))
     filters = getattr(most, "conv", None)
-    reach, channels = (filters.shape[1] - 1, filters.shape[0]) if filters is not None else (0, 0)
+    # Under ZeRO 3 a rank's parameters are empty between their uses.
+    shape = (0, 1) if filters is None else getattr(filters, "ds_shape", filters.shape)
+    channels, reach = shape[0], shape[1] - 1
     return LinearLayers(
         layers=len(linear) / layers,
         recurrence=most.recurrent,
