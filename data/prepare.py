@@ -70,11 +70,8 @@ def prepare(config: DataConfig, log: Log = lambda line: None) -> Corpus:
     """
     sources = resolve(config.source, config.text_field)
     config.check_names([source.name for source in sources])
-    name = sources[0].name.encode()[:_MOST_OF_NAME].decode(errors="ignore")
-    if len(sources) > 1:
-        name += f"-and-{len(sources) - 1}"
     try:
-        path = Path(config.root) / f"{name}-{_recipe(config, sources)}"
+        path = _place(config, sources)
         if not (path / MANIFEST).exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(Path(f"{path}.lock"), log):
@@ -92,6 +89,29 @@ def prepare(config: DataConfig, log: Log = lambda line: None) -> Corpus:
             ) from None
         raise ConfigError(f"{error.filename or config.root}: {error.strerror}") from None
     return corpus
+
+
+def prepared(config: DataConfig) -> Corpus | None:
+    """The corpus that `config` describes, if it is prepared already; its files are not verified.
+
+    Raises:
+        ConfigError: a source cannot be read, or the corpus is damaged.
+    """
+    sources = resolve(config.source, config.text_field)
+    config.check_names([source.name for source in sources])
+    try:
+        path = _place(config, sources)
+        return Corpus(path) if (path / MANIFEST).exists() else None
+    except OSError as error:
+        raise ConfigError(f"{error.filename or config.root}: {error.strerror}") from None
+
+
+def _place(config: DataConfig, sources: list[Source]) -> Path:
+    """Where the corpus is, or will be."""
+    name = sources[0].name.encode()[:_MOST_OF_NAME].decode(errors="ignore")
+    if len(sources) > 1:
+        name += f"-and-{len(sources) - 1}"
+    return Path(config.root) / f"{name}-{_recipe(config, sources)}"
 
 
 @contextmanager

@@ -250,12 +250,15 @@ def plan(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train plan",
         description="What a run will need: parameters, FLOPs, memory of a rank under every stage "
-        "of ZeRO, the longest sequence that fits, and what to change first. No GPU is asked.",
+        "of ZeRO, the longest sequence that fits, the time by a cluster's prices, and what to "
+        "change first. No GPU is asked.",
     )
     parser.add_argument("config", help="YAML file of the run")
     _add_overrides(parser)
     parser.add_argument(
-        "--cluster", default="h200", metavar="NAME", help="a800, h800, h200 or a YAML file (h200)"
+        "--cluster",
+        metavar="NAME",
+        help="a800, h800, h200 or a YAML file (parallel.cluster, or h200)",
     )
     parser.add_argument(
         "--gpus", type=int, help="ranks (as many as slurm/train.sbatch asks for)", metavar="N"

@@ -41,10 +41,10 @@ def planner_of(
 ) -> Planner:
     """The planner of a run, on each of its ranks, for settings that `check` passes."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-    return Planner(config, world.topology, _described(model, dtype, zero_stage), device)
+    return Planner(config, world.topology, described(model, dtype, zero_stage), device)
 
 
-def _described(model: Model, dtype: torch.dtype, zero_stage: int) -> FullAttention:
+def described(model: Model, dtype: torch.dtype, zero_stage: int) -> FullAttention:
     """The model's layers: full attention (without a window), linear layers, all other work."""
     mixers = [block.mixer for block in model.blocks]
     full = [m for m in mixers if isinstance(m, attention.Mixer) and m.window is None]
@@ -80,7 +80,9 @@ def _linear(model: Model, layers: int, dtype: torch.dtype) -> LinearLayers | Non
     assert most.recurrent is not None
     beside = sum(part.out_features for part in most.children() if isinstance(part, Linear))
     filters = getattr(most, "conv", None)
-    reach, channels = (filters.shape[1] - 1, filters.shape[0]) if filters is not None else (0, 0)
+    # Under ZeRO 3 a rank's parameters are empty between their uses.
+    shape = (0, 1) if filters is None else getattr(filters, "ds_shape", filters.shape)
+    channels, reach = shape[0], shape[1] - 1
     return LinearLayers(
         layers=len(linear) / layers,
         recurrence=most.recurrent,

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from kernels import flops
-from parallel import ParallelConfig, World
+from parallel import ParallelConfig, World, join
 from parallel.planning.clusters import Recurrent, load_cluster
 from parallel.planning.costs import States
+from train.config import ZeroConfig
+from train.engine import Engine
 from train.model.config import ModelConfig
 from train.model.transformer import Model
+from train.optimiser.optim import OptimConfig
 from train.planning import planner_of
 
 HEADS: dict[str, Any] = {"heads": 2, "value_heads": 4, "head_dim": 16, "value_head_dim": 32}
@@ -108,3 +111,16 @@ def test_of_a_decay_alone() -> None:
 @pytest.mark.parametrize("pattern", [["attention"], ["hgrn", "attention"], ["window", "attention"]])
 def test_of_layers_without_large_states(pattern: list[str]) -> None:
     assert states_of(pattern) is None
+
+
+def test_the_same_when_zero_3_has_taken_the_weights(world: None) -> None:
+    """Then a rank's parameters are empty, and their shapes with them."""
+    config = ModelConfig(pattern=["mamba2", "attention"], layers=2, dim=DIM)
+    alone, model = World(0, 1, 0, torch.device("cpu")), Model(config, 32)
+    with closing(planner_of(model, ParallelConfig(), alone, torch.float32)) as planner:
+        before = planner.costs
+    with join() as one:
+        Engine(model, OptimConfig(), ZeroConfig(3), one, torch.float32, 1)
+    assert not model.blocks[0].mixer.conv.numel()
+    with closing(planner_of(model, ParallelConfig(), alone, torch.float32)) as planner:
+        assert planner.costs == before

@@ -15,11 +15,12 @@ from train.forecast.activations import Device
 from train.forecast.case import Case
 
 _MOST_RANKS = 4096
+_CLUSTER = "h200"
 
 
 def answer(
     config: Config,
-    cluster: str,
+    cluster: str | None,
     ranks: int | None,
     on_cpu: bool,
     as_json: bool,
@@ -28,7 +29,7 @@ def answer(
     """Run the command: forecast, print, and draw if `figure` is a path.
 
     Args:
-        cluster: its name, or the path of its YAML file.
+        cluster: its name, or the path of its YAML file; None for `parallel.cluster`, or an H200's.
         ranks: how many, or None for what the job script asks for.
         on_cpu: whether the ranks are of this machine's CPU.
 
@@ -38,9 +39,11 @@ def answer(
     try:
         if figure is not None:
             pictures.check(figure)
-        described = load_cluster(cluster)
+        named = cluster or config.parallel.cluster
+        described = load_cluster(named or _CLUSTER)
     except ValueError as error:
-        raise ConfigError(str(error).replace("cluster is", "--cluster is", 1)) from None
+        key = "--cluster" if cluster else "parallel.cluster"
+        raise ConfigError(str(error).replace("cluster is", f"{key} is", 1)) from None
     nodes, gpus = asked.nodes_and_gpus()
     each = gpus or described.ranks_per_node
     asked_nodes = None if ranks or on_cpu else nodes
@@ -54,8 +57,10 @@ def answer(
     device: Device = "cpu" if on_cpu else "cuda"
     each = ranks if on_cpu else min(ranks, each)
     room = memory.memory() / ranks if on_cpu else described.memory_gb * 1e9
-    case = Case(config, ranks, each, room, device, dtype_of(config.train, device))
-    made = report.report(case, asked_nodes)
+    # The shipped prices are GPUs'.
+    priced = named if on_cpu else named or _CLUSTER
+    case = Case(config, ranks, each, room, device, dtype_of(config.train, device), priced)
+    made = report.report(case, asked_nodes, described if priced else None)
     print(json.dumps(made, indent=1) if as_json else report.text(made))
     if figure is not None:
         report.figure(made).savefig(figure, dpi=120)

@@ -71,6 +71,7 @@ class Case:
     Attributes:
         device: of the ranks.
         dtype: of weights and activations.
+        cluster: its name or file, by whose speeds plans are made and priced; None if not known.
     """
 
     config: Config
@@ -79,6 +80,7 @@ class Case:
     room: float
     device: Device
     dtype: torch.dtype
+    cluster: str | None = None
 
     @cached_property
     def vocab_size(self) -> int:
@@ -120,7 +122,8 @@ class Case:
 
     def planner(self) -> Planner:
         world = World(0, self.ranks, 0, torch.device("meta"), self.ranks_per_node)
-        return planner_of(self.model, self.config.parallel, world, self.dtype)
+        config = replace(self.config.parallel, cluster=self.cluster)
+        return planner_of(self.model, config, world, self.dtype, self.config.zero.stage)
 
     def memory(self, stage: int, checkpointed: bool) -> Memory:
         """What a rank holds in a step on batches of full sequences."""

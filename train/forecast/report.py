@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from parallel.planning.clusters import Cluster
 from train.forecast import memory, work
 from train.forecast.case import RUNTIME, SLACK, STAGES, TRAVELLING, Case
+from train.forecast.speed import DAY, Speed, Times
 from train.monitor import figures
 from train.monitor.summary import blocks_in_words
 from train.optimiser.optim import is_orthogonal
@@ -26,16 +30,17 @@ _COLUMNS = (
 )
 
 
-def report(case: Case, asked_nodes: int | None) -> dict[str, Any]:
+def report(case: Case, asked_nodes: int | None, cluster: Cluster | None) -> dict[str, Any]:
     """Everything that is known of a run before it starts.
 
     Args:
         asked_nodes: nodes that the job script asks for, if the ranks are its.
+        cluster: whose speeds a step is priced by, if they are known.
     """
     config, sizes, train = case.config, case.sizes, case.config.train
     forward = work.flops(case.model, case.lengths(case.seq_len))
     rows = [_row(case, stage, on) for stage in STAGES for on in (False, True)]
-    made = {
+    made: dict[str, Any] = {
         "run": config.run.name,
         "model": blocks_in_words(config.model.blocks),
         "parameters": {"total": sizes.total, "active": sizes.active, "by_part": sizes.by_part},
@@ -59,6 +64,8 @@ def report(case: Case, asked_nodes: int | None) -> dict[str, Any]:
         "memory": {"room": case.room, "rows": rows},
         "checkpoint": {"bytes": _FP32 * sizes.total + _means(case)},
     }
+    made["time"] = _time(Speed(case, cluster), made) if cluster else None
+    made["nodes"] = _nodes(case, cluster) if cluster else []
     return made | {"change": _changes(case, made)}
 
 
@@ -82,6 +89,65 @@ def _row(case: Case, stage: int, checkpointed: bool) -> dict[str, Any]:
         "total": held.total,
         "fits": held.total <= case.room,
         "longest_sequence": case.longest(stage, checkpointed),
+    }
+
+
+def _time(speed: Speed, made: dict[str, Any]) -> dict[str, Any]:
+    """What the steps take: with full sequences, stage by stage, and with the text's own lengths."""
+    stages = [
+        {"steps": steps, "seq_len": length, **_step(times)}
+        for steps, length, times in speed.stages()
+    ]
+    own = speed.corpus()
+    return {
+        "cluster": speed.case.cluster,
+        "stages": stages,
+        "days": sum(stage["steps"] * stage["seconds"] for stage in stages) / DAY,
+        "corpus": None
+        if own is None
+        else {
+            "batches": len(own),
+            "sequences": float(np.mean([len(lengths) for lengths in own])),
+            "longest": int(max(lengths.max() for lengths in own)),
+            **_step(speed.times(own)),
+        },
+        "checkpoint_seconds": speed.saving(made["checkpoint"]["bytes"]),
+    }
+
+
+def _nodes(case: Case, cluster: Cluster) -> list[dict[str, Any]]:
+    """The same run on fewer and on more nodes."""
+    now, found = -(-case.ranks // case.ranks_per_node), []
+    for nodes in sorted({max(1, now // 2), now, 2 * now, 4 * now}):
+        ranks = case.ranks if nodes == now else nodes * case.ranks_per_node
+        if ranks > case.config.train.batch_tokens:
+            continue
+        on = case.on(ranks)
+        held = on.memory(case.config.zero.stage, case.config.model.checkpoint_activations).total
+        days = sum(steps * times.step for steps, _, times in Speed(on, cluster).stages()) / DAY
+        found.append(
+            {
+                "nodes": nodes,
+                "ranks": ranks,
+                "total": held,
+                "fits": held <= case.room,
+                "days": days,
+            }
+        )
+    return found
+
+
+def _step(times: Times) -> dict[str, float]:
+    return {
+        "seconds": times.step,
+        "passes": times.passes,
+        "made_anew": times.anew,
+        "zero": times.zero,
+        "optimiser": times.optimiser,
+        "over_even": times.passes / times.even,
+        "tokens_per_second": times.tokens / times.step,
+        "tokens_per_day": times.tokens / times.step * DAY,
+        "mfu": times.mfu,
     }
 
 
@@ -109,7 +175,12 @@ def _changes(case: Case, made: dict[str, Any]) -> list[str]:
     if now["fits"]:
         found = []
         if saving and fits(stage, False):
-            found.append("model.checkpoint_activations=false fits, and computes a third less")
+            saved = ""
+            if made["time"]:
+                longest = made["time"]["stages"][-1]
+                share = longest["made_anew"] / longest["seconds"]
+                saved = f": nothing is computed anew, which takes {share:.0%} of a step"
+            found.append(f"model.checkpoint_activations=false fits{saved}")
         if stage == 3 and fits(2, saving):
             found.append("zero.stage=2 fits, and gathers weights once a step, not twice")
         return found
@@ -172,7 +243,7 @@ def text(made: dict[str, Any]) -> str:
         *_table(made, what),
         "",
         *_detail(made, what),
-        f"a checkpoint has {made['checkpoint']['bytes'] / 1e9:,.2f} GB",
+        *_clocked(made, what),
         *_verdict(made, what, nodes),
     ]
     return "\n".join(lines)
@@ -214,6 +285,43 @@ def _detail(made: dict[str, Any], what: str) -> list[str]:
         f"{kind} {size / 1e9:.2f}" for kind, size in layers(configured(made)).items() if size > 5e6
     )
     return [f"kept at the peak (→), GB a {what}: {kept}"] if kept else []
+
+
+def _clocked(made: dict[str, Any], what: str) -> list[str]:
+    size, time = made["checkpoint"]["bytes"] / 1e9, made["time"]
+    if time is None:
+        return [f"a checkpoint has {size:,.2f} GB; how long a step takes needs a --cluster"]
+    lines = [
+        "",
+        f"by the prices of {time['cluster']}, if no {what} waits for data or its host:",
+        f"{'steps':>9}{'tokens of a sequence':>22}{'a step':>10}{'÷ even':>8}{'anew':>7}"
+        f"{'tokens a day':>15}{'MFU':>7}",
+    ]
+    for stage in time["stages"]:
+        length = f"{stage['seq_len']:,}"
+        lines.append(f"{stage['steps']:>9,}{length:>22}" + _priced(stage))
+    if own := time["corpus"]:
+        lines.append(f"{'of the text itself':>19}, to {own['longest']:>8,}" + _priced(own))
+    else:
+        lines.append("the text is not prepared here: its own lengths are not known")
+    others = ", ".join(
+        f"{row['nodes']}: {row['days']:,.3g}" + " (does not fit)" * (not row["fits"])
+        for row in made["nodes"]
+    )
+    lines.append(f"days by nodes: {others}")
+    lines.append(
+        f"{time['days']:,.3g} days in all; a checkpoint has {size:,.2f} GB, "
+        f"{time['checkpoint_seconds']:,.1f} s beside training at 1 GB/s a node"
+    )
+    return lines
+
+
+def _priced(step: dict[str, float]) -> str:
+    anew = step["made_anew"] / step["seconds"]
+    return (
+        f"{step['seconds']:>8.3g} s{step['over_even']:>8.2f}{anew:>7.0%}"
+        f"{_short(step['tokens_per_day']):>14} {step['mfu']:>6.1%}"
+    )
 
 
 def _verdict(made: dict[str, Any], what: str, nodes: int) -> list[str]:

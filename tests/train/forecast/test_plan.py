@@ -4,52 +4,51 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from train.__main__ import main
 from train.config import read
-from train.forecast import asked, report
+from train.forecast import asked, report, work
+from train.forecast.case import Case
 from train.model.transformer import Model
 
 SMOKE = str(Path(__file__).parents[3] / "configs" / "smoke.yaml")
 FAST = ["train.batch_tokens=2048", "train.seq_len=2048"]
 
 
-def answered(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    assert main(["plan", SMOKE, *FAST, *words, "--gpus", "1", "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+def case(*words: str) -> Case:
+    config = read(SMOKE, [*FAST, *words])
+    return Case(config, 1, 1, 141e9, "cuda", torch.bfloat16, "h200")
 
 
-def test_parameters_and_flops_are_the_models(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["model.tie_embeddings=false"]):
-        made = answered(capsys, *words)
-        config = read(SMOKE, [*FAST, *words])
-        with torch.device("meta"):
-            model = Model(config.model, config.data.vocab_size)
-        assert made["parameters"]["total"] == sum(p.numel() for p in model.parameters())
-        assert made["parameters"]["total"] == sum(made["parameters"]["by_part"].values())
-        lookup = 0 if config.model.tie_embeddings else model.embedding.weight.numel()
-        assert made["parameters"]["active"] == made["parameters"]["total"] - lookup
-        forward = model.flops([2048]) / 2048
-        assert made["flops_a_token"]["forward"] == pytest.approx(forward)
-        assert made["flops_a_token"]["step"] == pytest.approx(3 * forward)
+def fits(made: Case) -> bool:
+    config = made.config
+    held = made.memory(config.zero.stage, config.model.checkpoint_activations)
+    return held.total <= made.room
 
 
-def test_the_longest_sequence_that_it_names_is_the_last_that_fits(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    longest = {}
-    for row in answered(capsys, "model.dim=2048")["memory"]["rows"]:
-        longest[row["stage"], row["checkpoint_activations"]] = row["longest_sequence"]
-    assert all(longest[stage, True] > 2 * longest[stage, False] for stage in range(4))
-    for tokens, holds in ((longest[1, False], True), (int(1.002 * longest[1, False]), False)):
-        words = ["model.dim=2048", f"train.batch_tokens={tokens}", f"train.seq_len={tokens}"]
-        made = answered(capsys, *words)
-        assert report.configured(made)["fits"] is holds
+@pytest.mark.parametrize("words", [[], ["model.tie_embeddings=false"]])
+def test_parameters_and_flops_are_the_models(words: list[str]) -> None:
+    made, config = case(*words), read(SMOKE, [*FAST, *words])
+    with torch.device("meta"):
+        model = Model(config.model, config.data.vocab_size)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert made.sizes.total == sum(made.sizes.by_part.values()) == total
+    lookup = 0 if config.model.tie_embeddings else model.embedding.weight.numel()
+    assert made.sizes.active == total - lookup
+    forward = sum(work.flops(made.model, made.lengths(2048)).values())
+    assert forward == pytest.approx(model.flops([2048]) / 2048)
+
+
+def test_the_longest_sequence_that_it_names_is_the_last_that_fits() -> None:
+    large = case("model.dim=2048")
+    longest = large.longest(1, False)
+    assert large.longest(1, True) > 2 * longest
+    for tokens, holds in ((longest, True), (int(1.002 * longest), False)):
+        words = [f"train.batch_tokens={tokens}", f"train.seq_len={tokens}"]
+        assert fits(case("model.dim=2048", *words)) is holds
 
 
 def test_it_warns_where_the_nodes_that_sbatch_asks_for_do_not_hold_the_run(
@@ -63,14 +62,14 @@ def test_it_warns_where_the_nodes_that_sbatch_asks_for_do_not_hold_the_run(
     assert "change first: " in said
 
 
-def test_what_it_says_to_change_makes_the_run_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_says_to_change_makes_the_run_fit() -> None:
     words = ["model.dim=4096", "model.layers=8", "train.batch_tokens=131072", "train.seq_len=8192"]
-    made = answered(capsys, *words)
+    made = report.report(case(*words), None, None)
+    assert not report.configured(made)["fits"]
     changes = [line.split(" fits")[0].split() for line in made["change"] if "fits" in line]
     assert changes
     for change in changes:
-        changed = answered(capsys, *words, *change)
-        assert report.configured(changed)["fits"], change
+        assert fits(case(*words, *change)), change
 
 
 def test_the_job_script_is_read_as_slurm_reads_it(tmp_path: Path) -> None:
@@ -84,7 +83,7 @@ def test_the_job_script_is_read_as_slurm_reads_it(tmp_path: Path) -> None:
         assert asked.nodes_and_gpus(script) == wanted
 
 
-def test_a_picture_and_the_text_are_made(
+def test_a_picture_the_text_and_the_numbers_are_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "memory.png"
@@ -93,6 +92,12 @@ def test_a_picture_and_the_text_are_made(
     said = capsys.readouterr().out
     for part in ("parameters", "FLOP a token", "longest sequence", "a checkpoint has", "it fits"):
         assert part in said
+    assert main(["plan", SMOKE, *FAST, f"data.root={tmp_path}", "--json", "--gpus", "1"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    text = report.text(made)  # JSON holds all that the text says
+    for part in ("a step", "MFU", "days in all", "days by nodes", "the text is not prepared here"):
+        assert part in text
+    assert report.configured(made)["total"] == sum(report.configured(made)["kinds"].values())
 
 
 @pytest.mark.parametrize(
