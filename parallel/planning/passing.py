@@ -14,7 +14,8 @@ consecutive fragments on one node. The scan has two levels, in four turns of mes
 
 So one map a run crosses between nodes, not one a fragment, and it does so over all NICs of a node.
 No M of a sequence's first fragment travels, since nothing enters it, and no map of its last one.
-A sequence of one run needs turns 1 and 4 only, among the ranks that hold it.
+A sequence of one run needs turns 1 and 4 only, among the ranks that hold it. Small states are
+composed by fewer ranks, in fewer messages (`least_heads`).
 
 Tried and left: recursive doubling from rank to rank, which sends a whole map and state ⌈log₂ n⌉
 times, one after the other.
@@ -22,6 +23,7 @@ times, one after the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -30,6 +32,10 @@ from parallel.planning.heads import Run, divide
 from parallel.planning.layout import Topology
 
 TURNS = 4
+# A map's heads are divided over ranks into messages of at least this many bytes. A smaller one
+# takes its latency and little else: between GPUs several microseconds, in which a link of 50 GB/s
+# sends some 200 KB; over gloo some hundred.
+_LEAST_BYTES = 64 << 10
 # A fragment's map, a run's map, the state that enters a run, the state that enters a fragment: what
 # turns 1 to 4 send.
 Kind = Literal["fragment", "run", "entry", "state"]
@@ -76,12 +82,18 @@ class Block(NamedTuple):
                     yield Message(rank, holder, item, heads, False)
 
 
+def least_heads(bytes_of_a_head: float) -> int:
+    """How many heads a rank composes at least, given the bytes of one head's M and E in fp32."""
+    return max(1, math.ceil(_LEAST_BYTES / max(bytes_of_a_head, 1.0)))
+
+
 class Passing:
     """The messages by which the states of one sequence pass.
 
     Args:
         holders: the rank of each fragment, in the order in which states pass.
         heads: heads of a state.
+        least: heads that a rank composes at least, if there are as many.
 
     Attributes:
         runs: for each run, the numbers of its fragments.
@@ -90,7 +102,9 @@ class Passing:
             heads of each. Empty if there is one run.
     """
 
-    def __init__(self, holders: Sequence[int], heads: int, topology: Topology) -> None:
+    def __init__(
+        self, holders: Sequence[int], heads: int, topology: Topology, least: int = 1
+    ) -> None:
         self.holders = holders
         each = topology.ranks_per_node
         nodes = [rank // each for rank in holders]
@@ -98,15 +112,15 @@ class Passing:
             list(run) for _, run in groupby(range(len(holders)), key=lambda place: nodes[place])
         ]
         if len(self.runs) == 1:
-            self.parts = [_divided(holders[1:], (0, heads))]
+            self.parts = [_divided(holders[1:], (0, heads), least)]
             self.upper: list[list[Part]] = []
             return
         # The last node may have fewer ranks; then only as many take part on every node.
         width = min(each, *(topology.ranks - node * each for node in set(nodes)))
         first = [each * nodes[run[0]] for run in self.runs]
-        self.parts = [_divided(range(rank, rank + width), (0, heads)) for rank in first]
+        self.parts = [_divided(range(rank, rank + width), (0, heads), least) for rank in first]
         self.upper = [
-            _divided([part[0] for part in parts[1:]], parts[0][1])
+            _divided([part[0] for part in parts[1:]], parts[0][1], least)
             for parts in zip(*self.parts, strict=True)
         ]
 
@@ -138,11 +152,11 @@ class Passing:
         return Block(kind, places, [self.holders[place] for place in places], parts)
 
 
-def _divided(ranks: Sequence[int], heads: Run) -> list[Part]:
-    """Heads divided over the distinct ones of `ranks`, in order; with more ranks than heads, some
-    get none."""
-    distinct = list(dict.fromkeys(ranks))
+def _divided(ranks: Sequence[int], heads: Run, least: int) -> list[Part]:
+    """Heads divided over the distinct ones of `ranks`, in order; some get none if there are more
+    ranks than heads, or if parts would have fewer than `least` heads."""
     first, end = heads
+    distinct = list(dict.fromkeys(ranks))[: max(1, (end - first) // least)]
     return [
         (distinct[takers[0]], (first + a, first + b))
         for (a, b), takers in divide(end - first, len(distinct))

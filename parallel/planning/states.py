@@ -10,7 +10,7 @@ import numpy as np
 
 from parallel.planning.costs import MATMUL_WORK, Costs, States, Traffic, move_time
 from parallel.planning.passes import passes_of
-from parallel.planning.passing import TURNS, Block, Passing
+from parallel.planning.passing import TURNS, Block, Passing, least_heads
 
 if TYPE_CHECKING:
     from parallel.planning.layout import Array, Plan
@@ -34,9 +34,10 @@ def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
     further = pass_seconds(plan, states).max(axis=1)
     seconds = float((further + _KERNELS * costs.launch * (further > 0)).sum())
     piece = float(stream.tokens.max()) * states.beside / TURNS
+    least = least_heads(states.M_bytes + states.E_bytes)
     for way, products in zip((1, -1), MATMUL_WORK.tolist(), strict=True):
         chains = [
-            Passing(stream.rank[rows][::way].tolist(), states.heads, plan.topology).blocks()
+            Passing(stream.rank[rows][::way].tolist(), states.heads, plan.topology, least).blocks()
             for rows in plan.crossing
         ]
         for turns in zip(*chains, strict=True):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels.packing import accumulation_dtype
 from kernels.recurrences import Begun, Inputs, Kept, Pass, Recurrence
+from parallel.planning.passing import least_heads
 from parallel.travel.states import Chain, Chains, Key, Map, OneWay
 
 
@@ -37,10 +38,11 @@ class StateTransfer:
     """
 
     def __init__(
-        self, recurrence: Recurrence, chains: Callable[[int], Chains], inputs: Sequence[Any]
+        self, recurrence: Recurrence, chains: Callable[[int, int], Chains], inputs: Sequence[Any]
     ) -> None:
         self.recurrence, self.shapes = recurrence, recurrence.shapes(tuple(inputs))
-        self.chains = chains(self.shapes.E[1])
+        (M, E), heads = self.shapes, self.shapes.E[1]
+        self.chains = chains(heads, least_heads(4 * (M.numel() + E.numel()) / heads))
         first = next(x for x in inputs if x is not None)
         self.like = first.new_empty(0, dtype=accumulation_dtype(first.dtype))
         self.way: OneWay  # the pass under way, forward or backward
@@ -91,12 +93,12 @@ class _Left(NamedTuple):
 
 
 def begin_states(
-    recurrence: Recurrence, chains: Callable[[int], Chains], continued: Inputs, first: Inputs
+    recurrence: Recurrence, chains: Callable[[int, int], Chains], continued: Inputs, first: Inputs
 ) -> StateTransfer:
     """Begin the op over cut sequences: compute what leaves this rank's fragments, and send it.
 
     Args:
-        chains: number of heads -> the chains of this rank.
+        chains: `View.chains`.
         continued: inputs of the recurrence, (1, t, …) for the t tokens of the rank's fragments
             that continue a sequence, or (H,) if constant.
         first: the same for its first fragments.

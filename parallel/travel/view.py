@@ -71,19 +71,22 @@ class View:
         lengths = np.diff(self.plan.cu_seqlens)[stream.sequence[rows]]
         return int(((stream.start[rows] == 0) & (stream.end[rows] < lengths)).sum())
 
-    def chains(self, heads: int) -> Chains:
+    def chains(self, heads: int, least: int) -> Chains:
         """The cut sequences with a fragment on this rank's node, whose states it helps to pass.
 
         Args:
             heads: of a state.
+            least: heads that a rank composes at least; see `planning.passing`.
         """
-        return self.cached(("chains", heads), lambda: self._chains(heads))
+        return self.cached(("chains", heads, least), lambda: self._chains(heads, least))
 
-    def _chains(self, heads: int) -> Chains:
+    def _chains(self, heads: int, least: int) -> Chains:
         each = self.plan.topology.ranks_per_node
         node = self.plan.stream.rank // each
         shared = [rows for rows in self.plan.crossing if self.rank // each in node[rows]]
-        forward, backward = ([self._chain(x[::way], heads) for x in shared] for way in (1, -1))
+        forward, backward = (
+            [self._chain(x[::way], heads, least) for x in shared] for way in (1, -1)
+        )
         here = [
             (rows, (c, number), (number == 0) - (number == chain.passing.last))
             for c, chain in enumerate(forward)
@@ -105,9 +108,9 @@ class View:
         assert rows.stop - rows.start == bounds[-1]
         return Group([key for _, key, _ in fragments], rows, Packed(lengths, cu_seqlens))
 
-    def _chain(self, rows: np.ndarray, heads: int) -> Chain:
+    def _chain(self, rows: np.ndarray, heads: int, least: int) -> Chain:
         stream, me = self.plan.stream, self.rank
-        passing = Passing(stream.rank[rows].tolist(), heads, self.plan.topology)
+        passing = Passing(stream.rank[rows].tolist(), heads, self.plan.topology, least)
         turns = [[m for m in turn if me in (m.source, m.target)] for turn in passing.turns()]
         begin, size = stream.offset[rows], (stream.end - stream.start)[rows]
         here = np.flatnonzero(stream.rank[rows] == me).tolist()

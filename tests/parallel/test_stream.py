@@ -67,7 +67,7 @@ def test_a_rank_knows_which_fragments_it_holds_of_a_sequence() -> None:
     views = [part.view for _, _, part in shards([2, 11, 3], 4, in_order)]
     assert [view.continued for view in views] == [0, 1, 1, 1]
     assert [view.first for view in views] == [1, 0, 0, 0]
-    chains = [view.chains(2).forward for view in views]
+    chains = [view.chains(2, 1).forward for view in views]
     assert [[chain.rows for chain in each] for each in chains] == [
         [{0: slice(2, 4)}],
         [{1: slice(0, 4)}],

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.planning.layout import Topology
-from parallel.planning.passing import Message, Passing
+from parallel.planning.passing import Message, Passing, least_heads
 
 
 @st.composite
@@ -17,7 +17,8 @@ def passings(draw: st.DrawFn) -> tuple[Passing, Topology, int]:
     rank = st.integers(0, topology.ranks - 1)
     holders = draw(st.lists(rank, min_size=2, max_size=12))
     heads = draw(st.integers(1, 9))
-    return Passing(holders, heads, topology), topology, heads
+    least = draw(st.integers(1, 10))
+    return Passing(holders, heads, topology, least), topology, heads
 
 
 def heads_by(messages: list[Message], *fields: str) -> Counter:
@@ -85,3 +86,22 @@ def test_first_fragments_and_runs_send_their_state_alone() -> None:
         turns = Passing(holders, 4, Topology(4, 2)).turns()
         for turn, kind in zip(turns, ("fragment", "run", "entry", "state"), strict=True):
             assert all(m.whole == (m.item[1] > 0 and kind in ("fragment", "run")) for m in turn)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(2, 9))
+def test_no_rank_composes_fewer_heads_than_a_message_is_worth(
+    heads: int, least: int, ranks: int
+) -> None:
+    passing = Passing(list(range(ranks)), heads, Topology(ranks, ranks), least)
+    (parts,) = passing.parts
+    assert parts[0][1][0] == 0
+    assert sum(b - a for _, (a, b) in parts) == heads
+    assert min(b - a for _, (a, b) in parts) >= min(least, heads)
+    assert len(parts) == min(ranks - 1, max(1, heads // least))
+
+
+def test_a_message_of_states_is_not_smaller_than_its_latency_is_worth() -> None:
+    assert least_heads(4.0 * (128 * 128 + 128 * 128)) == 1
+    assert least_heads(4.0 * (64 * 64 + 64 * 64)) == 2
+    assert least_heads(8.0) == 8192  # of the diagonal scan, whose heads are channels
+    assert least_heads(0.0) >= 1

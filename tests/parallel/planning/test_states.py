@@ -15,7 +15,7 @@ from parallel.planning.cost import copied_seconds, price
 from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Topology
 from parallel.planning.passes import Passes
-from parallel.planning.passing import Passing
+from parallel.planning.passing import Passing, least_heads
 from parallel.planning.plan import plan
 from parallel.planning.states import price_states
 from parallel.simulation.models import MODELS
@@ -37,7 +37,8 @@ def test_every_message_is_priced(lengths: list[int], ranks: int, each: int) -> N
     wanted = np.zeros((2, ranks))  # inside nodes, between them
     for rows in made.crossing:
         for way in (1, -1):
-            passing = Passing(made.stream.rank[rows][::way].tolist(), STATES.heads, where)
+            holders = made.stream.rank[rows][::way].tolist()
+            passing = Passing(holders, STATES.heads, where, least_heads(107.0))
             for source, target, _, (first, end), whole in chain(*passing.turns()):
                 size = (end - first) * (STATES.E_bytes + whole * STATES.M_bytes)
                 if source != target:
