@@ -82,7 +82,9 @@ class Trainer:
         self.engine = Engine(
             model, config.optim, config.zero, world, dtype, config.train.accumulate
         )
-        self.planner = planning.planner_of(model, config.parallel, world, dtype, config.zero.stage)
+        self.planner = planning.planner_of(
+            model, config.parallel, world, dtype, config.zero.stage, config.train.accumulate
+        )
         self.peak_flops = peak_flops(world.device)
         self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)
         self.lookout = Lookout(world, watch, self.watchdog)

@@ -37,15 +37,27 @@ def check(config: ParallelConfig) -> None:
 
 
 def planner_of(
-    model: Model, config: ParallelConfig, world: World, dtype: torch.dtype, zero_stage: int = 0
+    model: Model,
+    config: ParallelConfig,
+    world: World,
+    dtype: torch.dtype,
+    zero_stage: int = 0,
+    accumulate: int = 1,
 ) -> Planner:
     """The planner of a run, on each of its ranks, for settings that `check` passes."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-    return Planner(config, world.topology, described(model, dtype, zero_stage), device)
+    told = described(model, dtype, zero_stage, accumulate)
+    return Planner(config, world.topology, told, device)
 
 
-def described(model: Model, dtype: torch.dtype, zero_stage: int) -> FullAttention:
-    """The model's layers: full attention (without a window), linear layers, all other work."""
+def described(
+    model: Model, dtype: torch.dtype, zero_stage: int, accumulate: int = 1
+) -> FullAttention:
+    """The model's layers: full attention (without a window), linear layers, all other work.
+
+    Args:
+        accumulate: batches of a step, over which what ZeRO sends once a step is spread.
+    """
     mixers = [block.mixer for block in model.blocks]
     full = [m for m in mixers if isinstance(m, attention.Mixer) and m.window is None]
     layers = max(1, len(full))
@@ -64,7 +76,7 @@ def described(model: Model, dtype: torch.dtype, zero_stage: int) -> FullAttentio
         layers=layers,
         linear=_linear(model, layers, dtype),
         work=_work(model, full, dtype),
-        zero_bytes=zero_bytes(weights, dtype.itemsize, zero_stage),
+        zero_bytes=zero_bytes(weights, dtype.itemsize, zero_stage, accumulate),
     )
 
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from parallel.planning.cost import price
-from parallel.planning.costs import Costs, Traffic
+from parallel.planning.costs import RING_TRAFFIC, Costs, Traffic
 from parallel.planning.layout import Array, Plan, Topology
 from parallel.planning.owners import Owners
 from parallel.planning.plan import build
@@ -77,13 +77,19 @@ def best(case: Case, allowed: Callable[[str], bool] = lambda _: True) -> Outcome
         allowed: whether a form is considered, by its name.
     """
     found: Outcome | None = None
-    for size, group, least in _by_size(case):
-        for how, shape in forms(size, case.topology, case.model.heads):
-            if size > 1 and not allowed(how):
-                continue
-            if found is not None and not _may_be_quicker(case, group, size, shape, least, found):
-                continue
-            limit = np.inf if found is None else found.seconds
+    bound = lower_bound(case)
+    tried = [
+        (_floor(case, group, size, shape), size, group, how, shape)
+        for size, group, _ in _by_size(case)
+        for how, shape in forms(size, case.topology, case.model.heads)
+        if size == 1 or allowed(how)
+    ]
+    # The likeliest first; of those within a hundredth the smaller groups, quicker to price, too.
+    for floor, size, group, how, shape in sorted(
+        tried, key=lambda each: (round(each[0] / bound, 2), each[1])
+    ):
+        limit = np.inf if found is None else found.seconds
+        if floor < 0.999 * limit:
             outcome = shared(case, group, size, shape, limit)
             if found is None or outcome.seconds < found.seconds:
                 found = replace(outcome, form=f"{case.topology.ranks // size} × {size}, {how}")
@@ -94,33 +100,39 @@ def best(case: Case, allowed: Callable[[str], bool] = lambda _: True) -> Outcome
 
 
 def _by_size(case: Case) -> list[tuple[int, Array, float]]:
-    """Sizes of groups, the likeliest first: how sequences are packed, and the busiest's seconds.
-
-    The least work first; of sizes within a hundredth of each other the smaller, which is the
-    quicker one to price, too.
-    """
+    """Sizes of groups, the likeliest first: how sequences are packed, and the busiest's seconds."""
     placed = [(size, *packed(case, size)) for size in sizes(case)]
     bound = lower_bound(case)
     return sorted(placed, key=lambda each: (round(each[2] / bound, 2), each[0]))
 
 
-def _may_be_quicker(
-    case: Case, group: Array, size: int, shape: Grid, least: float, found: Outcome
-) -> bool:
-    """Whether the work of a form leaves it a thousandth less than what was found.
+def _floor(case: Case, group: Array, size: int, shape: Grid) -> float:
+    """Seconds that no step in a form is shorter than: its work, or the transfers of one group.
 
-    Sequences that are cut into chunks fill the last tile of each badly.
+    Sequences that are cut into chunks fill the last tile of each badly. Of transfers latencies and
+    copies of key heads are left out.
     """
-    if least >= 0.999 * found.seconds:
-        return False
-    costs = case.costs()
-    seats = shape[0] * shape[1]
-    chunks = 1 if seats == 1 else 2 * seats
+    costs, full, each = case.costs(), case.model.full_layers, case.topology.ranks_per_node
+    (rows, seats, slices), groups = shape, case.topology.ranks // size
+    chunks = 1 if rows * seats == 1 else 2 * rows * seats
     tiles = chunks * np.ceil(case.lengths / chunks / costs.tile)
-    work = costs.pair * costs.tile**2 * tiles * (tiles + 1) / 2
-    seconds = BOTH * case.model.full_layers * work + case.linear_seconds(case.lengths)
-    groups = case.topology.ranks // size
-    return float(np.bincount(group, seconds, groups).max()) / size < 0.999 * found.seconds
+    pairs = costs.tile**2 * tiles * (tiles + 1) / 2
+    linear = case.linear_seconds(case.lengths)
+    work = np.bincount(group, BOTH * full * costs.pair * pairs + linear, groups).max() / size
+    tokens = float(np.bincount(group, case.lengths, groups).max()) / size  # of a rank
+    block = tokens * costs.kv_bytes  # of a seat, one slice
+    if rows == 1 and size > each:
+        hop = block * max(1 / costs.nic, min(slices, each) / costs.between)
+    else:
+        hop = block / costs.inside
+    travel = rows * (seats - 1) * hop
+    if rows > 1:
+        travel = max(travel, (rows - 1) * min(seats * slices, each) * block / costs.between)
+    near, far = min(slices, each) - 1, max(0, slices - each)
+    move = max(near / slices / costs.inside, far / slices * each / costs.between)
+    moves = 2 * tokens * (2 * costs.q_bytes + costs.kv_bytes) * move
+    held = float(case.linear_seconds(tokens))
+    return max(float(work), held + full * RING_TRAFFIC.sum() * travel) + full * moves
 
 
 def shared(case: Case, group: Array, size: int, shape: Grid, limit: float = np.inf) -> Outcome:
@@ -278,9 +290,12 @@ def gathered(case: Case) -> Outcome:
     """
     found: Outcome | None = None
     for size, group, least in _by_size(case):
-        if found is None or least < 0.999 * found.seconds:
-            alone = size == 1
-            outcome = shared(case, group, 1, (1, 1, 1)) if alone else _gathered(case, group, size)
+        limit = np.inf if found is None else found.seconds
+        if least < 0.999 * limit:
+            if size == 1:
+                outcome = shared(case, group, 1, (1, 1, 1), limit)
+            else:
+                outcome = _gathered(case, group, size, limit=limit)
             if found is None or outcome.seconds < found.seconds:
                 found = replace(outcome, form=f"{case.topology.ranks // size} × {size}")
     assert found is not None
@@ -296,7 +311,9 @@ def in_order(case: Case, size: int) -> Outcome:
     return _gathered(case, group.astype(np.int64), size, per_document=False)
 
 
-def _gathered(case: Case, group: Array, size: int, per_document: bool = True) -> Outcome:
+def _gathered(
+    case: Case, group: Array, size: int, per_document: bool = True, limit: float = np.inf
+) -> Outcome:
     topology, model, costs = case.topology, case.model, case.costs()
     full, each = model.full_layers, topology.ranks_per_node
     groups = topology.ranks // size
@@ -327,7 +344,7 @@ def _gathered(case: Case, group: Array, size: int, per_document: bool = True) ->
     seconds = full * (BOTH * work.max(axis=1) + 3 * travel)
     seconds = seconds + case.linear_seconds(tokens / size)
     extra, passed = 0.0, None
-    if model.linear_layers:
+    if model.linear_layers and seconds.max() < limit:
         owners = Owners(-1 - group, [_ranks(g, size) for g in range(groups)], "rank")
         made = build("gathered", case.lengths, owners, topology, by_node=False)
         extra, passed = linear_layer(made, costs)

@@ -119,7 +119,8 @@ def even(case: Case, routed: bool = False) -> Outcome:
     elif crosses:
         hop = weigh.latency_between + block / weigh.nic
     travel = (ranks - 1) * hop
-    seconds = np.maximum(ATTENTION_WORK * work, RING_TRAFFIC * travel).sum()
+    launched = (ranks - 1) * weigh.launch
+    seconds = np.maximum(ATTENTION_WORK * work + launched, RING_TRAFFIC * travel).sum()
     sent = full * (ranks - 1) * block * RING_TRAFFIC.sum()
     one = case.lengths.sum(keepdims=True)
     made = build("even", one, on_all_ranks(1, case.topology), case.topology, by_node=False)

@@ -123,7 +123,8 @@ class Case:
     def planner(self) -> Planner:
         world = World(0, self.ranks, 0, torch.device("meta"), self.ranks_per_node)
         config = replace(self.config.parallel, cluster=self.cluster)
-        return planner_of(self.model, config, world, self.dtype, self.config.zero.stage)
+        stage, accumulate = self.config.zero.stage, self.config.train.accumulate
+        return planner_of(self.model, config, world, self.dtype, stage, accumulate)
 
     def memory(self, stage: int, checkpointed: bool) -> Memory:
         """What a rank holds in a step on batches of full sequences."""

@@ -132,7 +132,9 @@ class Speed:
 
     @cached_property
     def _model(self):  # type: ignore[no-untyped-def]
-        return described(self.case.model, self.case.dtype, self.case.config.zero.stage)
+        config = self.case.config
+        stage, accumulate = config.zero.stage, config.train.accumulate
+        return described(self.case.model, self.case.dtype, stage, accumulate)
 
     def _batch(self, lengths: Array) -> tuple[float, float, float, float, float]:
         """Seconds of passes, of activations made anew, of ZeRO beyond these, of even work; FLOPs

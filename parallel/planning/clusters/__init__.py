@@ -238,13 +238,18 @@ def projections(heads: int, kv_heads: int, head_dim: int, dim: int) -> tuple[flo
     return 2.0 * dim * head_dim * (heads + 2 * kv_heads), 2.0 * dim * head_dim * heads
 
 
-def zero_bytes(parameters: float, number_bytes: float, stage: int) -> float:
+def zero_bytes(parameters: float, number_bytes: float, stage: int, accumulate: int = 1) -> float:
     """Bytes of weights and gradients that ZeRO brings to every rank for one batch.
 
-    Gradients are reduced once. Weights are gathered once after the optimiser's step (stages 1 and
-    2; with stage 0 it is the reduced gradients that are), or before each pass (stage 3).
+    Stage 3 gathers weights before each pass and reduces gradients after it. Stages 1 and 2 gather
+    weights once a step, stage 0 the reduced gradients; of these only stage 2 reduces gradients at
+    every batch.
+
+    Args:
+        accumulate: batches of a step.
     """
-    return parameters * number_bytes * (3.0 if stage == 3 else 2.0)
+    a_step, a_batch = {0: (2, 0), 1: (2, 0), 2: (1, 1), 3: (0, 3)}[stage]
+    return parameters * number_bytes * (a_step / accumulate + a_batch)
 
 
 def slack(kept: float, layer: float, others: float) -> float:

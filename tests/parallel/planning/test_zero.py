@@ -15,10 +15,14 @@ from parallel.simulation.models import MODELS
 from parallel.simulation.strategies import strategies
 
 
-@pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 2), (3, 3)])
-def test_bytes_of_a_batch(stage: int, times: int) -> None:
-    """Stage 0 reduces and gathers gradients; 1 and 2 gather weights instead; 3 does so twice."""
-    assert zero_bytes(7e9, 2, stage) == times * 14e9
+@pytest.mark.parametrize(
+    ("stage", "accumulate", "times"),
+    [(0, 1, 2), (1, 1, 2), (2, 1, 2), (3, 1, 3), (0, 4, 0.5), (1, 4, 0.5), (2, 4, 1.25), (3, 4, 3)],
+)
+def test_bytes_of_a_batch(stage: int, accumulate: int, times: float) -> None:
+    """Stage 0 reduces and gathers gradients; 1 and 2 gather weights instead; 3 does so twice a
+    batch. Before a step's last batch stages 0 and 1 send nothing, 2 reduces gradients."""
+    assert zero_bytes(7e9, 2, stage, accumulate) == times * 14e9
 
 
 def test_links_are_slower_by_the_share_of_the_step_in_which_zero_uses_them() -> None:
