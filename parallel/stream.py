@@ -77,10 +77,23 @@ def distribute(
         )
     if planner is None:
         with closing(Planner(config or ParallelConfig(), world.topology)) as own:
-            made, attention = own.plan(lengths), own.config.attention
+            mine, here = share(lengths, world, own)
     else:
-        made, attention = planner.plan(lengths), planner.config.attention
-    view = View(made, world.rank, world.group, attention, world.device)
+        mine, here = share(lengths, world, planner)
+    return to_device(tokens[here], world.device), to_device(labels[here], world.device), mine
+
+
+def share(lengths: np.ndarray, world: World, planner: Planner) -> tuple[Shard, np.ndarray]:
+    """This rank's shard of sequences of these lengths, and where its tokens lie in the batch.
+
+    Args:
+        lengths: (N,) int, no fewer tokens than there are ranks.
+
+    Returns:
+        the shard, and int64 (t,).
+    """
+    made = planner.plan(lengths)
+    view = View(made, world.rank, world.group, planner.config.attention, world.device)
     spans = made.stream.rows(world.rank)
     sequence, starts, ends = (
         column[spans] for column in (made.stream.sequence, made.stream.start, made.stream.end)
@@ -89,8 +102,4 @@ def distribute(
     sizes = ends - starts
     # (fragments,) -> (t,): the place in the batch of each of this rank's tokens.
     here = np.arange(sizes.sum()) + np.repeat(first - np.cumsum(sizes) + sizes, sizes)
-    return (
-        to_device(tokens[here], world.device),
-        to_device(labels[here], world.device),
-        _shard(sizes, starts, world.device, view),
-    )
+    return _shard(sizes, starts, world.device, view), here

@@ -34,6 +34,7 @@ class Part:
         output: its output.
         backward: most at a time in its backward pass, above what there is at its start: its
             input and what it kept. The gradient of its output is counted here.
+        moving: as `backward`, if the gradient of each parameter is moved away once it is there.
         gradients: of its parameters, left by its backward pass.
     """
 
@@ -42,6 +43,7 @@ class Part:
     kept: float
     output: float
     backward: float
+    moving: float
     gradients: float
 
     def towards(self, other: Part, way: float) -> Part:
@@ -128,14 +130,17 @@ def _measured(
         start = ledger.live
         # Nothing else may hold the output: the next part has let go of it by now.
         ledger.reset_peak()
+
+        def moved(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            ledger.aside += parameter.grad.numel() * parameter.grad.element_size()
+
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(moved)
         end.backward()
         del end
-        gradients = sum(
-            p.grad.numel() * p.grad.element_size()
-            for p in module.parameters()
-            if p.grad is not None
-        )
-        return Part(name, forward, start - before, output, ledger.peak - start, gradients)
+        backward, moving = ledger.peak - start, ledger.peak_beside - start
+        return Part(name, forward, start - before, output, backward, moving, ledger.aside)
 
 
 @contextmanager

@@ -63,5 +63,8 @@ def answer(
     made = report.report(case, asked_nodes, described if priced else None)
     print(json.dumps(made, indent=1) if as_json else report.text(made))
     if figure is not None:
-        report.figure(made).savefig(figure, dpi=120)
+        try:
+            report.figure(made).savefig(figure, dpi=120)
+        except OSError as error:
+            raise ConfigError(f"--figure is {figure}: {error.strerror}") from None
     return 0

@@ -15,9 +15,10 @@ import parallel
 from data.config import MOST_TOKENS, RECALL, longest_seq_len
 from data.recall import Recall
 from data.tokens.tokenizer import load
-from parallel import Shard, World, distribute
+from parallel import Shard, World
 from parallel.planning.clusters import MEMORY_SLACK
-from parallel.planning.planner import Planner
+from parallel.planning.planner import Planner, pad_to_ranks
+from parallel.stream import share
 from train.config import Config
 from train.forecast import memory, work
 from train.forecast.activations import Device, Part, Shape, parts
@@ -37,6 +38,7 @@ _SIZES: dict[Device, list[int]] = {
     "cuda": [1024, 4096, 16384, 65536, 262144, 1048576],
     "cpu": [1024, 2048, 4096],
 }
+_PLANNED = 64  # ranks, at most, of a plan for one sequence
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,11 @@ class Case:
     def _of_one(self) -> Callable[[bool, int], dict[str, Part]]:
         """The parts of a batch that is one sequence, by its tokens a rank."""
 
+        # A rank's part of a sequence is the same on more ranks, and its plan takes longer.
+        few = self.on(min(self.ranks, _PLANNED))
+
         def made(checkpointed: bool, tokens: int) -> dict[str, Part]:
-            shard = self._shard(np.array([tokens * self.ranks]))
+            shard = few._shard(np.array([tokens * few.ranks]))
             return parts(self.config.model, self._shape(checkpointed), shard)
 
         return lru_cache(None)(made)
@@ -219,9 +224,7 @@ class Case:
         with closing(self.planner()) as planner:
             rank = int(planner.plan(lengths).stream.tokens.argmax())
             world = World(rank, self.ranks, 0, torch.device("meta"), self.ranks_per_node)
-            nothing = np.zeros(int(lengths.sum()), np.int64)
-            bounds = np.concatenate([[0], np.cumsum(lengths)])
-            return distribute(nothing, nothing, bounds, world, planner=planner)[2]
+            return share(pad_to_ranks(lengths, self.ranks), world, planner)[0]
 
 
 def _on_line(one: dict[str, Part], two: dict[str, Part], way: float) -> dict[str, Part]:

@@ -23,15 +23,18 @@ class Ledger(TorchDispatchMode):
     Attributes:
         live: bytes alive now.
         peak: most bytes alive since the start, or since `reset_peak`.
+        aside: of the bytes alive, those that would be moved away; to be added to.
+        peak_beside: as `peak`, without them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.aside = self.peak_beside = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def reset_peak(self) -> None:
         self.peak = self.live
+        self.peak_beside = self.live - self.aside
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -63,6 +66,7 @@ class Ledger(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, partial(self._freed, key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.peak_beside = max(self.peak_beside, self.live - self.aside)
 
     def _freed(self, key: int, size: int, _: Any) -> None:
         del self._known[key]

@@ -51,22 +51,25 @@ class Step:
         found = [held | {GRADIENTS: states.gradients + states.reduced, AT_WORK: states.stepping}]
         # Tokens, labels and positions.
         held |= {BATCH: 3.0 * _INDEX * self.tokens, BUFFERS: held[BUFFERS] + states.gathered}
-        if self.accumulate > 1:  # those of the batches before
+        adding = self.accumulate > 1
+        if adding:  # to those of the batches before
             held[GRADIENTS] += states.growing or states.reduced
+            held[BUFFERS] += states.bucket if states.growing else 0.0  # is made but not used yet
         for name in order:
             part = self.parts[name]
             found.append(held | {AT_WORK: part.forward})
             held[name] += part.kept + part.output
-        if not states.persistent:
+        if not states.persistent and not (adding and states.growing):
             held[BUFFERS] += states.bucket
         weights = sum(self._gradients(name) for name in order)
         waiting = 0.0
         for name in reversed(order):
             part = self.parts[name]
             held[name] -= part.output
-            found.append(held | {AT_WORK: part.backward})
+            moved = adding or not states.growing
+            found.append(held | {AT_WORK: part.moving if moved else part.backward})
             held[name] -= part.kept
-            if states.growing and self.accumulate == 1:
+            if states.growing and not adding:
                 held[GRADIENTS] += states.growing * self._gradients(name) / weights
             elif self.tied and name == LOSS:
                 held[GRADIENTS] += part.gradients  # until the embedding's has come

@@ -15,6 +15,7 @@ from train.monitor.summary import blocks_in_words
 from train.optimiser.optim import is_orthogonal
 
 _FP32 = 4
+_MOST_TRIED = 1024  # ranks, of more nodes than the run has: plans for more take seconds
 ACTIVATIONS = "activations"
 # Columns of the table of memory, beside activations, which stand for all layers together.
 _COLUMNS = (
@@ -120,7 +121,7 @@ def _nodes(case: Case, cluster: Cluster) -> list[dict[str, Any]]:
     now, found = -(-case.ranks // case.ranks_per_node), []
     for nodes in sorted({max(1, now // 2), now, 2 * now, 4 * now}):
         ranks = case.ranks if nodes == now else nodes * case.ranks_per_node
-        if ranks > case.config.train.batch_tokens:
+        if nodes > now and ranks > min(case.config.train.batch_tokens, _MOST_TRIED):
             continue
         on = case.on(ranks)
         held = on.memory(case.config.zero.stage, case.config.model.checkpoint_activations).total
@@ -254,10 +255,13 @@ def _table(made: dict[str, Any], what: str) -> list[str]:
     room = made["memory"]["room"]
     columns = ["weights", "gradients", "optimiser", "ZeRO", "kept", "at work", "travel", "slack"]
     head = "".join(f"{name:>10}" for name in [*columns, "runtime", "total"])
-    lines = [f"GB a {what} at most:", f"{'zero  checkpointing':<21}{head}   longest sequence"]
+    size_of, unit = _unit(made)
+    lines = [f"{unit} a {what} at most:", f"{'zero  checkpointing':<21}{head}   longest sequence"]
     for row in made["memory"]["rows"]:
         ours = row is configured(made)
-        cells = "".join(f"{size / 1e9:>10.2f}" for size in [*folded(row).values(), row["total"]])
+        cells = "".join(
+            f"{size / size_of:>10.2f}" for size in [*folded(row).values(), row["total"]]
+        )
         on = "on" if row["checkpoint_activations"] else "off"
         longest = f"{row['longest_sequence']:,}" if row["longest_sequence"] else "none"
         mark = "" if row["fits"] else f"  over {room / 1e9:,.0f} GB"
@@ -265,6 +269,12 @@ def _table(made: dict[str, Any], what: str) -> list[str]:
             f"{'→' if ours else ' '} {row['stage']}   {on:<15}{cells}   {longest:>16}{mark}"
         )
     return lines
+
+
+def _unit(made: dict[str, Any]) -> tuple[float, str]:
+    """Bytes of the unit in which sizes are shown, and its name."""
+    largest = max(row["tensors"] for row in made["memory"]["rows"])
+    return (1e9, "GB") if largest > 1e9 else (1e6, "MB")
 
 
 def folded(row: dict[str, Any]) -> dict[str, float]:
@@ -281,10 +291,13 @@ def layers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _detail(made: dict[str, Any], what: str) -> list[str]:
+    size_of, unit = _unit(made)
     kept = ", ".join(
-        f"{kind} {size / 1e9:.2f}" for kind, size in layers(configured(made)).items() if size > 5e6
+        f"{kind} {size / size_of:.2f}"
+        for kind, size in layers(configured(made)).items()
+        if size > size_of / 200
     )
-    return [f"kept at the peak (→), GB a {what}: {kept}"] if kept else []
+    return [f"kept at the peak (→), {unit} a {what}: {kept}"] if kept else []
 
 
 def _clocked(made: dict[str, Any], what: str) -> list[str]:
@@ -319,9 +332,13 @@ def _clocked(made: dict[str, Any], what: str) -> list[str]:
 def _priced(step: dict[str, float]) -> str:
     anew = step["made_anew"] / step["seconds"]
     return (
-        f"{step['seconds']:>8.3g} s{step['over_even']:>8.2f}{anew:>7.0%}"
+        f"{_seconds(step['seconds']):>10}{step['over_even']:>8.2f}{anew:>7.0%}"
         f"{_short(step['tokens_per_day']):>14} {step['mfu']:>6.1%}"
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _verdict(made: dict[str, Any], what: str, nodes: int) -> list[str]:
@@ -330,10 +347,12 @@ def _verdict(made: dict[str, Any], what: str, nodes: int) -> list[str]:
     advice = [f"{said}: {line}" for line in made["change"]]
     if row["fits"]:
         return [f"it fits: {row['total'] / 1e9:,.1f} of {room / 1e9:,.1f} GB a {what}", *advice]
-    asked = f"the {nodes} node{'s' * (nodes > 1)} that sbatch asks for do not hold it"
-    who = asked if made["asked_nodes"] else f"{made['ranks']:,} {what}s do not hold it"
+    who = f"{made['ranks']:,} {what}{'s' * (made['ranks'] > 1)}"
+    if made["asked_nodes"]:
+        who = f"the {nodes} node{'s' * (nodes > 1)} that sbatch asks for, {who},"
     return [
-        f"WARNING: {who}: {row['total'] / 1e9:,.1f} GB a {what}, and there are {room / 1e9:,.1f}",
+        f"WARNING: {who} cannot hold it: {row['total'] / 1e9:,.1f} GB a {what}, and there are "
+        f"{room / 1e9:,.1f}",
         *advice,
     ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.settings import ConfigError
 from train.__main__ import main
 from train.config import read
 from train.forecast import asked, report, work
@@ -58,7 +59,7 @@ def test_it_warns_where_the_nodes_that_sbatch_asks_for_do_not_hold_the_run(
     monkeypatch.setattr("train.forecast.asked.nodes_and_gpus", lambda: (1, 2))
     assert main(["plan", SMOKE, *large]) == 0
     said = capsys.readouterr().out
-    assert "WARNING: the 1 node that sbatch asks for do not hold it" in said
+    assert "WARNING: the 1 node that sbatch asks for, 2 GPUs, cannot hold it" in said
     assert "change first: " in said
 
 
@@ -78,9 +79,13 @@ def test_the_job_script_is_read_as_slurm_reads_it(tmp_path: Path) -> None:
         ("#SBATCH --nodes=4\n##SBATCH --gpus-per-node=8\n", (4, None)),
         ("#SBATCH --nodes=4\n#SBATCH --gpus-per-node=h100:2\n", (4, 2)),
         ("#SBATCH --gpus-per-node 8 # all\n", (1, 8)),
+        ("#SBATCH --nodes=3-5\n", (3, None)),
     ):
         script.write_text(text, encoding="utf-8")
         assert asked.nodes_and_gpus(script) == wanted
+    for wrong in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError, match=r"cannot be read .*; say --gpus"):
+            asked.nodes_and_gpus(wrong)
 
 
 def test_a_picture_the_text_and_the_numbers_are_made(
