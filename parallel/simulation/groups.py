@@ -29,6 +29,7 @@ from parallel.planning.plan import build
 from parallel.planning.states import pass_seconds, price_states
 from parallel.simulation.case import BOTH, Case, Outcome, lower_bound
 
+_MOST_PIECES = 50_000  # of sequences over the ranks of their groups that are laid out one by one
 Grid = tuple[int, int, int]  # (rows, seats a row, slices), as in `layout.Ring`
 
 
@@ -90,7 +91,10 @@ def best(case: Case, allowed: Callable[[str], bool] = lambda _: True) -> Outcome
     ):
         limit = np.inf if found is None else found.seconds
         if floor < 0.999 * limit:
-            outcome = shared(case, group, size, shape, limit)
+            if len(case.lengths) * size > _MOST_PIECES:
+                outcome = _by_floor(case, floor, size, shape)
+            else:
+                outcome = shared(case, group, size, shape, limit)
             if found is None or outcome.seconds < found.seconds:
                 found = replace(outcome, form=f"{case.topology.ranks // size} × {size}, {how}")
     if found is None:  # none of the sizes that memory allows has such a form
@@ -133,6 +137,21 @@ def _floor(case: Case, group: Array, size: int, shape: Grid) -> float:
     moves = 2 * tokens * (2 * costs.q_bytes + costs.kv_bytes) * move
     held = float(case.linear_seconds(tokens))
     return max(float(work), held + full * RING_TRAFFIC.sum() * travel) + full * moves
+
+
+def _by_floor(case: Case, floor: float, size: int, shape: Grid) -> Outcome:
+    """A step of so many pieces that to lay them out takes minutes: as long as its floor, which is
+    in its favour, with the bytes of equal blocks."""
+    costs, full, each = case.costs(), case.model.full_layers, case.topology.ranks_per_node
+    (rows, seats, slices), tokens = shape, float(case.lengths.sum())
+    blocks = RING_TRAFFIC.sum() * full * tokens * costs.kv_bytes
+    between = blocks * max(0, size // each - 1)
+    moves = 2 * full * tokens * (2 * costs.q_bytes + costs.kv_bytes) * (slices - 1) / slices
+    inside = max(0.0, blocks * (rows * seats - 1) - between) + moves
+    busy = np.full(case.topology.ranks, lower_bound(case))
+    return Outcome(
+        max(floor, case.zero_seconds), busy, inside, between, case.memory(case.share, case.share)
+    )
 
 
 def shared(case: Case, group: Array, size: int, shape: Grid, limit: float = np.inf) -> Outcome:
