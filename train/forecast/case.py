@@ -35,7 +35,7 @@ _RUNTIME = {"cuda": 3e9, "cpu": 0.6e9}
 # Tokens a rank at which parts are run. A CPU's ops are many, chunk by chunk: past the last size
 # its bytes are taken from the line through the last two.
 _SIZES: dict[Device, list[int]] = {
-    "cuda": [1024, 4096, 16384, 65536, 262144, 1048576],
+    "cuda": [1024, 4096, 16384, 65536, 262144],
     "cpu": [1024, 2048, 4096],
 }
 _PLANNED = 64  # ranks, at most, of a plan for one sequence
@@ -105,7 +105,10 @@ class Case:
 
     def on(self, ranks: int) -> Case:
         """The same run on another number of ranks."""
-        return replace(self, ranks=ranks, ranks_per_node=min(ranks, self.ranks_per_node))
+        made = replace(self, ranks=ranks, ranks_per_node=min(ranks, self.ranks_per_node))
+        # What does not depend on the ranks is not made again.
+        made.__dict__.update(vocab_size=self.vocab_size, model=self.model, sizes=self.sizes)
+        return made
 
     @property
     def tokens(self) -> int:
@@ -196,7 +199,7 @@ class Case:
     def _of_one(self) -> Callable[[bool, int], dict[str, Part]]:
         """The parts of a batch that is one sequence, by its tokens a rank."""
 
-        # A rank's part of a sequence is the same on more ranks, and its plan takes longer.
+        # On more ranks a rank holds little else, and the plan takes longer.
         few = self.on(min(self.ranks, _PLANNED))
 
         def made(checkpointed: bool, tokens: int) -> dict[str, Part]:
