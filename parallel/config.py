@@ -33,6 +33,13 @@ class ParallelConfig:
             "path": True,
         },
     )
+    speeds: dict[int, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "measured speeds of ranks that are slower than the others, as shares of "
+            "theirs: {17: 0.8} gives rank 17 four fifths of another's work"
+        },
+    )
     timeout_s: float = field(
         default=600.0,
         metadata={

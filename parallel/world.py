@@ -18,8 +18,9 @@ from parallel.planning.layout import Topology
 
 Result = TypeVar("Result")
 
-# The layers' group of each `join` that is open, innermost last, for a `join` inside it.
-_layer_groups: list[dist.ProcessGroup | None] = []
+# The layers' group of each `join` that is open, innermost last, and what is said of nodes by
+# `World.node_sizes`, for a `join` inside it.
+_joined: list[tuple[dist.ProcessGroup | None, tuple[int, ...]]] = []
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class World:
         rank, size: this process's number, and how many there are.
         local_rank: its number on its node, and the number of its GPU.
         device: where its tensors are.
-        ranks_per_node: rank r is on node r // ranks_per_node.
+        ranks_per_node: rank r is on node r // ranks_per_node, unless `node_sizes` are given.
+        node_sizes: ranks of each node, where a node before the last one has fewer than others.
         group: a second group of all ranks, for the messages of layers, so that these do not queue
             behind the optimiser's. None: the default group.
     """
@@ -40,6 +42,7 @@ class World:
     local_rank: int
     device: torch.device
     ranks_per_node: int = 1
+    node_sizes: tuple[int, ...] = ()
     group: dist.ProcessGroup | None = None
 
     @property
@@ -48,7 +51,7 @@ class World:
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.size, self.ranks_per_node)
+        return Topology(self.size, self.ranks_per_node, self.node_sizes)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum of `values` over all ranks, in place."""
@@ -114,9 +117,8 @@ def join(
     elif "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
         rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
         local_rank = int(environment["SLURM_LOCALID"])
-        # "8(x4)" is eight tasks on each of four nodes, "8(x3),4" four on one more.
-        per_node = re.match(r"\d+", environment.get("SLURM_TASKS_PER_NODE", ""))
-        ranks_per_node = int(per_node[0]) if per_node else size
+        node = int(environment.get("SLURM_NODEID", "0"))
+        ranks_per_node = _tasks(environment.get("SLURM_TASKS_PER_NODE", ""), node) or size
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -124,8 +126,9 @@ def join(
         torch.cuda.set_device(device)
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
-        group = _layer_groups[-1] if _layer_groups else None
-        yield World(rank, size, local_rank, device, ranks_per_node, group)
+        group, sizes = _joined[-1] if _joined else (None, ())
+        ranks_per_node = max(sizes, default=ranks_per_node)
+        yield World(rank, size, local_rank, device, ranks_per_node, sizes, group)
         return
     # A world of one needs no port; a store in memory cannot collide with a neighbour's run.
     store: dist.Store = dist.HashStore()
@@ -144,9 +147,41 @@ def join(
     if group is not None:
         # NCCL sets a group up when it is first used, and all ranks must take part in that use.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
-    _layer_groups.append(group)
+    ranks_per_node, sizes = _nodes(ranks_per_node, size)
+    _joined.append((group, sizes))
     try:
-        yield World(rank, size, local_rank, device, ranks_per_node, group)
+        yield World(rank, size, local_rank, device, ranks_per_node, sizes, group)
     finally:
-        _layer_groups.pop()
+        _joined.pop()
         dist.destroy_process_group()
+
+
+def _tasks(per_node: str, node: int) -> int:
+    """How many tasks Slurm started on a node; 0 if `per_node` does not say.
+
+    Args:
+        per_node: "8(x3),4" is eight tasks on each of three nodes and four on one more.
+    """
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node)
+    tasks = [int(count) for count, times in counts for _ in range(int(times or 1))]
+    return tasks[min(node, len(tasks) - 1)] if tasks else 0
+
+
+def _nodes(mine: int, size: int) -> tuple[int, tuple[int, ...]]:
+    """Ranks of a full node, and `World.node_sizes`. All ranks call it, since each knows only its
+    own node.
+
+    Args:
+        mine: ranks of this rank's node.
+    """
+    if size == 1:
+        return mine, ()
+    said = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(said, torch.tensor([mine]))
+    of_rank = [int(each) for each in said]
+    sizes: list[int] = []
+    while sum(sizes) < size:
+        sizes.append(of_rank[sum(sizes)])
+    full = max(sizes)
+    regular = sum(sizes) != size or all(each == full for each in sizes[:-1])
+    return full, () if regular else tuple(sizes)

@@ -68,7 +68,7 @@ class Trainer:
 
         dtype = dtype_of(config.train, world.device.type)
         memory.check(config, world, dtype)
-        planning.check(config.parallel)
+        planning.check(config.parallel, world.size)
         self.material = data.material(config.data, config.train, log=self.say)
         self.cursor = data.Cursor.from_dict(saved.cursor) if saved else data.Cursor()
         self.stream = self.material.batches(self.cursor)

@@ -16,6 +16,8 @@ from parallel.planning.clusters import (
     slack,
     zero_bytes,
 )
+from parallel.planning.layout import Topology
+from parallel.planning.planner import with_speeds
 from train.model.linear import Linear
 from train.model.mixers import attention
 from train.model.transformer import Block, Model
@@ -23,12 +25,16 @@ from train.model.transformer import Block, Model
 _LONG = 65536  # tokens of a sequence over which a window's work a token is averaged
 
 
-def check(config: ParallelConfig) -> None:
-    """Read the cluster that the settings name.
+def check(config: ParallelConfig, ranks: int) -> None:
+    """Read the cluster that the settings name, and the speeds of ranks.
 
     Raises:
-        ConfigError: there is none, or its file is wrong.
+        ConfigError: there is no such cluster or rank, or its file or speed is wrong.
     """
+    try:
+        with_speeds(Topology(ranks, ranks), config.speeds)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if config.cluster is not None:
         try:
             load_cluster(config.cluster)

@@ -116,7 +116,8 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
     for ring in plan.rings:
         alone[ring.sequences] = False
     rows = alone[layout.sequence]
-    spans = costs.attention(layout.start[rows], layout.end[rows])
+    slow = plan.topology.seconds
+    spans = costs.attention(layout.start[rows], layout.end[rows]) * slow[layout.rank[rows]]
     whole = np.bincount(layout.rank[rows], spans, minlength=ranks).astype(np.float64)
     work = whole.copy()
     free, links = np.zeros((2, ranks)), np.zeros(ranks)
@@ -124,7 +125,7 @@ def price(plan: Plan, costs: Costs) -> LayerPrice:
     traffic = Traffic(np.zeros(ranks), np.zeros(ranks))
     for ring in plan.rings:
         members = ring.members
-        share = ring_work(ring, costs, plan.waves)
+        share = ring_work(ring, costs, plan.waves) * slow[members]
         work[members] += share
         travel, sent = ring_travel(ring, plan.topology, costs, plan.waves)
         links[members] += travel
@@ -175,7 +176,7 @@ def _slowest(plan: Plan, costs: Costs, finish: Array) -> Array:
     Args:
         finish: float64 (2, ranks).
     """
-    tokens = plan.stream.tokens.astype(np.float64)
+    tokens = plan.stream.tokens * plan.topology.seconds
     if not costs.rest or np.ptp(tokens) <= 1:
         return costs.rest_passes * tokens.max() + finish.max(axis=1)
     met = [plan.stream.rank[rows] for rows in plan.crossing]
@@ -242,7 +243,7 @@ def ring_travel(
     # (G,) -> (nodes, seats a node, 1), times (slices,)
     block = ring.tokens.reshape(nodes, each, 1) * keys * costs.kv_bytes
     biggest = float(block.max(initial=0))
-    node = ring.ranks // topology.ranks_per_node
+    node = topology.node(ring.ranks)
     crosses = node != np.roll(node, -1, axis=1)
     # On the inner ring a member hands on all blocks but those of the member that it hands
     # them to; on the outer one, those of its peers on all nodes but the next.

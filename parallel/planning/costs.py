@@ -76,6 +76,8 @@ class Costs:
         rest_backward: the same of the backward pass, in units of `rest`.
         weights: bytes of weights and gradients that ZeRO brings to each rank for a batch, for each
             full-attention layer. `beside_zero` takes its traffic off the links.
+        layers: full-attention layers of the model: a step is as many of these layers, each with
+            its rest.
     """
 
     pair: float = 4 * 32 * 128 / (989e12 * 0.5)
@@ -99,6 +101,7 @@ class Costs:
     rest: float = 0.0
     rest_backward: float = 2.0
     weights: float = 0.0
+    layers: int = 1
 
     @property
     def rest_passes(self) -> Array:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -22,24 +23,59 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Topology:
-    """How many ranks there are, and which share a node: rank r is on node r // ranks_per_node."""
+    """Which ranks share a node, and how quick each rank is.
+
+    Attributes:
+        ranks: how many there are.
+        ranks_per_node: of a full node.
+        sizes: ranks of each node; a node's ranks are numbered one after the other. Unless given,
+            full nodes, and a last one with what is left.
+        speeds: of each rank, against a rank of full speed. Unless given, 1 each.
+    """
 
     ranks: int
     ranks_per_node: int
+    sizes: tuple[int, ...] = ()
+    speeds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.ranks_per_node < 1:
+        ranks, each = self.ranks, self.ranks_per_node
+        if ranks < 1 or each < 1:
+            raise ValueError(f"{ranks} ranks with {each} a node: both must be at least 1")
+        full, left = divmod(ranks, each)
+        sizes = self.sizes or (each,) * full + (left,) * bool(left)
+        if sum(sizes) != ranks or min(sizes) < 1 or max(sizes) > each:
             raise ValueError(
-                f"{self.ranks} ranks with {self.ranks_per_node} a node: both must be at least 1"
+                f"nodes of {', '.join(map(str, sizes))} ranks; together they must have {ranks}, "
+                f"and each 1 to {each}"
             )
+        speeds = self.speeds or (1.0,) * ranks
+        if len(speeds) != ranks or not 0 < min(speeds) <= max(speeds) < np.inf:
+            raise ValueError(f"speeds of {len(speeds)} ranks; {ranks} must be given, above 0 each")
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "speeds", speeds)
 
     @property
     def nodes(self) -> int:
-        return -(-self.ranks // self.ranks_per_node)
+        return len(self.sizes)
 
-    def node(self, rank: Array | int) -> Array | int:
-        """The node of a rank, or of each rank of an array."""
-        return rank // self.ranks_per_node
+    @cached_property
+    def first(self) -> Array:
+        """int64 (nodes,): each node's first rank."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    def node(self, rank: Any) -> Any:
+        """The node of a rank, int64, or of each rank of an array."""
+        return self._nodes[rank]
+
+    @cached_property
+    def _nodes(self) -> Array:
+        return np.repeat(np.arange(self.nodes), self.sizes)
+
+    @cached_property
+    def seconds(self) -> Array:
+        """float64 (ranks,): what each rank takes for a second's work of a rank of full speed."""
+        return 1 / np.array(self.speeds)
 
 
 @dataclass(frozen=True)

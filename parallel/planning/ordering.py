@@ -128,22 +128,23 @@ def in_order(lengths: Array, ranks: int) -> Layout:
     return runs.laid_end_to_end(np.diff(shard_bounds(int(lengths.sum()), ranks))).layout(ranks)
 
 
-def even_shards(held: Array) -> Array:
-    """int64 (ranks,): sizes of even shards; ranks that hold most take the odd tokens.
+def even_shards(held: Array, speeds: Array) -> Array:
+    """int64 (ranks,): sizes of shards in proportion to the ranks' speeds; those that hold most take
+    the odd tokens.
 
     Args:
         held: int64 (ranks,), tokens that each rank holds in attention.
+        speeds: float64 (ranks,).
     """
-    share, larger = np.divmod(int(held.sum()), len(held))
-    shards = np.full(len(held), share)
-    shards[np.argsort(-held, kind="stable")[:larger]] += 1
+    shards = (held.sum() * (speeds / speeds.sum()) + 1e-9).astype(np.int64)
+    shards[np.argsort(-held, kind="stable")[: held.sum() - shards.sum()]] += 1
     return shards
 
 
 def node_shards(held: Array, topology: Topology) -> Array:
-    """int64 (ranks,): sizes of shards that are even inside each node, which keeps its tokens."""
-    first = np.arange(topology.ranks_per_node, topology.ranks, topology.ranks_per_node)
-    return np.concatenate([even_shards(of_node) for of_node in np.split(held, first)])
+    """int64 (ranks,): the same inside each node, which keeps its tokens."""
+    nodes = (np.split(each, topology.first[1:]) for each in (held, 1 / topology.seconds))
+    return np.concatenate([even_shards(*node) for node in zip(*nodes, strict=True)])
 
 
 def near_home(
@@ -163,7 +164,7 @@ def near_home(
         routing: all ranks of a node take part of what it misses, so that it comes over all NICs.
     """
     ranks = np.arange(topology.ranks)
-    node = ranks // topology.ranks_per_node
+    node = topology.node(ranks)
     room = shards.copy()
     at_home = _Runs(home.sequence, home.start, home.end, home.rank, home.rank.astype(float))
     fixed = at_home.at(pinned[home.sequence])
@@ -179,8 +180,8 @@ def near_home(
     surplus = surplus.laid_end_to_end(taken)
     room -= taken
 
-    first = loose.holder * topology.ranks_per_node
-    near = np.clip(loose.home, first - 0.5, first + topology.ranks_per_node - 0.5)
+    first, size = topology.first[loose.holder], np.array(topology.sizes)[loose.holder]
+    near = np.clip(loose.home, first - 0.5, first + size - 0.5)
     loose = loose.at(np.lexsort((loose.size, near, loose.holder)))
     loose = loose.at(_order_to_fill(loose.size, loose.holder, np.append(0, np.cumsum(room))))
     return fixed.concatenated(surplus, loose.laid_end_to_end(room)).layout(topology.ranks)

@@ -107,7 +107,8 @@ def on_fewest_ranks(prices: Prices, slack: float) -> Owners:
         members = np.arange(first, first + size)
         rows, width, _ = grid(members, topology).shape
         seconds, slices = (x[i] for x in prices.on_ranks(rows, width))
-        busy[members] = most[first // size] + seconds + rest * n / size
+        slowest = float(topology.seconds[members].max())
+        busy[members] = most[first // size] + (seconds + rest * n / size) * slowest
         held[members] += n / size
         if (first, size) not in rings:
             rings[first, size] = len(grids)
@@ -115,9 +116,10 @@ def on_fewest_ranks(prices: Prices, slack: float) -> Owners:
         owner[i] = -1 - rings[first, size]
     work = prices.alone + rest * lengths
     for i in by_length[shared:]:
-        rank = int(np.where(held + lengths[i] <= limit, busy, np.inf).argmin())
+        late = busy + work[i] * topology.seconds
+        rank = int(np.where(held + lengths[i] <= limit, late, np.inf).argmin())
         owner[i] = rank
-        busy[rank] += work[i]
+        busy[rank] = late[rank]
         held[rank] += lengths[i]
     return Owners(owner, grids, "rank")
 

@@ -28,6 +28,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from parallel.planning.heads import Run, divide
 from parallel.planning.layout import Topology
 
@@ -106,8 +108,7 @@ class Passing:
         self, holders: Sequence[int], heads: int, topology: Topology, least: int = 1
     ) -> None:
         self.holders = holders
-        each = topology.ranks_per_node
-        nodes = [rank // each for rank in holders]
+        nodes = topology.node(np.asarray(holders)).tolist()
         self.runs: list[list[int]] = [
             list(run) for _, run in groupby(range(len(holders)), key=lambda place: nodes[place])
         ]
@@ -115,9 +116,9 @@ class Passing:
             self.parts = [_divided(holders[1:], (0, heads), least)]
             self.upper: list[list[Part]] = []
             return
-        # The last node may have fewer ranks; then only as many take part on every node.
-        width = min(each, *(topology.ranks - node * each for node in set(nodes)))
-        first = [each * nodes[run[0]] for run in self.runs]
+        # If a node has fewer ranks than others, only as many take part on every node.
+        width = min(topology.sizes[node] for node in set(nodes))
+        first = [int(topology.first[nodes[run[0]]]) for run in self.runs]
         self.parts = [_divided(range(rank, rank + width), (0, heads), least) for rank in first]
         self.upper = [
             _divided([part[0] for part in parts[1:]], parts[0][1], least)

@@ -78,13 +78,8 @@ def balanced(prices: Prices, limits: Limits) -> Owners:
     by_length = np.argsort(-lengths, kind="stable")
     by_length = by_length[lengths[by_length] > 0]
     inside = placing.over_nodes(by_length, limits.level, node_room)
-    last = topology.nodes - 1
-    small = topology.ranks % topology.ranks_per_node
-    if topology.nodes - bool(small):
-        full = np.arange(topology.nodes - bool(small))
-        placing.inside_nodes(inside, full, topology.ranks_per_node)
-    if small:
-        placing.inside_nodes(inside, np.array([last]), small)
+    for each in sorted(set(topology.sizes)):
+        placing.inside_nodes(inside, np.flatnonzero(placing.sizes == each), each)
     return Owners(placing.owner, placing.grids, "node" if limits.uneven else "even")
 
 
@@ -102,15 +97,17 @@ class _Placing:
         topology = prices.topology
         self.rest = prices.costs.rest_both_ways if uneven else 0.0
         self.work = self.alone + self.rest * self.lengths
-        self.mean = float(self.work.sum()) / topology.ranks
+        self.slow = topology.seconds
+        self.mean = float(self.work.sum() / (1 / self.slow).sum())
         self.seconds = np.zeros(topology.ranks)
         self.tokens = np.zeros(topology.ranks)
         self.owner = np.zeros(len(self.lengths), np.int64)
         self.grids: list[Array] = []
         self.rings: dict[tuple[bytes, int], int] = {}
-        self.sizes = np.diff(
-            np.minimum(np.arange(topology.nodes + 1) * topology.ranks_per_node, topology.ranks)
-        )
+        self.sizes = np.array(topology.sizes)
+        # (nodes,): what a node computes against a rank of full speed, and its slowest rank's time.
+        self.power = np.add.reduceat(1 / self.slow, topology.first)
+        self.slowest = np.maximum.reduceat(self.slow, topology.first)
 
     def ring(self, ranks: Array, slices: int) -> int:
         """The ring over `ranks` (rows, each), made unless it exists: its value in `owner`."""
@@ -138,7 +135,7 @@ class _Placing:
         for at in range(singly):
             i = int(by_length[at])
             n, work = float(self.lengths[i]), float(self.work[i])
-            seconds, tokens = work / self.sizes, n / self.sizes
+            seconds, tokens = work / self.power, n / self.sizes
             need = _TIME_WEIGHT * (self.mean - load) - (node_room - held) * worth[at]
             fits = held + tokens <= node_room
             good = fits & (load + seconds <= limit)
@@ -155,14 +152,16 @@ class _Placing:
                 held[first] += tokens[first]
                 continue
             ranks = self._rows(first, spread)
+            nodes = slice(first, first + spread)
             each, slices = (x[i] for x in self.prices.on_ranks(*ranks.shape))
+            each *= self.slowest[nodes].max()
             self.owner[i] = self.ring(ranks, int(slices))
             self.seconds[ranks] += each
             self.tokens[ranks] += n / ranks.size
-            load[first : first + spread] += each + self.rest * n / ranks.size
-            held[first : first + spread] += n / ranks.size
+            load[nodes] += each + self.rest * n / ranks.size * self.slowest[nodes]
+            held[nodes] += n / ranks.size
         rest = by_length[singly:]
-        free = (self.mean - load if self.rest else node_room - held) * self.sizes
+        free = (self.mean - load) * self.power if self.rest else (node_room - held) * self.sizes
         node[rest] = _deal(np.maximum(free, 0.0), len(rest))
         return node
 
@@ -172,7 +171,7 @@ class _Placing:
         """The fewest adjacent nodes with time and room for sequence i: the first one, their number.
 
         Best fit: of several such windows the busiest. If there is none, the window that finishes
-        earliest. Only the last node may have fewer ranks; its window then is priced by itself.
+        earliest. Windows with nodes that miss ranks are priced by themselves.
 
         Args:
             load, held: (nodes,), seconds and tokens of one rank of each node.
@@ -185,13 +184,14 @@ class _Placing:
         best, earliest = (0, nodes), np.inf
         # At most about twice the nodes that would do if they were idle.
         for spread in range(least, min(nodes, 2 * max(least, alone) + 2) + 1):
-            late = _highest(load, spread) + seconds[spread - 1]
+            late = _highest(load, spread)
+            late = late + seconds[spread - 1] * _highest(self.slowest, spread)
             full = _highest(held, spread) + n / (spread * each)
-            if self.sizes[-1] < each:
-                rows, width = self._rows(nodes - spread, spread).shape
+            for first in np.flatnonzero(_highest(each - self.sizes, spread)).tolist():
+                rows, width = self._rows(first, spread).shape
                 mine = self.prices.on_ranks(rows, width)[0][i] + self.rest * n / (rows * width)
-                late[-1] += mine - seconds[spread - 1]
-                full[-1] += n / (rows * width) - n / (spread * each)
+                late[first] += mine - seconds[spread - 1]
+                full[first] += n / (rows * width) - n / (spread * each)
             good = (late <= limit) & (full <= node_room)
             if good.any():
                 return int(np.where(good, late, -np.inf).argmax()), spread
@@ -209,7 +209,7 @@ class _Placing:
         nodes = range(first, first + spread)
         width = int(self.sizes[first : first + spread].min())
         starts = [
-            node * self.topology.ranks_per_node + row * width
+            int(self.topology.first[node]) + row * width
             for node in nodes
             for row in range(self.sizes[node] // width)
         ]
@@ -230,7 +230,7 @@ class _Placing:
             node: int64 (N,), the node of each sequence.
             nodes: (nodes,), those to place; each has `each` ranks.
         """
-        first = nodes * self.topology.ranks_per_node
+        first = self.topology.first[nodes]
         ranks = first[:, None] + np.arange(each)  # (nodes, each)
         mine = np.flatnonzero(np.isin(node, nodes))
         mine = mine[np.lexsort((-self.lengths[mine], node[mine]))]
@@ -244,7 +244,9 @@ class _Placing:
         n = np.where(table >= 0, self.lengths[table], 0).astype(np.float64)
         alone = np.where(table >= 0, self.alone[table], 0.0)
         seconds, tokens = self.seconds[ranks], self.tokens[ranks]  # (nodes, each) copies
-        level = np.maximum(self.level, seconds.mean(axis=1) + alone.sum(axis=1) / each)[:, None]
+        slow = self.slow[ranks]
+        level = ((seconds / slow).sum(axis=1) + alone.sum(axis=1)) / self.power[nodes]
+        level = np.maximum(self.level, level)[:, None]
         after_seconds = np.cumsum(alone[:, ::-1], axis=1)[:, ::-1]
         after_tokens = np.cumsum(n[:, ::-1], axis=1)[:, ::-1]
         worth = after_seconds / np.maximum(after_tokens, 1)
@@ -254,11 +256,14 @@ class _Placing:
         # (nodes, singly, groups): seconds that a sequence costs each rank of a group.
         by_size = {int(s): self.prices.on_ranks(1, int(s))[0] for s in np.unique(size)}
         costs = np.stack([by_size[int(s)][table[:, :singly]] for s in size], axis=2)
+        # (nodes, groups): a group takes as long as its slowest rank.
+        slowest = np.where(groups, slow[:, None, :], 0).max(axis=2)
         every = np.arange(len(nodes))
         for step in range(singly):
             length, present = n[:, step, None], table[:, step] >= 0
             need = _TIME_WEIGHT * (level - seconds) - (self.room - tokens) * worth[:, step, None]
-            good = (tokens + length <= self.room) & (seconds + alone[:, step, None] <= level)
+            late = seconds + alone[:, step, None] * slow
+            good = (tokens + length <= self.room) & (late <= level)
             alone_fits = good.any(axis=1) & (least == 1)
             chosen = np.where(alone_fits, np.where(good, need, -np.inf).argmax(axis=1), 0)
             shared = np.flatnonzero(present & ~alone_fits)
@@ -270,10 +275,11 @@ class _Placing:
                     need[shared],
                     level[shared],
                     groups,
-                    costs[shared, step],
+                    costs[shared, step] * slowest[shared],
                 )
             taken = groups[chosen] & present[:, None]
-            seconds += np.where(taken, costs[every, step, chosen][:, None], 0.0)
+            each_takes = costs[every, step, chosen] * slowest[every, chosen]
+            seconds += np.where(taken, each_takes[:, None], 0.0)
             tokens += np.where(taken, length / size[chosen, None], 0.0)
             self._record(table[:, step], chosen, groups, first)
         tail = table[:, singly:]
@@ -281,7 +287,7 @@ class _Placing:
             rest = tail[at][tail[at] >= 0]
             bins = _deal(np.maximum(self.room - tokens[at], 0.0), len(rest))
             self.owner[rest] = first[at] + bins
-            seconds[at] += np.bincount(bins, self.alone[rest], each)
+            seconds[at] += np.bincount(bins, self.alone[rest], each) * slow[at]
             tokens[at] += np.bincount(bins, self.lengths[rest], each)
         over = (tokens > self.room).any(axis=1) & (least < each)
         self.seconds[ranks[~over]] = seconds[~over]

@@ -173,8 +173,10 @@ def _cheapest(
                 best, least = made, seconds
         if best is not None and (tried >= enough or least <= rest + _GOOD_ENOUGH * perfect):
             break
-    assert best is not None
-    return best
+    if best is None:  # shards that follow the ranks' speeds are larger than memory
+        even, alike = on_all_ranks(len(lengths), topology), replace(topology, speeds=())
+        best = build("balanced", lengths, even, alike, by_node, routing)
+    return replace(best, topology=topology)
 
 
 def _placings(
@@ -186,7 +188,9 @@ def _placings(
         yield on_fewest_ranks(prices, min(slack, MEMORY_SLACK))
     of = {(1.0, 1): prices}
     for limits in _LIMITS:
-        if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
+        if limits.rows > 1 and (
+            topology.nodes == 1 or any(size % limits.rows for size in topology.sizes)
+        ):
             continue
         if limits.uneven and (topology.nodes == 1 or not costs.rest):
             continue
@@ -213,7 +217,10 @@ def _distinct(placings: Iterable[Owners]) -> Iterator[Owners]:
 def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Costs]:
     """The topology in which each node is cut into `rows` nodes, and the costs with their NICs."""
     each = topology.ranks_per_node // rows
-    return Topology(topology.ranks, each), replace(costs, between=costs.between / rows)
+    sizes = tuple(size // rows for size in topology.sizes for _ in range(rows))
+    return replace(topology, ranks_per_node=each, sizes=sizes), replace(
+        costs, between=costs.between / rows
+    )
 
 
 def _in_waves(made: Plan, costs: Costs, least: float) -> tuple[Plan, float]:
@@ -276,7 +283,7 @@ def build(
                 pinned[ring.sequences] = True
         match owners.shards:
             case "even":
-                shards = even_shards(home.tokens)
+                shards = even_shards(home.tokens, 1 / topology.seconds)
             case "node":
                 shards = node_shards(home.tokens, topology)
             case "rank":

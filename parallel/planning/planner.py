@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -65,6 +66,7 @@ class FullAttention:
             rest=forward / self.layers,
             rest_backward=backward / forward if forward else 2.0,
             weights=self.zero_bytes / self.layers,
+            layers=self.layers,
         )
 
 
@@ -88,7 +90,7 @@ class Planner:
         model: FullAttention | None = None,
         device: str = "",
     ) -> None:
-        self.config, self.topology = config, topology
+        self.config, self.topology = config, with_speeds(topology, config.speeds)
         cluster = load_cluster(config.cluster) if config.cluster else cluster_of(device)
         self.costs = model.costs(cluster) if model else Costs()
         self.slack = model.slack if model else MEMORY_SLACK
@@ -138,6 +140,27 @@ def without_attention(lengths: Array, made: Plan, costs: Costs) -> Plan:
         return price(of, costs).seconds + layers * price_states(of, costs)[0]
 
     return min(in_order, made, key=seconds)
+
+
+def with_speeds(topology: Topology, speeds: Mapping[int, float]) -> Topology:
+    """The topology in which these ranks have these speeds, and all others the full one.
+
+    Raises:
+        ValueError: a rank or a speed is out of range.
+    """
+    each = [1.0] * topology.ranks
+    for rank, speed in speeds.items():
+        if not str(rank).isdecimal() or int(rank) >= topology.ranks:
+            raise ValueError(
+                f"parallel.speeds names rank {rank!r}; it must be one of 0 to {topology.ranks - 1}"
+            )
+        if type(speed) not in (int, float) or not 0.01 <= speed <= 1:
+            raise ValueError(
+                f"parallel.speeds[{rank}] is {speed!r}; it must be a number from 0.01 to 1, the "
+                "share of a quick rank's speed that this one was measured to have"
+            )
+        each[int(rank)] = float(speed)
+    return replace(topology, speeds=tuple(each))
 
 
 def pad_to_ranks(lengths: Array, ranks: int) -> Array:

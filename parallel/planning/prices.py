@@ -34,7 +34,7 @@ class Prices:
         self.lengths, self.topology, self.costs, self.by_rank = lengths, topology, costs, by_rank
         self.slices = max(1, int(slices * costs.heads))
         self.alone, _ = self.of_tokens(lengths, 1, 1)
-        self.level = float(self.alone.sum()) / topology.ranks
+        self.level = float(self.alone.sum() / (1 / topology.seconds).sum())
         self._of: dict[tuple[int, int], tuple[Array, Array]] = {}
         self._over: dict[int, tuple[Array, Array]] = {}
 

@@ -71,7 +71,8 @@ def pass_seconds(plan: Plan, states: States) -> Array:
     made, each = passes_of(number, last), states.passes
     tokens = (stream.end - stream.start)[every]
     further = tokens * made.map * each.map, tokens * made.gradient * each.gradient
-    return np.stack([np.bincount(stream.rank[every], x, ranks) for x in further])
+    slow = plan.topology.seconds
+    return np.stack([np.bincount(stream.rank[every], x, ranks) * slow for x in further])
 
 
 def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:

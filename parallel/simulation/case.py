@@ -111,6 +111,5 @@ class Case:
 
 def lower_bound(case: Case) -> float:
     """Seconds of a step if all work were perfectly even, no sequence cut and no byte sent."""
-    return float(
-        case.linear_seconds(case.share) + case.attention_seconds().sum() / case.topology.ranks
-    )
+    work = case.linear_seconds(float(case.lengths.sum())) + case.attention_seconds().sum()
+    return float(work / sum(case.topology.speeds))

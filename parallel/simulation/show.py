@@ -46,7 +46,7 @@ def text(plan: Plan) -> str:
     for rank in range(min(topology.ranks, 2 * _LISTED)):
         bar = "█" * round(_WIDTH / 2 * loads[rank] / max(loads.max(), 1))
         lines.append(
-            f"{rank:>4} {rank // topology.ranks_per_node:>4}  {plan.stream.tokens[rank]:>8} "
+            f"{rank:>4} {topology.node(rank):>4}  {plan.stream.tokens[rank]:>8} "
             f"{plan.attention.tokens[rank]:>8}  {bar}"
         )
     if topology.ranks > 2 * _LISTED:
@@ -71,8 +71,8 @@ def draw(plan: Plan, path: str) -> None:
     titles = "the stream: all layers but full attention", "full attention"
     for panel, layout, title in zip(panels, (plan.stream, plan.attention), titles, strict=True):
         _panel(panel, layout, title)
-        for node in range(1, plan.topology.nodes):
-            panel.axhline(node * plan.topology.ranks_per_node - 0.5, color="black", linewidth=1)
+        for first in plan.topology.first[1:].tolist():
+            panel.axhline(first - 0.5, color="black", linewidth=1)
     panels[0].set_ylabel("rank (lines part the nodes)")
     panels[0].invert_yaxis()
     figure.tight_layout()

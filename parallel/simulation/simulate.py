@@ -236,7 +236,7 @@ def _draw(case: Case, summary: dict[str, Any], path: str) -> None:
     busy = np.zeros(ranks)
     for work in layer.rings:
         members = work.ring.members
-        far = len(np.unique(members // case.topology.ranks_per_node)) > 1
+        far = len(np.unique(case.topology.node(members))) > 1
         timeline.barh(
             members,
             np.full(len(members), 1e3 * (work.end[0] - work.start[0])),

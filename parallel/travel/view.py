@@ -81,9 +81,9 @@ class View:
         return self.cached(("chains", heads, least), lambda: self._chains(heads, least))
 
     def _chains(self, heads: int, least: int) -> Chains:
-        each = self.plan.topology.ranks_per_node
-        node = self.plan.stream.rank // each
-        shared = [rows for rows in self.plan.crossing if self.rank // each in node[rows]]
+        topology = self.plan.topology
+        node, mine = topology.node(self.plan.stream.rank), topology.node(self.rank)
+        shared = [rows for rows in self.plan.crossing if mine in node[rows]]
         forward, backward = (
             [self._chain(x[::way], heads, least) for x in shared] for way in (1, -1)
         )

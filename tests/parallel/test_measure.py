@@ -97,10 +97,10 @@ def test_training_refuses_a_wrong_cluster_in_one_line(tmp_path: Path) -> None:
 
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("tflops: fast")
-    check(ParallelConfig())
-    check(ParallelConfig(cluster="h200"))
+    check(ParallelConfig(), 1)
+    check(ParallelConfig(cluster="h200"), 1)
     for cluster, said in (("h3", "must be one of a800"), (str(wrong), "must be given")):
         with pytest.raises(ConfigError, match=r"parallel\.cluster: ") as caught:
-            check(ParallelConfig(cluster=cluster))
+            check(ParallelConfig(cluster=cluster), 1)
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from parallel import World, join
+from parallel.world import _nodes, _tasks
 
 SLURM = {"MASTER_ADDR": "n1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2"}
@@ -63,3 +64,23 @@ def test_a_nodes_ranks_are_counted_as_the_launcher_says(
     ranks, variables: dict[str, str], wanted: int
 ) -> None:
     assert ranks(2).run(ranks_per_node, variables) == [wanted] * 2
+
+
+@pytest.mark.parametrize(("node", "wanted"), [(0, 7), (1, 8), (3, 8), (4, 2)])
+def test_slurm_says_how_many_ranks_each_node_has(node: int, wanted: int) -> None:
+    assert _tasks("7,8(x3),2", node) == wanted
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [((1, 2), (2, (1, 2))), ((2, 1), (2, ())), ((1, 1, 1), (1, ()))],
+)
+def test_ranks_agree_on_a_node_that_misses_one(
+    sizes: tuple[int, ...], wanted: tuple[int, tuple[int, ...]], ranks
+) -> None:
+    """Each knows its own node only; the last node may have fewer without being named."""
+    assert ranks(sum(sizes)).run(_of_my_node, sizes) == [wanted] * sum(sizes)
+
+
+def _of_my_node(world: World, sizes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    return _nodes([size for size in sizes for _ in range(size)][world.rank], world.size)

@@ -19,6 +19,16 @@ batches = st.lists(
     st.one_of(st.integers(0, 4), st.integers(0, 60), st.integers(0, 900)), max_size=24
 )
 topologies = st.builds(Topology, st.integers(1, 13), st.integers(1, 9))
+
+
+@st.composite
+def irregular(draw: st.DrawFn) -> Topology:
+    """Nodes that miss ranks, and ranks of different speeds."""
+    sizes = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    speeds = tuple(draw(st.sampled_from([0.5, 0.9, 1.0])) for _ in range(sum(sizes)))
+    return Topology(sum(sizes), max(sizes), sizes, speeds)
+
+
 any_heads = st.sampled_from([(1, 1), (4, 4), (8, 2), (5, 1), (32, 8), (24, 24)])
 any_rest = st.sampled_from([0.0, 1e-8, 1e-6])
 any_costs = st.builds(
@@ -27,7 +37,7 @@ any_costs = st.builds(
 any_plan = st.builds(
     plan,
     batches,
-    topologies,
+    st.one_of(topologies, irregular()),
     st.sampled_from(STRATEGIES),
     any_costs,
     slack=st.sampled_from([0.0, 0.15, 1.0]),

@@ -5,14 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 
 from parallel import FullAttention, ParallelConfig, Planner
+from parallel.planning.clusters import Work
 from parallel.planning.layout import Plan, Topology
 from parallel.planning.plan import plan
+from parallel.planning.planner import with_speeds
 
 LENGTHS = np.array([9000, 500, 4000, 3000, 20])
 WHERE = Topology(8, 4)
@@ -91,3 +95,31 @@ def test_routing_is_a_setting() -> None:
 def test_any_device_has_a_price(device: str) -> None:
     with closing(Planner(ParallelConfig(), WHERE, MODEL, device)) as planner:
         assert planner.plan(LENGTHS).stream.tokens.sum() == LENGTHS.sum()
+
+
+def test_a_slow_rank_gets_less_work() -> None:
+    """All that a rank at half speed computes takes about as long as elsewhere."""
+    lengths = np.full(64, 500)
+    model = replace(MODEL, work=Work(products=1e9))
+    with closing(Planner(ParallelConfig(speeds={5: 0.5}), WHERE, model)) as planner:
+        made = planner.plan(lengths)
+    shares = made.stream.tokens / made.stream.tokens.sum()
+    assert shares[5] == pytest.approx(0.5 / 7.5, abs=0.02)
+    assert np.delete(shares, 5).max() < 1.08 / 7.5
+
+
+@pytest.mark.parametrize(
+    ("speeds", "said"),
+    [
+        ({8: 0.5}, "names rank 8; it must be one of 0 to 7"),
+        ({-1: 0.5}, "names rank -1; it must be one of 0 to 7"),
+        ({"x": 0.5}, "names rank 'x'; it must be"),
+        ({1: 0}, r"\[1\] is 0; it must be a number from 0.01 to 1"),
+        ({1: 1.5}, r"\[1\] is 1.5; it must be"),
+        ({1: "fast"}, r"\[1\] is 'fast'; it must be"),
+        ({1: float("nan")}, r"\[1\] is nan; it must be"),
+    ],
+)
+def test_a_wrong_speed_is_refused_by_value(speeds: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"parallel.speeds.*{said}"):
+        with_speeds(WHERE, speeds)
