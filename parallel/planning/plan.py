@@ -53,6 +53,7 @@ Strategy = Literal["balanced", "ring", "even", "allgather"]
 _LIMITS = (
     Limits(level=1.2, tokens=1.0, slices=0.5),
     Limits(level=1.05, tokens=1.15, slices=0.5, uneven=True),
+    Limits(level=1.1, tokens=1.0),
     Limits(level=1.02, tokens=1.05, slices=0.25, slack=0.3),
     Limits(level=1.2, tokens=1.15, slices=0.5, uneven=True),
     Limits(level=1.1, tokens=1.05, slices=0.5, slack=0.6, rows=2),
@@ -67,7 +68,6 @@ _LIMITS = (
     Limits(level=1.0, tokens=1.15, slices=0.5, rows=2, uneven=True),
     Limits(level=1.4, tokens=1.15),
     Limits(level=1.0, tokens=1.15, slices=0.5, uneven=True),
-    Limits(level=1.1, tokens=1.0),
     Limits(level=1.2, tokens=1.15, slices=0.5, rows=2),
     Limits(level=1.0, tokens=1.4, slices=0.25, slack=0.6),
     Limits(level=1.4, tokens=1.0, slices=0.5, rows=2),
@@ -84,11 +84,13 @@ _LIMITS = (
 )
 # The search ends when a plan takes at most this multiple of perfectly even work.
 _GOOD_ENOUGH = 1.002
-# Placings tried at least. As many more are tried as half a second allows: by measurement,
-# _TRIAL_BUDGET // (ranks + sequences + _TRIAL_OVERHEAD).
-_FEWEST_TRIED = 2
-_TRIAL_BUDGET, _TRIAL_OVERHEAD = 5900, 70
-# A placing that cuts the batch into more pieces takes too long to build: it ends the search, unless
+# Placings tried at least. As many more are tried as half a second allows, or a tenth of the step
+# that is planned: by measurement a second is _TRIAL_BUDGET / (ranks + sequences + _TRIAL_OVERHEAD)
+# placings. No clock is asked: all ranks must try as many.
+_FEWEST_TRIED = 4
+_TRIAL_BUDGET, _TRIAL_OVERHEAD = 11800, 70
+_LEAST_SECONDS, _SHARE_OF_STEP = 0.5, 0.1
+# A placing that cuts the batch into more pieces takes too long to build: it is left out, unless
 # nothing has fitted yet.
 _MOST_PIECES = 20_000
 
@@ -158,12 +160,14 @@ def _cheapest(
     perfect = (
         float(ATTENTION_WORK.sum() * costs.attention(0 * lengths, lengths).sum()) / topology.ranks
     )
-    enough = max(_FEWEST_TRIED, _TRIAL_BUDGET // (topology.ranks + len(lengths) + _TRIAL_OVERHEAD))
+    seconds = max(_LEAST_SECONDS, _SHARE_OF_STEP * costs.layers * (rest + perfect))
+    a_second = _TRIAL_BUDGET / (topology.ranks + len(lengths) + _TRIAL_OVERHEAD)
+    enough = max(_FEWEST_TRIED, int(seconds * a_second))
     best, least = None, np.inf
     placings = _distinct(_placings(lengths, topology, costs, slack, by_node))
     for tried, owners in enumerate(placings, start=1):
         if best is not None and owners.pieces > _MOST_PIECES:
-            break
+            continue
         made = build("balanced", lengths, owners, topology, by_node, routing)
         if _fits(made, slack):
             made, seconds = _in_waves(made, costs, least)
