@@ -192,9 +192,7 @@ def _placings(
         yield on_fewest_ranks(prices, min(slack, MEMORY_SLACK))
     of = {(1.0, 1): prices}
     for limits in _LIMITS:
-        if limits.rows > 1 and (
-            topology.nodes == 1 or any(size % limits.rows for size in topology.sizes)
-        ):
+        if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
             continue
         if limits.uneven and (topology.nodes == 1 or not costs.rest):
             continue
@@ -221,7 +219,7 @@ def _distinct(placings: Iterable[Owners]) -> Iterator[Owners]:
 def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Costs]:
     """The topology in which each node is cut into `rows` nodes, and the costs with their NICs."""
     each = topology.ranks_per_node // rows
-    sizes = tuple(size // rows for size in topology.sizes for _ in range(rows))
+    sizes = tuple(min(each, size - at) for size in topology.sizes for at in range(0, size, each))
     return replace(topology, ranks_per_node=each, sizes=sizes), replace(
         costs, between=costs.between / rows
     )

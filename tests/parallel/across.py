@@ -45,7 +45,7 @@ def plans_in_waves(waves: int) -> AbstractContextManager[object]:
 def lopsided_shards() -> Iterator[None]:
     """Inside this context every plan has shards of very different sizes; none is empty."""
 
-    def shards(held: np.ndarray) -> np.ndarray:
+    def shards(held: np.ndarray, _slowness: np.ndarray) -> np.ndarray:
         weights = np.array([1, 4, 2, 3])[: len(held)]
         ends = (int(held.sum()) - len(held)) * np.cumsum(weights) // weights.sum()
         return 1 + np.diff(ends, prepend=0)
