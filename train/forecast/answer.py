@@ -7,7 +7,7 @@ import json
 from data.settings import ConfigError
 from parallel.planning.clusters import load_cluster
 from parallel.simulation import pictures
-from train import memory
+from train import memory, planning
 from train.config import Config
 from train.engine import dtype_of
 from train.forecast import asked, report
@@ -54,6 +54,7 @@ def answer(
             f"--gpus is {ranks}; it must be from 1 to {most:,}"
             + (", the tokens of a batch" if most < _MOST_RANKS else "")
         )
+    planning.check(config.parallel, ranks)
     device: Device = "cpu" if on_cpu else "cuda"
     each = ranks if on_cpu else min(ranks, each)
     room = memory.memory() / ranks if on_cpu else described.memory_gb * 1e9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,13 @@ def test_a_picture_the_text_and_the_numbers_are_made(
     assert report.configured(made)["total"] == sum(report.configured(made)["kinds"].values())
 
 
+def test_fewer_ranks_than_the_slow_one_are_looked_at() -> None:
+    made = case("parallel.speeds={7: 0.5}")
+    for ranks, slowest in ((8, 0.5), (4, 1.0)):
+        with closing(made.on(ranks).planner()) as planner:
+            assert min(planner.topology.speeds) == slowest
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -115,6 +123,7 @@ def test_a_picture_the_text_and_the_numbers_are_made(
         (["model.dmi=3"], "model.dmi: no such key"),
         (["data.tokenizer=/nowhere.model"], "nowhere.model"),
         (["model.pattern=[nothing]"], "model.pattern names 'nothing'"),
+        (["--gpus", "8", "parallel.speeds={8: 0.5}"], "parallel.speeds names rank '8'; it must be"),
     ],
 )
 def test_what_is_wrong_is_one_line(
