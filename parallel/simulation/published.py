@@ -112,6 +112,7 @@ ZEPPELIN = tuple(
     for lengths in ("arxiv", "github", "prolong64k")
     for gpus in (16, 32)
 )
+ABLATION = (Setting("a800", "llama-7b", "arxiv", 32, 4096, 65536),)
 FLEXSP = tuple(
     Setting("a800", "llama-7b", lengths, 64, 16384, longest, 3)
     for lengths in ("github", "arxiv")
@@ -141,7 +142,7 @@ ROWS = (
         "Zeppelin, all parts, ArXiv",
         "arXiv 2509.21841, ablation",
         3.64,
-        (Setting("a800", "llama-7b", "arxiv", 32, 4096, 65536),),
+        ABLATION,
         _alone(even),
         _alone(zeppelin),
     ),
@@ -149,7 +150,7 @@ ROWS = (
         "… routing alone",
         "arXiv 2509.21841, ablation",
         1.6,
-        (Setting("a800", "llama-7b", "arxiv", 32, 4096, 65536),),
+        ABLATION,
         _alone(even),
         _alone(partial(even, routed=True)),
     ),
@@ -157,7 +158,7 @@ ROWS = (
         "… partitioning and engine alone",
         "arXiv 2509.21841, ablation",
         3.2,
-        (Setting("a800", "llama-7b", "arxiv", 32, 4096, 65536),),
+        ABLATION,
         _alone(even),
         _alone(partial(zeppelin, routed=False, remapped=False)),
         why="without routing, rings over nodes here step over one NIC of four",
@@ -166,7 +167,7 @@ ROWS = (
         "… both",
         "arXiv 2509.21841, ablation",
         3.51,
-        (Setting("a800", "llama-7b", "arxiv", 32, 4096, 65536),),
+        ABLATION,
         _alone(even),
         _alone(partial(zeppelin, remapped=False)),
     ),
