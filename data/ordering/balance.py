@@ -26,6 +26,7 @@ a little shorter: whichever of `CUTS` has the best price, see `choose_cut`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +83,12 @@ def balanced(lengths: np.ndarray, batches: int, batch_tokens: int, seq_len: int,
 
 def choose_cut(lengths: np.ndarray, batches: int, batch_tokens: int, seq_len: int) -> Cut:
     """The cut with the best price for documents like these: evenness, cuts, and context."""
+    return _best_cut(lengths.astype(np.int64).tobytes(), batches, batch_tokens, seq_len)
+
+
+@lru_cache(8)  # a run's stream and its report ask for the same
+def _best_cut(documents: bytes, batches: int, batch_tokens: int, seq_len: int) -> Cut:
+    lengths = np.frombuffer(documents, dtype=np.int64)
     needed = int((-(-lengths // seq_len)).sum())
     full = 0.0
     prices: list[float] = []

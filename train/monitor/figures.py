@@ -1,4 +1,8 @@
-"""Figures of a run. matplotlib is imported when the first one is drawn."""
+"""Figures of a run. matplotlib is imported when the first one is drawn.
+
+Margins of what is drawn while a run trains are given, not found: to find them matplotlib lays
+out every text twice more, which takes longer than to draw.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,27 @@ def curves(lines: Mapping[str, Mapping[str, float]], what: str, height: str) -> 
     """
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = drawn.subplots()
+    drawn = Figure(figsize=(6, 3.6))
+    axes = drawn.subplots(gridspec_kw={"left": 0.12, "right": 0.97, "bottom": 0.16, "top": 0.95})
+    octaves = {int(first).bit_length() for line in lines.values() for first in line}
     for name, line in lines.items():
-        axes.plot([max(int(first), 0.5) for first in line], list(line.values()), "o-", label=name)
-    axes.set_xscale("log", base=2)
+        axes.plot(
+            [int(first).bit_length() for first in line], list(line.values()), "o-", label=name
+        )
+    ticks = range(min(octaves), max(octaves) + 1, -(-len(octaves) // 11))
+    axes.set_xticks(ticks, [_short(1 << octave >> 1) for octave in ticks])
     axes.set(xlabel=f"{what}, from", ylabel=height)
     axes.grid(alpha=0.3)
     axes.legend()
     return drawn
+
+
+def _short(number: int) -> str:
+    """A power of two as it is spoken of: 512, 4 K, 1 M."""
+    for unit, name in ((1 << 20, " M"), (1 << 10, " K")):
+        if number >= unit:
+            return f"{number / unit:g}{name}"
+    return str(number)
 
 
 def stacked(
@@ -40,10 +56,14 @@ def stacked(
     """
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(2.6 + 0.9 * len(bars), 4.2), layout="constrained")
-    axes = drawn.subplots()
+    parts = list(next(iter(bars.values())))
+    beside = 0.7 + 0.085 * max(map(len, parts))  # inches that the legend takes
+    width = 1.0 + 0.9 * len(bars) + beside
+    margins = {"left": 0.75 / width, "right": 1 - beside / width, "bottom": 0.08, "top": 0.96}
+    drawn = Figure(figsize=(width, 4.2))
+    axes = drawn.subplots(gridspec_kw=margins)
     at, below = np.arange(len(bars)), np.zeros(len(bars))
-    for part in next(iter(bars.values())):
+    for part in parts:
         heights = np.array([bar[part] for bar in bars.values()])
         axes.bar(at, heights, 0.7, below, label=part)
         below += heights
@@ -51,7 +71,7 @@ def stacked(
         axes.axhline(limit, color="black", linestyle="--")
     axes.set_xticks(at, list(bars))
     axes.set(ylabel=height)
-    drawn.legend(loc="outside right upper")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return drawn
 
 
