@@ -15,6 +15,7 @@ Read in this order:
     ordering    the stream's layout, near the ranks that attend to the tokens
     plan        several placings, built and priced; the cheapest is the plan
     planner     plans a run's batches in a thread, while the step before them runs
+    described   what a YAML file says of a cluster, a model or lengths
     clusters/   machines as YAML files: speeds, links, memory, and where each number is from
 
 Everything is numpy and a function of its arguments: no torch, no process group, no clock, so that

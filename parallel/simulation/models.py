@@ -14,12 +14,11 @@ from parallel.planning.clusters import (
     LinearLayers,
     Recurrent,
     Work,
-    mapping,
-    numbers,
     projections,
     zero_bytes,
 )
 from parallel.planning.costs import Costs
+from parallel.planning.described import mapping, numbers
 from parallel.planning.planner import FullAttention
 
 _TAPS = 4  # tokens under the short convolution of a linear layer

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from parallel.planning.clusters import document, load_cluster
+from parallel.planning.clusters import load_cluster
 from parallel.planning.cost import price
+from parallel.planning.described import document
 from parallel.planning.layout import Array, Topology
 from parallel.simulation.models import load_model
 from parallel.simulation.strategies import (

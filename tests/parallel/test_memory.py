@@ -45,9 +45,12 @@ def step(
     checkpointed: bool = False,
     config: ModelConfig = CONFIG,
 ) -> tuple[Shard, Callable[[], Tensor]]:
-    """A batch's shard, and a function that computes a model's loss of it."""
+    """A batch's shard, and a function that computes a model's loss of it; the model has gradients
+    of zero."""
     torch.manual_seed(0)
     model = Model(replace(config, checkpoint_activations=checkpointed), VOCABULARY)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     count = np.arange(sum(lengths))
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     with closing(planner_of(model, ParallelConfig(strategy), world, torch.float32)) as planner:
@@ -63,7 +66,6 @@ def peak(
     """The most bytes that a step has at a time, beyond parameters and their gradients; and how many
     tokens the rank has in full attention, in shares."""
     shard, loss = step(world, strategy, lengths, checkpointed)
-    loss().backward()  # makes the gradients
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss().backward()
     assert profiler.profiler is not None

@@ -6,24 +6,21 @@ one or assumed, and where it is from. `python -m parallel measure` writes such a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from parallel.planning.costs import ATTENTION_WORK, MATMUL_WORK, Costs, States
+from parallel.planning.described import SHOWN, checked, mapping, numbers
 from parallel.planning.passes import Passes
 
 BF16 = 2  # bytes of one number
 MEMORY_SLACK = 0.15  # a rank's activations may exceed the even share by this fraction
 _AT_WORK = 3  # memory of a layer's backward pass while it runs, in units of its q, k, v and o
-_MOST = 1e12  # of a number that describes a cluster or a model
-_LONGEST = 1 << 20  # characters of such a file
-_SHOWN = 200  # characters of what is shown of it
 _HERE = Path(__file__).parent
 
 
@@ -279,8 +276,19 @@ def load_cluster(name: str) -> Cluster:
     Raises:
         ValueError: neither exists, or a key or value of the file is wrong.
     """
-    path = _HERE / f"{name}.yaml" if name in clusters() else Path(name)
-    unknown = f"cluster is {name[:_SHOWN]!r}; it must be one of {', '.join(clusters())}"
+    if name in clusters():
+        return _shipped(name)
+    known = ", ".join(clusters())
+    return _read(Path(name), f"cluster is {name[:SHOWN]!r}; it must be one of {known}")
+
+
+@cache
+def _shipped(name: str) -> Cluster:
+    return _read(_HERE / f"{name}.yaml", "")
+
+
+def _read(path: Path, unknown: str) -> Cluster:
+    """A described cluster; `unknown` says what is wrong where there is no such file."""
     content = mapping(path, Cluster, unknown)
     nested = {key: content.pop(key, None) for key in ("recurrence", "sources")}
     return Cluster(
@@ -304,7 +312,7 @@ def _recurrences(path: Path, content: Any) -> dict[str, Recurrence]:
     found = {}
     for kind in RECURRENCES:
         at = f"{path}: recurrence.{kind}"
-        found[kind] = Recurrence(**numbers(at, Recurrence, _mapping(at, Recurrence, content[kind])))
+        found[kind] = Recurrence(**numbers(at, Recurrence, checked(at, Recurrence, content[kind])))
     return found
 
 
@@ -321,72 +329,3 @@ def _sources(path: Path, content: Any) -> dict[str, str]:
             f"with one of {', '.join(SOURCES)}"
         )
     return {key: str(said) for key, said in content.items()}
-
-
-def mapping(path: Path, schema: type, unknown: str) -> dict[Any, Any]:
-    """What a YAML file says of the fields of the dataclass `schema`.
-
-    Raises:
-        ValueError: no such file (the message begins with `unknown`), or it is no mapping.
-    """
-    if not os.path.isfile(path):  # no error for a name that is too long for one
-        raise ValueError(f"{unknown}, or the path of a YAML file")
-    return _mapping(path, schema, document(path))
-
-
-def _mapping(at: Path | str, schema: type, content: Any) -> dict[Any, Any]:
-    if not isinstance(content, dict):
-        keys = ", ".join(sorted(each.name for each in fields(schema)))
-        raise ValueError(f"{at}: it must be a mapping of keys to numbers; the keys are {keys}")
-    return content
-
-
-def numbers(
-    at: Path | str, schema: type, content: dict[Any, Any], given: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """A mapping whose keys are fields of the dataclass `schema` and whose values are above 0.
-
-    Args:
-        at: what the message of an error begins with.
-        given: fields that do not come from `content`.
-
-    Raises:
-        ValueError: a wrong key or value.
-    """
-    known = {each.name: each for each in fields(schema)}
-    needed = [name for name, each in known.items() if each.default is MISSING and name not in given]
-    keys = f"the keys are {', '.join(sorted(known))}"
-    if extra := sorted({str(key)[:_SHOWN] for key in content if key not in known}):
-        raise ValueError(f"{at}: unknown {', '.join(extra)[:_SHOWN]}; {keys}")
-    if missing := [name for name in needed if name not in content]:
-        raise ValueError(f"{at}: {', '.join(missing)} must be given; {keys}")
-    for key, value in content.items():
-        whole = known[key].type in (int, "int")
-        if type(value) not in ((int,) if whole else (int, float)) or not 0 < value <= _MOST:
-            raise ValueError(
-                f"{at}: {key} is {str(value)[:_SHOWN]!r}; it must be a "
-                f"{'whole ' if whole else ''}number above 0, at most {_MOST:.0e}"
-            )
-    return content
-
-
-def document(path: Path) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        ValueError: it cannot be read, or is no YAML; the message is one line that names it.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > _LONGEST:
-            raise ValueError(f"{len(text):,} characters are more than {_LONGEST:,}")
-        return yaml.safe_load(text)
-    except UnicodeDecodeError:
-        reason = "not UTF-8 text"
-    except RecursionError:
-        reason = "it is nested too deep"
-    except OSError as error:
-        reason = error.strerror or "no file"
-    except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())[:_SHOWN]
-    raise ValueError(f"{path}: cannot be read as YAML ({reason})")
