@@ -90,7 +90,13 @@ def _convert_one(value: Any, kind: Any, where: str) -> Any:
             return [convert(item, inner, f"{where}[{i}]") for i, item in enumerate(value)]
     elif origin is dict:
         if isinstance(value, dict):
-            return value
+            keys, items = typing.get_args(kind)
+            return {
+                convert(key, keys, f"{where}: a key"): convert(
+                    item, items, f"{where}[{cut(str(key))}]"
+                )
+                for key, item in value.items()
+            }
     elif kind is types.NoneType:
         if value is None:
             return None

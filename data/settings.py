@@ -130,6 +130,7 @@ def build(
     known = dict(fields(schema))
     sections = {name.rpartition(".")[0] for name in known} - {""}
     leaves: dict[str, Any] = {}
+    mappings: dict[str, str] = {}  # given key by key, and where the last one was written
     for name, (value, origin) in values.items():
         if name in known:
             leaves[name] = convert(value, known[name].hint, f"{origin}: {name}")
@@ -147,9 +148,12 @@ def build(
                 if not isinstance(inside, dict):
                     raise ConfigError(f"{origin}: {name}: {part} is no mapping")
             inside[leaf] = value
+            mappings[owner] = origin
         elif partial is None or (name.partition(".")[0] in sections.difference(partial)):
             nearest = _nearest(name, known, sections)
             raise ConfigError(f"{origin}: {cut(name)}: no such key{nearest}")
+    for name, origin in mappings.items():
+        leaves[name] = convert(leaves[name], known[name].hint, f"{origin}: {name}")
     try:
         return _construct(schema, "", leaves)
     except ConfigError as error:

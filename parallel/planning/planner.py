@@ -150,16 +150,16 @@ def with_speeds(topology: Topology, speeds: Mapping[int, float]) -> Topology:
     """
     each = [1.0] * topology.ranks
     for rank, speed in speeds.items():
-        if not str(rank).isdecimal() or int(rank) >= topology.ranks:
+        if not 0 <= rank < topology.ranks:
             raise ValueError(
-                f"parallel.speeds names rank {rank!r}; it must be one of 0 to {topology.ranks - 1}"
+                f"parallel.speeds names rank {rank}; it must be one of 0 to {topology.ranks - 1}"
             )
-        if type(speed) not in (int, float) or not 0.01 <= speed <= 1:
+        if not 0.01 <= speed <= 1:
             raise ValueError(
-                f"parallel.speeds[{rank}] is {speed!r}; it must be a number from 0.01 to 1, the "
+                f"parallel.speeds[{rank}] is {speed:g}; it must be a number from 0.01 to 1, the "
                 "share of a quick rank's speed that this one was measured to have"
             )
-        each[int(rank)] = float(speed)
+        each[rank] = speed
     return replace(topology, speeds=tuple(each))
 
 

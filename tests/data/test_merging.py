@@ -74,3 +74,33 @@ def test_settings_that_are_only_mappings_merge(tmp_path: Path) -> None:
         "gla": {"heads": 3, "head_dim": 8},
         "attention": {"heads": 8},
     }
+
+
+def test_keys_and_values_of_a_mapping_have_their_types(tmp_path: Path) -> None:
+    from train.config import read
+
+    (tmp_path / "run.yaml").write_text("parallel: {speeds: {3: 0.5, 0: 1}}")
+    found = read(tmp_path / "run.yaml", ["parallel.speeds.3=0.75", "parallel.speeds={1: 5e-1}"])
+    assert found.parallel.speeds == {3: 0.75, 0: 1.0, 1: 0.5}
+    assert {type(x) for pair in found.parallel.speeds.items() for x in pair} == {int, float}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("{x: 0.5}", "parallel.speeds: a key is x; it must be a whole number"),
+        ("{1.5: 0.5}", "parallel.speeds"),
+        ("{1: fast}", r"parallel.speeds\[1\] is fast; it must be a number"),
+        ("{1: .nan}", r"parallel.speeds\[1\] is '.nan'; it must be a number"),
+        ("{1: [0.5]}", r"parallel.speeds\[1\] is \[0.5\]; it must be a number"),
+    ],
+)
+def test_a_wrong_key_or_value_of_a_mapping_is_one_line(
+    tmp_path: Path, override: str, line: str
+) -> None:
+    from train.config import read
+
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(ConfigError, match=line) as raised:
+        read(tmp_path / "run.yaml", [f"parallel.speeds={override}"])
+    assert "\n" not in str(raised.value)

@@ -128,8 +128,8 @@ class Case:
     def planner(self) -> Planner:
         world = World(0, self.ranks, 0, torch.device("meta"), self.ranks_per_node)
         given = self.config.parallel
-        # Fewer ranks than the run's are looked at too. YAML's keys are text here.
-        speeds = {rank: speed for rank, speed in given.speeds.items() if int(rank) < self.ranks}
+        # Fewer ranks than the run's are looked at too.
+        speeds = {rank: speed for rank, speed in given.speeds.items() if rank < self.ranks}
         config = replace(given, cluster=self.cluster, speeds=speeds)
         stage, accumulate = self.config.zero.stage, self.config.train.accumulate
         return planner_of(self.model, config, world, self.dtype, stage, accumulate)

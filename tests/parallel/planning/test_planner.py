@@ -113,10 +113,8 @@ def test_a_slow_rank_gets_less_work() -> None:
     [
         ({8: 0.5}, "names rank 8; it must be one of 0 to 7"),
         ({-1: 0.5}, "names rank -1; it must be one of 0 to 7"),
-        ({"x": 0.5}, "names rank 'x'; it must be"),
         ({1: 0}, r"\[1\] is 0; it must be a number from 0.01 to 1"),
         ({1: 1.5}, r"\[1\] is 1.5; it must be"),
-        ({1: "fast"}, r"\[1\] is 'fast'; it must be"),
         ({1: float("nan")}, r"\[1\] is nan; it must be"),
     ],
 )

@@ -123,7 +123,7 @@ def test_fewer_ranks_than_the_slow_one_are_looked_at() -> None:
         (["model.dmi=3"], "model.dmi: no such key"),
         (["data.tokenizer=/nowhere.model"], "nowhere.model"),
         (["model.pattern=[nothing]"], "model.pattern names 'nothing'"),
-        (["--gpus", "8", "parallel.speeds={8: 0.5}"], "parallel.speeds names rank '8'; it must be"),
+        (["--gpus", "8", "parallel.speeds={8: 0.5}"], "parallel.speeds names rank 8; it must be"),
     ],
 )
 def test_what_is_wrong_is_one_line(
