@@ -98,12 +98,9 @@ def difference(
         mine, labels, shard = distribute(number, number, cu_seqlens, world, config, planner)
     real = (labels >= 0)[:, None]  # not the tokens that fill up a short stream
 
-    reference = {name: x.clone().requires_grad_() for name, x in (rows | weights).items()}
-    wanted = whole(reference, torch.tensor(cu_seqlens))
-    generator = torch.Generator().manual_seed(1)
-    dwanted = torch.randn(wanted.shape, generator=generator, dtype=wanted.dtype)
-    wanted.backward(dwanted)
-
+    (wanted, dwanted, gradients) = _on_first(
+        world, lambda: _definition(rows | weights, whole, torch.tensor(cu_seqlens))
+    )
     local = {name: x[:, mine].clone().requires_grad_() for name, x in rows.items()}
     shared = {name: x.clone().requires_grad_() for name, x in weights.items()}
     got = layer(local | shared, shard)
@@ -112,10 +109,29 @@ def difference(
 
     errors = [_error(got[:, real[:, 0]], wanted[:, mine[real[:, 0]]])]
     for name, x in local.items():
-        errors.append(_error(x.grad[:, real[:, 0]], reference[name].grad[:, mine[real[:, 0]]]))
+        errors.append(_error(x.grad[:, real[:, 0]], gradients[name][:, mine[real[:, 0]]]))
     for name, x in shared.items():
-        errors.append(_error(world.sum(x.grad), reference[name].grad))
+        errors.append(_error(world.sum(x.grad), gradients[name]))
     return max(errors)
+
+
+def _definition(
+    given: dict[str, Tensor], whole: Whole, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The output over the whole stream, a gradient of it, and those of what is given."""
+    given = {name: x.clone().requires_grad_() for name, x in given.items()}
+    o = whole(given, cu_seqlens)
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=o.dtype)
+    gradients = torch.autograd.grad(o, list(given.values()), do)
+    return o.detach(), do, dict(zip(given, gradients, strict=True))
+
+
+def _on_first(world: World, made: Callable[[], Any]) -> Any:
+    """What `made` makes, made by one rank alone."""
+    made_here = [made() if world.rank == 0 else None]
+    if world.size > 1:
+        torch.distributed.broadcast_object_list(made_here, 0)
+    return made_here[0]
 
 
 def _error(got: Tensor, wanted: Tensor) -> float:
