@@ -21,6 +21,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,7 +30,10 @@ def context() -> mp.context.ForkServerContext:
     """Where processes are forked; the first call of a session starts what they are forked from."""
     found = mp.get_context("forkserver")
     found.set_forkserver_preload(["tests.preloaded"])
-    with contextlib.chdir(ROOT):  # the folder that modules are found in
+    # Modules are found in this folder. Triton decides when it is imported whether it interprets:
+    # programs shall compile.
+    with contextlib.chdir(ROOT), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
         forkserver.ensure_running()
     return found
 
@@ -39,15 +44,21 @@ class Program:
     Args:
         words: a module after "-m", or a script, and its arguments.
         environment: all of it.
+        errors: the file that takes its standard error; if none, that goes to `stdout` too.
 
     Attributes:
-        stdout: what it writes to standard output and standard error, line by line.
+        stdout: what it writes to standard output, line by line.
         returncode: None while it runs; −N where signal N ended it.
     """
 
-    def __init__(self, words: Sequence[object], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        words: Sequence[object],
+        environment: Mapping[str, str],
+        errors: Path | None = None,
+    ) -> None:
         ours, theirs = mp.Pipe(duplex=False)
-        arguments = ([str(word) for word in words], dict(environment), theirs)
+        arguments = ([str(word) for word in words], dict(environment), theirs, errors)
         self._process: ForkServerProcess = context().Process(target=_run, args=arguments)
         self._process.start()
         theirs.close()
@@ -87,11 +98,16 @@ class Program:
         self._process.kill()
 
 
-def _run(words: list[str], environment: dict[str, str], output: Connection) -> None:
+def _run(
+    words: list[str], environment: dict[str, str], output: Connection, errors: Path | None
+) -> None:
     """In the fork: be the program, as Python would have begun it."""
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()
+    if errors is not None:
+        with errors.open("wb") as file:
+            os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

@@ -5,26 +5,35 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-
-def run(*arguments, timeout=240, **environment):
-    # The compiler is wanted, not the interpreter that the other tests of this room run in.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run(
-        [sys.executable, "-m", "kernels", *arguments],
-        capture_output=True, text=True, timeout=timeout, env=environment, check=False,
-    )  # fmt: skip
+from tests.processes import Program
 
 
-def test_help_names_the_commands():
+@pytest.fixture
+def run(tmp_path):
+    def command(*arguments, timeout=240, **environment):
+        # The compiler is wanted, not the interpreter that the other tests of this room run in.
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+        errors = tmp_path / "errors"
+        program = Program(["-m", "kernels", *arguments], environment, errors)
+        said, _ = program.communicate(timeout)
+        return SimpleNamespace(
+            returncode=program.returncode, stdout=said, stderr=errors.read_text(encoding="utf-8")
+        )
+
+    return command
+
+
+def test_help_names_the_commands(run):
     result = run("--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("check", "compile", "bench"))
 
 
-def test_every_op_is_as_good_as_a_plain_computation():
+def test_every_op_is_as_good_as_a_plain_computation(run):
     result = run("check", "--json")
     rows = json.loads(result.stdout)
     assert result.returncode == 0, [row for row in rows if row["bad"]]
@@ -32,7 +41,7 @@ def test_every_op_is_as_good_as_a_plain_computation():
     assert len({row["case"] for row in rows}) >= 14
 
 
-def test_a_kernel_compiles_and_is_inspected_without_a_gpu():
+def test_a_kernel_compiles_and_is_inspected_without_a_gpu(run):
     result = run("compile", "--arch", "sm_90", "--only", "gla D128 bfloat16 forward", "--json")
     reports = json.loads(result.stdout)
     assert result.returncode == 0, result.stderr
@@ -44,7 +53,7 @@ def test_a_kernel_compiles_and_is_inspected_without_a_gpu():
         assert "wgmma" in report["tensor_cores"]
 
 
-def test_a_second_run_compiles_nothing(tmp_path):
+def test_a_second_run_compiles_nothing(run, tmp_path):
     arguments = ("compile", "--arch", "sm_90", "--only", "linear D128 bfloat16 pair", "--json")
     kept = []
     for _ in range(2):
@@ -54,7 +63,7 @@ def test_a_second_run_compiles_nothing(tmp_path):
     assert kept[0] == kept[1]
 
 
-def test_spills_are_counted():
+def test_spills_are_counted(run):
     # Wider than any model's heads: a state of 256 rows leaves too few registers, but for the pass
     # that makes states again, without outputs.
     result = run("compile", "--arch", "sm_90", "--only", "kda D256 bfloat16 forward", "--json")
@@ -85,7 +94,7 @@ def test_compile_says_that_the_interpreter_is_in_the_way():
     assert "Traceback" not in result.stderr
 
 
-def test_bench_times_ours_and_a_peer(tmp_path):
+def test_bench_times_ours_and_a_peer(run, tmp_path):
     plot = tmp_path / "bench.png"
     arguments = ("--length", "64", "--only", "rms_norm", "--plot", str(plot), "--json")
     timings = json.loads(run("bench", *arguments).stdout)
@@ -95,7 +104,7 @@ def test_bench_times_ours_and_a_peer(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_no_shipped_kernel_spills_in_the_dtype_of_training(arch):
+def test_no_shipped_kernel_spills_in_the_dtype_of_training(run, arch):
     result = run("compile", "--arch", arch, "--only", "bfloat16", "--json", timeout=1800)
     reports = json.loads(result.stdout)
     assert not [r for r in reports if r["failed"]]
@@ -105,7 +114,7 @@ def test_no_shipped_kernel_spills_in_the_dtype_of_training(arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_every_configuration_fits(arch):
+def test_every_configuration_fits(run, arch):
     result = run("compile", "--arch", arch, "--json", timeout=3600)
     assert not [r for r in json.loads(result.stdout) if r["failed"]]
     assert result.returncode == 0
