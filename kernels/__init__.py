@@ -24,7 +24,7 @@ from kernels.diagonal_scan import diagonal_scan
 from kernels.linear_attention import linear_attention
 from kernels.norm import rms_norm
 from kernels.rotary import rotary_embedding
-from kernels.segments import apply_segment, compose_segments, segment_state
+from kernels.segments import apply_segment, compose_segments
 from kernels.softmax_attention import softmax_attention, softmax_attention_backward
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rotary_embedding",
-    "segment_state",
     "short_convolution",
     "softmax_attention",
     "softmax_attention_backward",

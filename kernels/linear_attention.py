@@ -78,24 +78,6 @@ def linear_attention(
     return o, state if output_final_state else None
 
 
-def final_state(
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """The final states of `linear_attention`, (N, Hv, Dk, Dv), without outputs."""
-    computed_by = resolve(backend, k, v)
-    if computed_by is reference:
-        return reference.linear_attention(k, k, v, decay, beta, 1.0, initial_state, cu_seqlens)[1]
-    given = (None, k, v, decay, beta, 1.0, initial_state, cu_seqlens)
-    state: Tensor = _LinearAttention.apply(computed_by, *given)[1]
-    return state
-
-
 class _LinearAttention(torch.autograd.Function):
     """The op by one of the backends that have a `forward` and a `backward`."""
 
@@ -103,7 +85,7 @@ class _LinearAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         backend: Any,
-        q: Tensor | None,
+        q: Tensor,
         k: Tensor,
         v: Tensor,
         decay: Tensor | None,
@@ -111,7 +93,7 @@ class _LinearAttention(torch.autograd.Function):
         scale: float,
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         o, state, kept = backend.forward(q, k, v, decay, beta, scale, initial_state, cu_seqlens)
         ctx.save_for_backward(q, k, v, decay, beta, initial_state, cu_seqlens, *kept)
         ctx.backend, ctx.scale = backend, scale

@@ -9,7 +9,7 @@ computed before S_in is known, and maps of neighbours compose:
     (N, Hv, Dk, Dk)  with the delta rule: a matrix
 
 All is fp32 (fp64 for fp64 inputs), whatever the dtype of the tokens, and under autocast too, since
-errors of bf16 maps would grow with every composition. Everything is differentiable.
+errors of bf16 maps would grow with every composition. `kernels.recurrences` makes M and E.
 """
 
 from __future__ import annotations
@@ -18,49 +18,6 @@ import torch
 from torch import Tensor
 
 from kernels.backend import device_kind
-from kernels.linear_attention import Backend, check_arguments, final_state
-from kernels.packing import accumulation_dtype
-
-
-def segment_state(
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None = None,
-    beta: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The maps (M, E) of N segments, for the arguments of `kernels.linear_attention`.
-
-    For every S_in, `M · S_in + E` is the op's final state with `initial_state=S_in`. An empty
-    segment is the identity. The cost is that of a final state (no outputs) with Dk more columns in
-    the state under the delta rule, or one more without.
-
-    Returns:
-        M, shaped as above, and E (N, Hv, Dk, Dv).
-
-    Raises:
-        ValueError: shapes, dtypes or arguments do not fit together.
-    """
-    check_arguments(k, k, v, decay, beta, None, cu_seqlens)
-    (*_, Dk), (B, T, Hv, Dv) = k.shape, v.shape
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    # M is the final value of extra state columns to which no values are written: with the delta
-    # rule Dk columns that start as the identity; without, one column of ones, since channels of
-    # keys do not mix.
-    unit = torch.ones(Dk, 1, dtype=accumulation_dtype(k.dtype), device=k.device)
-    if beta is not None:
-        unit = unit.squeeze(1).diag()  # (Dk, 1) -> (Dk, Dk)
-    columns = unit.shape[1]
-    state = torch.cat([unit.new_zeros(Dk, Dv), unit], dim=1)  # (Dk, Dv + columns)
-    values = torch.cat([v, v.new_zeros(B, T, Hv, columns)], dim=-1)  # (B, T, Hv, Dv + columns)
-    final = final_state(k, values, decay, beta, state.expand(N, Hv, -1, -1), cu_seqlens, backend)
-    # (N, Hv, Dk, Dv + columns) -> E (N, Hv, Dk, Dv), M (N, Hv, Dk, columns)
-    E, M = final.split([Dv, columns], dim=-1)
-    if beta is not None:
-        return M, E
-    per_channel = decay is not None and decay.dim() == 4
-    return (M[..., 0] if per_channel else M[..., 0, 0]), E
 
 
 def apply_segment(M: Tensor, E: Tensor, state: Tensor) -> Tensor:

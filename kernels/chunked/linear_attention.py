@@ -30,7 +30,7 @@ Kept = tuple[Tensor, ...]  # states for the backward pass
 class _Inputs(NamedTuple):
     """The op's inputs, all batch rows end to end: (B, T, H, D) -> (tokens, H, D)."""
 
-    q: Tensor | None  # None where no output is wanted
+    q: Tensor
     k: Tensor
     v: Tensor
     decay: Tensor | None  # (tokens, Hv, 1 | Dk)
@@ -43,7 +43,7 @@ class _Inputs(NamedTuple):
 
 
 def _inputs(
-    q: Tensor | None,
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -58,9 +58,9 @@ def _inputs(
         decay = decay.unsqueeze(-1)  # (B, T, Hv) -> (B, T, Hv, 1)
     if beta is not None:
         beta = beta.unsqueeze(-1)  # (B, T, Hv) -> (B, T, Hv, 1)
-    q, decay, beta = (None if x is None else x.flatten(0, 1) for x in (q, decay, beta))
-    plan = _plan(v, cu_seqlens)
-    return _Inputs(q, k.flatten(0, 1), v.flatten(0, 1), decay, beta, scale, plan)
+    decay, beta = (None if x is None else x.flatten(0, 1) for x in (decay, beta))
+    q, k, rows = (x.flatten(0, 1) for x in (q, k, v))
+    return _Inputs(q, k, rows, decay, beta, scale, _plan(v, cu_seqlens))
 
 
 def _plan(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
@@ -69,7 +69,7 @@ def _plan(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
 
 
 def forward(
-    q: Tensor | None,
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -77,7 +77,7 @@ def forward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor | None, Tensor, Kept]:
+) -> tuple[Tensor, Tensor, Kept]:
     """Compute `kernels.linear_attention` in chunks; shapes as there, time and memory linear in T.
 
     All products are fp64 when q is fp64, else fp32. The backward keeps the inputs and the state
@@ -85,10 +85,10 @@ def forward(
     Hv = 4, Dk = Dv = 64), for short ones at most a state a chunk.
 
     Returns:
-        o, None without q; the final state; and those states, for `backward`.
+        o; the final state; and those states, for `backward`.
     """
     x = _inputs(q, k, v, decay, beta, scale, cu_seqlens)
-    o = None if q is None else _rows_like(x.v, x.plan)
+    o = _rows_like(x.v, x.plan)
     state = _states(initial_state, x)
     entered = []
     with torch.autocast(device_kind(v), enabled=False):
@@ -97,13 +97,12 @@ def forward(
             entered.append(state[slab.sequences].flatten(0, 1).clone())
             terms = x.terms(slab)
             states = terms.recur(state[slab.sequences].flatten(0, 1))
-            if o is not None:
-                slab.store(terms.outputs(states), o)
-    return None if o is None else o.view(v.shape), _by_sequence(state, x.plan), tuple(entered)
+            slab.store(terms.outputs(states), o)
+    return o.view(v.shape), _by_sequence(state, x.plan), tuple(entered)
 
 
 def backward(
-    q: Tensor | None,
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -123,8 +122,7 @@ def backward(
         do, dfinal: gradients of o and of the final state; None is zeros.
     """
     x = _inputs(q, k, v, decay, beta, scale, cu_seqlens)
-    if q is not None:
-        do = torch.zeros_like(x.v) if do is None else do.flatten(0, 1)
+    do = torch.zeros_like(x.v) if do is None else do.flatten(0, 1)
     given = (x.q, x.k, x.v, x.decay, x.beta)
     results = [None if one is None else _rows_like(one, x.plan) for one in given]
     dstate = _states(dfinal, x)

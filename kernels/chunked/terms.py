@@ -40,7 +40,7 @@ class Terms:
     def __init__(
         self,
         slab: Slab,
-        q: Tensor | None,
+        q: Tensor,
         k: Tensor,
         v: Tensor,
         decay: Tensor | None,
@@ -56,7 +56,7 @@ class Terms:
         self.beta = None if beta is None else self.load(beta)
         self.weights = decay_in_chunks(None if decay is None else self.load(decay))
 
-        self.lefts = [] if q is None else [self.load(q) * scale]
+        self.lefts = [self.load(q) * scale]
         if beta is not None:
             self.lefts.append(self.k)
         self.edges = [_weigh(left, self.weights.prefix) for left in self.lefts]
@@ -117,7 +117,7 @@ class Terms:
             left.add_(total)
         return self.edges[0] * exp(log_entering)
 
-    def recur_back(self, dstate: Tensor, dV: Tensor, d_entering: Tensor | None) -> Tensor:
+    def recur_back(self, dstate: Tensor, dV: Tensor, d_entering: Tensor) -> Tensor:
         """Step `dstate` (sequences · H, Dk, Dv) back through the chunks, in place.
 
         Args:
@@ -137,8 +137,7 @@ class Terms:
             dv[i].baddbmm_(K[i], dS)
             if total is not None:
                 dS.mul_(a[i].mT)
-            if d_entering is not None:
-                dS.add_(entering[i])
+            dS.add_(entering[i])
             if self.W is not None:
                 dS.baddbmm_(W[i].mT, dv[i], alpha=-1)
         return dstates
@@ -147,9 +146,7 @@ class Terms:
         """(chunks · H, …) -> one (sequences of the step · H, …) for each step."""
         return () if x is None else x.split([step.stop - step.start for step in self.steps])
 
-    def gradients(
-        self, state: Tensor, dstate: Tensor, do: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def gradients(self, state: Tensor, dstate: Tensor, do: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the slab's q, k, v, decay and beta, (chunks · H, C, D) each.
 
         Args:
@@ -158,13 +155,9 @@ class Terms:
             do: gradient of all outputs, (tokens, H, Dv).
         """
         states = self.recur(state.clone())
-        if do is None:
-            dreads = []  # gradients of what each of `lefts` reads, (chunks · H, C, Dv)
-            dstates = self.recur_back(dstate, dV := torch.zeros_like(self.v), None)
-        else:
-            dreads = [self.load(do)]
-            dV = self.scores[0].mT @ dreads[0]
-            dstates = self.recur_back(dstate, dV, self.edges[0].mT @ dreads[0])
+        dreads = [self.load(do)]  # gradients of what each of `lefts` reads, (chunks · H, C, Dv)
+        dV = self.scores[0].mT @ dreads[0]
+        dstates = self.recur_back(dstate, dV, self.edges[0].mT @ dreads[0])
 
         dbeta = None
         if self.beta is not None:
@@ -195,8 +188,7 @@ class Terms:
             # (chunks · H, Dk, Dv) -> (chunks · H, 1, Dk), on the last row
             dprefix[:, -1:] += (states * dstates).sum(-1).unsqueeze(1) * self.weights.total
             dx = self.weights.edges_grad(dprefix, dK * self.K).add_(dx)
-        dq = None if do is None else dlefts[0] * self.scale
-        return dq, dk, dV, dx, dbeta
+        return dlefts[0] * self.scale, dk, dV, dx, dbeta
 
 
 def _weigh(x: Tensor, weight: Tensor | None) -> Tensor:

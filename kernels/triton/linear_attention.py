@@ -42,7 +42,7 @@ class Problem(NamedTuple):
     """The op's inputs as the kernels read them: contiguous, all batch rows end to end,
     (B, T, …) -> (tokens, …) with tokens = B · T."""
 
-    q: Tensor | None  # (tokens, Hk, Dk); None where no output is wanted
+    q: Tensor | None  # (tokens, Hk, Dk); None in a backward pass from the final state alone
     k: Tensor  # (tokens, Hk, Dk)
     v: Tensor  # (tokens, Hv, Dv)
     decay: Tensor | None  # (tokens, Hv), or (tokens, Hv, Dk)
@@ -162,11 +162,10 @@ def run_intra(p: Problem, A: Tensor | None = None, Z: Tensor | None = None) -> I
 
 def run_forward(
     p: Problem, made: Intra, initial_state: Tensor | None, dtype: torch.dtype | None = None
-) -> tuple[Tensor | None, Tensor]:
-    """o (tokens, Hv, Dv) in `dtype` (of k unless given), None without q, and the final states
-    (N, Hv, Dk, Dv)."""
+) -> tuple[Tensor, Tensor]:
+    """o (tokens, Hv, Dv) in `dtype` (of k unless given) and the final states (N, Hv, Dk, Dv)."""
     tokens, _, DK = p.k.shape
-    o = None if p.q is None else p.result(tokens, p.Hv, p.DV, dtype=dtype or p.k.dtype)
+    o = p.result(tokens, p.Hv, p.DV, dtype=dtype or p.k.dtype)
     N = len(p.layout.first_chunks)
     final_state = p.empty(N, p.Hv, DK, p.DV, dtype=torch.float32)
     _launch_forward(p, made, initial_state, o, final_state, None, None)
@@ -291,7 +290,7 @@ Kept = tuple[Tensor | None, Tensor | None]  # A and Z, for the backward pass
 
 
 def forward(
-    q: Tensor | None,
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -299,23 +298,21 @@ def forward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor | None, Tensor, Kept]:
+) -> tuple[Tensor, Tensor, Kept]:
     """Compute `kernels.linear_attention` with Triton; bf16, fp16 or fp32.
 
-    Without q the same kernels run with everything for an output compiled away.
-
     Returns:
-        o, None without q; the final state in fp32; and what `backward` needs.
+        o; the final state in fp32; and what `backward` needs.
     """
     p = make_problem(q, k, v, decay, beta, scale, cu_seqlens)
     made = run_intra(p)
     o, final_state = run_forward(p, made, _as_state(initial_state))
     A = made.A if p.kind == VECTOR.value else None
-    return None if o is None else o.reshape(v.shape), final_state, (A, made.Z)
+    return o.reshape(v.shape), final_state, (A, made.Z)
 
 
 def backward(
-    q: Tensor | None,
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -341,7 +338,7 @@ def backward(
         p, _as_state(initial_state), None if read is None else A, Z, d_o, d_final_state
     )
     d_inputs = [gradient_like(d, x) for d, x in zip(found, (q, k, v, decay, beta), strict=True)]
-    if q is not None and read is None:
+    if read is None:
         d_inputs[0] = torch.zeros_like(q)
     return *d_inputs, d_initial_state
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from kernels import linear_attention
-from kernels.segments import apply_segment, segment_state
 from kernels.tools import check
 from tests.kernels.agreement import assert_agrees, assert_close, bounds, device_of
 from tests.kernels.test_linear_attention import (
@@ -198,20 +197,6 @@ def test_the_final_state_alone_has_gradients(decay, delta, poisoned_memory):
         lambda **x: in_triton(**x)[1], lambda **x: reference(**x)[1],
         tokens(decay, delta, 40, Hv=1), dtype=torch.float32, **on_device,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(("decay", "delta"), ROWS)
-def test_the_map_of_a_segment_gives_its_final_state(decay, delta, poisoned_memory):
-    inputs = tokens(decay, delta, 70, Dk=20, Dv=12, strength=0.1)
-    del inputs["q"]
-
-    def mapped(initial_state, **segment):
-        return apply_segment(*segment_state(**segment, backend="triton"), initial_state)
-
-    def final(k, **rest):
-        return reference(k, k, **rest)[1]
-
-    assert_agrees(mapped, final, inputs, dtype=torch.float32, **on_device)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, [0], [0, 0, 0]])
