@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cache, lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from parallel.planning.costs import MATMUL_WORK, Costs, States, Traffic, move_time
+from parallel.planning.layout import Array, Plan, Topology
 from parallel.planning.passes import passes_of
 from parallel.planning.passing import TURNS, Block, Passing, least_heads
 
-if TYPE_CHECKING:
-    from parallel.planning.layout import Array, Plan
-
-
 _KERNELS = 3  # that a pass over fragments launches besides those of the op
+_REMEMBERED = 1024  # runs of ranks whose messages are kept
 
 
 def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
@@ -34,16 +33,16 @@ def price_states(plan: Plan, costs: Costs) -> tuple[float, Traffic]:
     further = pass_seconds(plan, states).max(axis=1)
     seconds = float((further + _KERNELS * costs.launch * (further > 0)).sum())
     piece = float(stream.tokens.max()) * states.beside / TURNS
-    least = least_heads(states.M_bytes + states.E_bytes)
+    sent_by = _sent(plan.topology, states.heads, least_heads(states.M_bytes + states.E_bytes))
     for way, products in zip((1, -1), MATMUL_WORK.tolist(), strict=True):
-        chains = [
-            Passing(stream.rank[rows][::way].tolist(), states.heads, plan.topology, least).blocks()
-            for rows in plan.crossing
-        ]
-        for turns in zip(*chains, strict=True):
-            source, target, size = _sent([block for turn in turns for block in turn], states)
+        # Many sequences pass over the same ranks.
+        alike = Counter(tuple(stream.rank[rows][::way].tolist()) for rows in plan.crossing)
+        for turns in zip(*map(sent_by, alike), strict=True):
+            times = np.repeat(list(alike.values()), [len(turn[0]) for turn in turns])
+            source, target, heads, whole = np.concatenate(turns, axis=1)
             if not len(source):
                 continue
+            size = times * (heads * states.E_bytes + whole * states.M_bytes)
             spent, sent, _ = move_time(source, target, size, plan.topology, costs)
             spent += costs.latency(sent)
             seconds += max(0.0, spent - products * piece)
@@ -75,10 +74,26 @@ def pass_seconds(plan: Plan, states: States) -> Array:
     return np.stack([np.bincount(stream.rank[every], x, ranks) * slow for x in further])
 
 
-def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:
-    """Source, target and bytes, (messages,) each, of a turn's messages between different ranks.
+@cache
+def _sent(topology: Topology, heads: int, least: int) -> Callable[[tuple[int, ...]], list[Array]]:
+    """What a sequence's ranks send in each turn: a function of these, which remembers.
 
-    The same as `Block.messages`, in numpy: blocks of one turn are all gathered, or none is.
+    It returns for each turn int64 (4, messages) of messages between different ranks: source,
+    target, heads, and the heads of which M travels too.
+    """
+
+    @lru_cache(_REMEMBERED)
+    def turns(holders: tuple[int, ...]) -> list[Array]:
+        blocks = Passing(holders, heads, topology, least).blocks()
+        return [_messages(turn) for turn in blocks]
+
+    return turns
+
+
+def _messages(blocks: list[Block]) -> Array:
+    """Those of `Block.messages` between different ranks, as `_sent` gives them.
+
+    Blocks of one turn are all gathered, or none is.
     """
     gathered = any(block.gathered for block in blocks)
     counts, times = np.array(
@@ -91,11 +106,9 @@ def _sent(blocks: list[Block], states: States) -> tuple[Array, Array, Array]:
     # The product of each block's items with its parts: one message for each (item, part).
     begin, times = np.repeat(np.cumsum(times) - times, counts), np.repeat(times, counts)
     part = np.arange(times.sum()) + np.repeat(begin - np.cumsum(times) + times, times)
-    holder, rank = np.repeat(holder, times), rank[part]
-    size = heads[part] * (states.E_bytes + np.repeat(whole, times) * states.M_bytes)
-    away = holder != rank
-    ends = (holder[away], rank[away]) if gathered else (rank[away], holder[away])
-    return *ends, size[away]
+    holder, rank, heads = np.repeat(holder, times), rank[part], heads[part]
+    ends = (holder, rank) if gathered else (rank, holder)
+    return np.stack([*ends, heads, heads * np.repeat(whole, times)])[:, holder != rank]
 
 
 def _flat(lists: Iterable[Iterable[int]]) -> Array:
