@@ -129,6 +129,9 @@ def _check(folder: Path, fresh: bool, overwrite: bool) -> None:
     linked = checkpoints.is_symlink()
     if os.path.lexists(checkpoints) and not checkpoints.is_dir() and not (linked and fresh):
         raise ConfigError(f"{checkpoints} is no folder; remove it, or {another}")
+    staging = checkpoints / STAGING
+    if os.path.lexists(staging) and not staging.is_dir() and not staging.is_symlink():
+        raise ConfigError(f"{staging} is no folder; remove it, or {another}")
     settings = _settings(folder / CONFIG) if CONFIG in names else None
     ours = settings is not None and _is_run(settings)
     if CONFIG in names and not ours:
