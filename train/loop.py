@@ -75,8 +75,7 @@ class Trainer:
         if self.recorder and not saved:
             self.recorder.material(*self.material.report())
         self.validation = Validation(config, self.material, evaluated)
-        torch.manual_seed(config.train.seed)
-        model = Model(config.model, self.material.tokenizer.vocab_size)
+        model = Model(config.model, self.material.tokenizer.vocab_size, config.train.seed)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model: {blocks_in_words(config.model.blocks)}; {parameters:,} parameters")
         self.engine = Engine(

@@ -65,7 +65,6 @@ def distil(
         if name == "hedgehog":
             student = mixers.make(name, config, layer)
             assert isinstance(student, hedgehog.Mixer)
-            student.reset_parameters()
             # The projections; maps are all that attention has not.
             student.load_state_dict(teacher.blocks[layer].mixer.state_dict(), strict=False)
             students[layer] = student.requires_grad_(False).to(device)
