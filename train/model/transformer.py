@@ -7,7 +7,7 @@ x ← x + mlp(norm(x))       or   x ← x + norm(mlp(x))       if post_norm name
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -66,6 +66,26 @@ class Head(nn.Module):
         if not self.training:
             return kernels.token_cross_entropy(hidden, self.weight, labels)
         return kernels.linear_cross_entropy(hidden, self.weight, labels, z_loss=self.z_loss)
+
+
+def skeleton(config: ModelConfig, vocab_size: int) -> Model:
+    """The model without memory for its weights: names and shapes."""
+    with torch.device("meta"):
+        return Model(config, vocab_size)
+
+
+def place(model: nn.Module, make: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """Put a new parameter in the place of every one of `model`, over the tensor that `make` gives.
+
+    What two modules share they still share afterwards.
+    """
+    placed = {
+        old: nn.Parameter(make(name, old), requires_grad=old.requires_grad)
+        for name, old in model.named_parameters()
+    }
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(module, key, placed[parameter])
 
 
 class Model(nn.Module):
