@@ -60,6 +60,12 @@ class World:
                 dist.all_reduce(values)
         return values
 
+    def broadcast(self, values: torch.Tensor, owner: int) -> None:
+        """Set `values` on all ranks to those of rank `owner`."""
+        if self.size > 1:
+            with waiting_for(owner):
+                dist.broadcast(values, owner)
+
     def barrier(self) -> None:
         if self.size > 1:
             with waiting_for(None):

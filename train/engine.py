@@ -7,12 +7,8 @@ of ranks or stages.
 
 from __future__ import annotations
 
-import gc
-import logging
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -21,15 +17,21 @@ from torch import Tensor, nn
 
 from parallel import World
 from train.config import TrainConfig, ZeroConfig
-from train.model.transformer import Model
+from train.model.initial import values
+from train.model.transformer import Model, place
 from train.optimiser.muon import Muon, Piece
 from train.optimiser.optim import OptimConfig, parameter_groups
+from train.zero import quietly_initialise, stand_in
 
 # The fp32 tensors of one parameter: the weight itself and the optimiser's means.
 WEIGHT = "weight"
 _MUON = (WEIGHT, "exp_avg")
 _ADAMW = (WEIGHT, "exp_avg", "exp_avg_sq")
 
+
+# (parameter, state key, begin, end) -> elements begin to end of the flattened tensor.
+Read = Callable[[str, str, int, int], Tensor]
+_READ = 1 << 24  # most numbers that are read at a time: 67 MB in fp32
 
 # Most numbers that ZeRO's ranks reduce at a time, DeepSpeed's own default.
 BUCKET = 500_000_000
@@ -41,10 +43,17 @@ def bucket(parameters: int) -> int:
 
 
 class Engine:
-    """A model under DeepSpeed.
+    """A model under DeepSpeed, of which a rank holds its own share and never more.
+
+    That share is what `train.forecast.states` counts as always there: of N parameters on P ranks,
+    with e bytes a weight, stage 0 holds all; stages 1 and 2 the N weights that the model computes
+    with, and 1/P of the fp32 masters and the optimiser's means (stage 1 in bf16 also N fp32
+    gradients); stage 3 holds 1/P of everything, gradients among it, and a bucket. What a start
+    takes beside it does not grow with the model: numbers are made or read `_READ` at a time.
 
     Args:
-        model: built alike on every rank.
+        model: on `meta`: its weights are unset until `begin` or `scatter`. One with weights
+            begins with them, and is whole on every rank.
         accumulate: batches of one optimiser step.
         dtype: of weights and activations; with bf16 the optimiser keeps fp32 weights.
     """
@@ -59,6 +68,10 @@ class Engine:
         accumulate: int,
     ) -> None:
         self.world, self.stage = world, zero.stage
+        given = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
+        # Without ZeRO nobody copies the weights into memory of their own.
+        make = stand_in if zero.stage else _unset
+        place(model, lambda _, parameter: make(parameter.shape, dtype, world.device))
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         # A learning rate of zero until a step sets it: DeepSpeed makes some of the
         # optimiser's state by a step of its own, which must change nothing.
@@ -92,7 +105,7 @@ class Engine:
         }
         if bf16 and zero.stage > 0:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        self._engine = _quietly_initialise(model, optimizer, settings, world)
+        self._engine = quietly_initialise(model, optimizer, settings, world)
         wrapper = self._engine.optimizer
         self._optimizer: Muon = getattr(wrapper, "optimizer", wrapper)
         self._optimizer.step = self._if_good(self._optimizer.step)
@@ -102,6 +115,8 @@ class Engine:
         self._create_optimizer_state()
         self.set_optimizer_step(0)
         self._masters = self._unsharded_weights() if self.stage == 0 else {}
+        if given:
+            self.scatter(lambda name, _, *part: given[name].flatten()[slice(*part)], {WEIGHT})
 
     @property
     def model(self) -> Model:
@@ -154,12 +169,19 @@ class Engine:
             for key in self.state_keys[name]:
                 yield name, key, self._full(parameter, key)
 
-    def scatter(self, read: Callable[[str, str], Tensor]) -> None:
-        """Set everything from `read(parameter, state key)`, which gives full fp32 tensors."""
+    def begin(self, seed: int) -> None:
+        """Set the weights to the model's first values; the optimiser stays as new."""
+        firsts = self.model.firsts
+        self.scatter(lambda name, _, *part: values(firsts[name], seed, name, *part), {WEIGHT})
+
+    def scatter(self, read: Read, keys: Collection[str] = _ADAMW) -> None:
+        """Set what `keys` name, on all ranks together. Each reads its own part only, in pieces."""
         for parameter, name in self.names.items():
             for key in self.state_keys[name]:
-                value = read(name, key).to(self.world.device, torch.float32)
-                self._set_full(parameter, key, value)
+                if key in keys:
+                    self._set(parameter, key, lambda *part, n=name, k=key: read(n, k, *part))
+        if WEIGHT in keys:
+            self._share_weights()
 
     def set_optimizer_step(self, step: int) -> None:
         """AdamW's own count of steps, which corrects the bias of its young means."""
@@ -265,31 +287,50 @@ class Engine:
             full = safe_get_full_optimizer_state(parameter, key)
         return full.reshape(self.shape(parameter))
 
-    def _set_full(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        from deepspeed import utils
-
-        if self.stage == 0:
-            self._unsharded(parameter, key).copy_(value)
-        elif self.stage < 3:
-            if key == WEIGHT:
-                utils.safe_set_full_fp32_param(parameter, value)
-            else:
-                utils.safe_set_full_optimizer_state(parameter, value, key)
+    def _set(self, parameter: nn.Parameter, key: str, read: Callable[[int, int], Tensor]) -> None:
+        """Set this rank's part of a tensor from `read(begin, end)`."""
+        part, begin = self._part(parameter, key)
+        for a in range(0, part.numel(), _READ):
+            b = min(a + _READ, part.numel())
+            part[a:b].copy_(read(begin + a, begin + b))
+        if key != WEIGHT:
+            return
+        # The weights that the model computes with.
+        if self.stage < 3:
+            parameter.data.view(-1)[begin:][: part.numel()].copy_(part)
         else:
-            part = parameter.ds_tensor  # type: ignore[attr-defined]
-            size = part.numel()
-            padded = value.new_zeros(size * self.world.size)
-            padded[: value.numel()] = value.flatten()
-            mine = padded[size * self.world.rank :][:size]
-            if key == WEIGHT:
-                utils.safe_set_local_fp32_param(parameter, mine)
-                part.data.copy_(mine)
-            else:
-                utils.safe_set_local_optimizer_state(parameter, mine, key)
-        # The weights that the model computes with: ZeRO 3 has none in between, but for
-        # the small ones that it keeps whole on every rank.
-        if key == WEIGHT and parameter.shape == value.shape:
-            parameter.data.copy_(value)
+            parameter.ds_tensor.data[: part.numel()].copy_(part)  # type: ignore[attr-defined]
+            # Small ones stay whole on every rank, once they were gathered.
+            if parameter.numel():
+                parameter.data.view(-1).copy_(read(0, parameter.numel()))
+
+    def _part(self, parameter: nn.Parameter, key: str) -> tuple[Tensor, int]:
+        """This rank's part of an fp32 tensor, flat, and the element that it begins with."""
+        if self.stage == 0:
+            return self._unsharded(parameter, key).view(-1), 0
+        state = None if key == WEIGHT else key
+        if self.stage < 3:
+            linked = parameter._hp_mapping  # type: ignore[attr-defined]
+            if linked is None:
+                return torch.empty(0), 0
+            return linked.get_hp_fragment(state).data, linked.lp_fragment_address.start
+        of_zero = parameter._z3_optimizer  # type: ignore[attr-defined]
+        part: Tensor = of_zero.get_local_fp32_param(parameter, state).data
+        begin = self.world.rank * part.numel()
+        return part[: max(self.shape(parameter).numel() - begin, 0)], begin
+
+    def _share_weights(self) -> None:
+        """Stages 1 and 2: send the weights that the model computes with, each from its owner."""
+        if self.stage in (1, 2):
+            wrapper = self._engine.optimizer
+            of_bf16 = getattr(wrapper, "bf16_partitioned_groups", None)
+            for parts in of_bf16 or wrapper.parallel_partitioned_bit16_groups:
+                for owner, part in enumerate(parts):
+                    self.world.broadcast(part, owner)
+
+
+def _unset(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def dtype_of(config: TrainConfig, device: str) -> torch.dtype:
@@ -297,33 +338,3 @@ def dtype_of(config: TrainConfig, device: str) -> torch.dtype:
     auto = "bf16" if device == "cuda" else "fp32"
     name = auto if config.dtype == "auto" else config.dtype
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-
-
-def _quietly_initialise(
-    model: nn.Module, optimizer: Any, settings: dict[str, Any], world: World
-) -> Any:
-    """`deepspeed.initialize` without its chatter, on the process group that there is."""
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    if world.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed.runtime import bf16_optimizer, compiler
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It prints how much memory is used before and after every group of parameters.
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    # Its Muon, which is not ours but imported, hands functions to torch.compile: that imports the
-    # compiler, in a second of every rank.
-    compiler.compile = lambda: lambda function: function
-    # DeepSpeed calls torch by older names, which nobody who reads this can mend.
-    warnings.filterwarnings(
-        "ignore", r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
-    )
-    # An all-reduce for CPU ranks that DeepSpeed would compile here, with a C++ compiler
-    # that a newcomer need not have; gloo does the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings, dist_init_required=False
-    )
-    gc.collect()  # circles of its objects keep the weights as they were before it moved them
-    return engine

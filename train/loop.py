@@ -20,7 +20,7 @@ from train.engine import Engine, dtype_of
 from train.evaluation.evaluate import evaluate
 from train.evaluation.generate import generate
 from train.evaluation.validation import Validation
-from train.model.transformer import Model
+from train.model.transformer import skeleton
 from train.monitor.clock import DATA, OPTIMISER, REDUCING, Clock
 from train.monitor.metrics import Recorder, peak_flops, peak_memory
 from train.monitor.summary import blocks_in_words, summarise, surroundings
@@ -75,8 +75,7 @@ class Trainer:
         if self.recorder and not saved:
             self.recorder.material(*self.material.report())
         self.validation = Validation(config, self.material, evaluated)
-        torch.manual_seed(config.train.seed)
-        model = Model(config.model, self.material.tokenizer.vocab_size)
+        model = skeleton(config.model, self.material.tokenizer.vocab_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model: {blocks_in_words(config.model.blocks)}; {parameters:,} parameters")
         self.engine = Engine(
@@ -102,6 +101,8 @@ class Trainer:
             self._resume(found, saved)
         elif config.run.start_from:
             begin_from(Path(config.run.start_from), self.engine, self.say)
+        else:
+            self.engine.begin(config.train.seed)
 
     def run(self) -> int:
         """Train to the last step, or until it must stop; either way save.

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from data.settings import ConfigError
 from train.config import Config
 from train.engine import WEIGHT, Engine
@@ -50,13 +47,8 @@ def begin_from(folder: Path, engine: Engine, say: Callable[[str], None]) -> None
             "here; take model.* and data.tokenizer from the config.yaml there"
         )
 
-    def read(name: str, key: str) -> Tensor:
-        if key != WEIGHT:
-            return torch.zeros(shapes[name])
-        weight = tensors.read(name)
-        return weight[: shapes[name][0]] if name in TABLES else weight
-
-    engine.scatter(read)
+    # The first of a table's rows are the first of its numbers.
+    engine.scatter(lambda name, _, *part: tensors.read(name).flatten()[slice(*part)], {WEIGHT})
     say(f"beginning with the weights of {folder}")
 
 

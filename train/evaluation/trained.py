@@ -17,7 +17,7 @@ from data.tokens.tokenizer import Tokenizer
 from train.config import Config
 from train.evaluation.generate import Decoder, encode, sample, write
 from train.evaluation.sampling import Sampling
-from train.model.transformer import Model
+from train.model.transformer import Model, place, skeleton
 from train.pretrained import folder as folders
 from train.pretrained.folder import Stored
 from train.pretrained.weights import Say
@@ -52,12 +52,10 @@ def load(
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = stored.config.train.dtype
     low = dtype == "bf16" or (dtype == "auto" and chosen.type == "cuda")
-    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and thrown away
-        model = Model(stored.config.model, stored.vocab_size)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(stored.read(name))
-    model.to(chosen, torch.bfloat16 if low else torch.float32)
+    kind = torch.bfloat16 if low else torch.float32
+    model = skeleton(stored.config.model, stored.vocab_size)
+    # Copies: what is read may be the file itself.
+    place(model, lambda name, _: stored.read(name).to(chosen, kind, copy=True))
     return Trained(stored, model.requires_grad_(False).eval())
 
 

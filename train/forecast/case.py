@@ -24,7 +24,7 @@ from train.forecast import memory, work
 from train.forecast.activations import Device, Part, Shape, parts
 from train.forecast.states import states
 from train.model import mixers
-from train.model.transformer import Model
+from train.model.transformer import Model, skeleton
 from train.planning import planner_of
 
 STAGES = (0, 1, 2, 3)
@@ -96,8 +96,7 @@ class Case:
     def model(self) -> Model:
         """On meta tensors."""
         mixers.check(self.config.model)
-        with torch.device("meta"):
-            return Model(self.config.model, self.vocab_size)
+        return skeleton(self.config.model, self.vocab_size)
 
     @cached_property
     def sizes(self) -> work.Sizes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 import kernels
 from kernels.packing import accumulation_dtype
+from train.model.initial import Constant, declared
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float, zero_centered: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(dim) if zero_centered else torch.ones(dim))
+        self.weight = declared(Constant(0 if zero_centered else 1), dim)
         self.eps, self.zero_centered = eps, zero_centered
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ x ← x + mlp(norm(x))       or   x ← x + norm(mlp(x))       if post_norm name
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import kernels
 from parallel import Shard
 from train.model import mixers
 from train.model.config import ModelConfig
+from train.model.initial import Constant, First, Normal, declarations, fill
 from train.model.mixers._parts import LowRank
 from train.model.mlps.swiglu import MLP
 from train.model.norm import RMSNorm
@@ -67,10 +68,37 @@ class Head(nn.Module):
         return kernels.linear_cross_entropy(hidden, self.weight, labels, z_loss=self.z_loss)
 
 
-class Model(nn.Module):
-    """A hybrid language model over a shard of the stream."""
+def skeleton(config: ModelConfig, vocab_size: int) -> Model:
+    """The model without memory for its weights: names and shapes."""
+    with torch.device("meta"):
+        return Model(config, vocab_size)
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+
+def place(model: nn.Module, make: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """Put a new parameter in the place of every one of `model`, over the tensor that `make` gives.
+
+    What two modules share they still share afterwards.
+    """
+    placed = {
+        old: nn.Parameter(make(name, old), requires_grad=old.requires_grad)
+        for name, old in model.named_parameters()
+    }
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(module, key, placed[parameter])
+
+
+class Model(nn.Module):
+    """A hybrid language model over a shard of the stream.
+
+    Args:
+        seed: from which parameters get their first values; not on `meta`, where they have none.
+
+    Attributes:
+        firsts: what each parameter begins as, by name.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.dim)
@@ -81,7 +109,9 @@ class Model(nn.Module):
         self.head = Head(vocab_size, config.dim, config.z_loss)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self._initialise()
+        self.firsts = self._firsts()
+        if not self.embedding.weight.is_meta:
+            fill(self, self.firsts, seed)
         # Counted now, since under ZeRO 3 a rank's parameters are empty between their uses.
         self.matmul_parameters = sum(
             parameter.numel()
@@ -89,22 +119,26 @@ class Model(nn.Module):
             if parameter.dim() >= 2 and name != "embedding.weight"
         )
 
-    def _initialise(self) -> None:
-        """Normal weights, biases 0. Matrices that write to the residual stream (`.out`) have
-        1 / √(2 layers) of the standard deviation."""
-        std = self.config.init_std
+    def _firsts(self) -> dict[str, First]:
+        """What every parameter begins as: as its module declares, else normal for matrices and 0
+        for biases. Matrices that write to the residual stream (`.out`) have 1 / √(2 layers) of the
+        standard deviation."""
+        found = declarations(self)
         multipliers = self.lr_multipliers()
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding, Head)):
-                writes_residual = name.endswith(".out")
+        for name, parameter in self.named_parameters():
+            if name in found:
+                continue
+            if parameter.dim() >= 2:
+                writes_residual = name.removesuffix(".weight").endswith(".out")
                 scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
                 # μP: m times as many inputs are summed, so the variance is 1/m.
-                scale *= multipliers.get(f"{name}.weight", 1.0) ** 0.5
-                nn.init.normal_(module.weight, std=std * scale)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            block.mixer.reset_parameters()
+                scale *= multipliers.get(name, 1.0) ** 0.5
+                found[name] = Normal(self.config.init_std * scale)
+            elif name.endswith("bias"):
+                found[name] = Constant(0)
+            else:
+                raise TypeError(f"{name} must declare what it begins as: see train.model.initial")
+        return found
 
     @property
     def width(self) -> float:

@@ -24,13 +24,13 @@ from data.tokens.beside import mapping, shown
 from data.values import dump
 from train.model import mixers
 from train.model.config import ModelConfig
-from train.model.transformer import Model
+from train.model.transformer import Model, skeleton
 from train.pretrained import families, weights
 from train.pretrained import tokenizer as files
 from train.pretrained.described import MOST_LAYERS, Described, settings
 from train.pretrained.families import OWN, Family
 from train.pretrained.links import Link, links
-from train.pretrained.weights import Say, check, skeleton
+from train.pretrained.weights import Say, check
 
 # Models of these families are pretrained at peaks of 1.5e-4 to 4e-4 and end far below. Much above
 # that they forget first what they have to learn again.

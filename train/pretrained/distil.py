@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import data
 from data import Batch, Cursor
@@ -26,7 +26,7 @@ from train.model import mixers
 from train.model.config import ModelConfig
 from train.model.mixers import hedgehog
 from train.model.mixers._parts import full, repeat_heads
-from train.model.transformer import Model
+from train.model.transformer import Model, place, skeleton
 from train.pretrained import tokenizer as files
 from train.pretrained.adopt import Pretrained
 from train.pretrained.weights import Say
@@ -65,7 +65,6 @@ def distil(
         if name == "hedgehog":
             student = mixers.make(name, config, layer)
             assert isinstance(student, hedgehog.Mixer)
-            student.reset_parameters()
             # The projections; maps are all that attention has not.
             student.load_state_dict(teacher.blocks[layer].mixer.state_dict(), strict=False)
             students[layer] = student.requires_grad_(False).to(device)
@@ -160,8 +159,9 @@ def _hidden(model: Model, tokens: Tensor, here: Shard) -> Iterator[tuple[int, Te
 
 
 def _teacher(pretrained: Pretrained) -> Model:
-    model = Model(pretrained.config, pretrained.model.embedding.num_embeddings)
-    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+    model = skeleton(pretrained.config, pretrained.model.embedding.num_embeddings)
+    place(model, lambda _, parameter: torch.empty(parameter.shape))
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in pretrained.named_weights():
             parameters[name].copy_(weight)

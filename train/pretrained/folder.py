@@ -27,10 +27,10 @@ from data.tokens.pieces import MOST_IDS
 from data.tokens.tokenizer import Tokenizer
 from train.config import Config, read
 from train.model import mixers
-from train.model.transformer import Model
+from train.model.transformer import Model, skeleton
 from train.pretrained import adopt, weights
 from train.pretrained import tokenizer as files
-from train.pretrained.weights import Say, check, check_shape, skeleton
+from train.pretrained.weights import Say, check, check_shape
 from train.survival import manifest
 
 SETTINGS, DESCRIPTION = "config.yaml", "config.json"

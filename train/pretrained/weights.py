@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +21,6 @@ from data import regular
 from data.settings import ConfigError
 from data.tokens.beside import mapping, shown
 from train.engine import WEIGHT
-from train.model.config import ModelConfig
 from train.model.transformer import Model
 
 Say = Callable[[str], None]  # told what is done, a line at a time
@@ -81,12 +79,6 @@ class Tensors:
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._where[name].get_tensor(name + self._suffix)
         return tensor
-
-
-def skeleton(config: ModelConfig, vocab_size: int) -> Model:
-    """The model without memory for its weights: names and shapes."""
-    with torch.device("meta"):
-        return Model(config, vocab_size)
 
 
 def check(model: Model, shapes: dict[str, list[int]], source: Path) -> None:

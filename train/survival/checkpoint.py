@@ -211,10 +211,10 @@ def load(path: Path, engine: Engine) -> None:
                         "restore optim.name or set another run.name"
                     )
 
-        def read_entry(label: str, key: str) -> Tensor:
+        def read_entry(label: str, key: str, begin: int, end: int) -> Tensor:
             entry = _entry(label, key)
-            full: Tensor = where[entry].get_tensor(entry)
-            return full
+            mapped: Tensor = where[entry].get_tensor(entry)
+            return mapped.flatten()[begin:end]  # all of the file that is read
 
         engine.scatter(read_entry)
     engine.set_optimizer_step(manifest["step"])

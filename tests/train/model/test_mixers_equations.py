@@ -240,7 +240,6 @@ def test_a_mixer_is_its_equation(
     torch.manual_seed(0)
     model = ModelConfig(pattern=[name], layers=4, dim=DIM, mixers={name: settings})
     mixer = mixers.make(name, model, layer).double()
-    mixer.reset_parameters()
     for parameter in mixer.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     weights = dict(mixer.named_parameters())

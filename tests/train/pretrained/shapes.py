@@ -90,7 +90,7 @@ SHAPES: dict[str, ModelConfig] = {
 def make(settings: ModelConfig, vocabulary: int = VOCABULARY) -> Model:
     """A model whose every parameter has its say: no norm or bias is left at 0 or 1."""
     torch.manual_seed(2)
-    model = Model(settings, vocabulary)
+    model = Model(settings, vocabulary, seed=2)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -36,12 +36,12 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def __init__(self, model: ModelConfig, config: Any, layer: int) -> None:
-        """The mixer of block `layer`, counted from 0; `config` is its file's `Config`."""
-        super().__init__()
+        """The mixer of block `layer`, counted from 0; `config` is its file's `Config`.
 
-    def reset_parameters(self) -> None:
-        """Initialise the parameters that are not weights or biases of an `nn.Linear`, which the
-        model initialises before."""
+        Parameters that are neither matrices nor biases declare what they begin as
+        (`train.model.initial`).
+        """
+        super().__init__()
 
     @abstractmethod
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:

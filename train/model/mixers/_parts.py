@@ -19,6 +19,7 @@ from parallel import Shard
 from parallel.planning.clusters import Recurrent
 from train.model import mixers
 from train.model.config import MOST_HEAD_DIM, MOST_HEADS, MOST_TAPS, ModelConfig
+from train.model.initial import Constant, Uniform, declared
 from train.model.linear import InParts, Linear
 
 
@@ -89,9 +90,6 @@ class LinearMixer(mixers.Mixer):
         self.conv_bias: nn.Parameter | None = None
         self.out = nn.Linear(self.value_dim, model.dim, bias=False)
 
-    def reset_parameters(self) -> None:
-        reset_filters(self.conv)
-
     def project(
         self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,15 +108,9 @@ class LinearMixer(mixers.Mixer):
 
 
 def short_filters(channels: int, size: int) -> nn.Parameter | None:
-    """Filters (channels, size) of a short convolution; None for size 0."""
-    return nn.Parameter(torch.empty(channels, size)) if size else None
-
-
-def reset_filters(filters: Tensor | None) -> None:
-    """Initialise filters (channels, size) as `nn.Conv1d` does."""
-    if filters is not None:
-        bound = filters.shape[1] ** -0.5
-        nn.init.uniform_(filters, -bound, bound)
+    """Filters (channels, size) of a short convolution, which begin as `nn.Conv1d`'s; None for
+    size 0."""
+    return declared(Uniform(-(size**-0.5), size**-0.5), channels, size) if size else None
 
 
 def convolved(
@@ -231,7 +223,7 @@ class BoundedForgetGate(nn.Module):
         super().__init__()
         # γ = σ(bound)
         start = math.log(layer / (layers - layer)) if layer else 0.0
-        self.bound = nn.Parameter(torch.full((dim,), start)) if layer else None
+        self.bound = declared(Constant(start), dim) if layer else None
 
     def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """f (…, dim) -> log a and 1 − a, (…, dim) each, both exact near 0."""
@@ -263,13 +255,20 @@ def unit_length(x: Tensor) -> Tensor:
     return x * torch.rsqrt(full(x).square().sum(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 
-def reset_decay(A_log: Tensor, dt_bias: Tensor, slowest: float = 1.0) -> None:
-    """Mamba's ranges for decay = −exp(A_log) · softplus(… + dt_bias).
+def decay_parameters(
+    rates: int, steps: int, slowest: float = 1.0
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A_log (rates,) and dt_bias (steps,) of decay = −exp(A_log) · softplus(… + dt_bias).
 
-    Rates are uniform from `slowest` to 16, time steps log-uniform in [0.001, 0.1].
+    They begin in Mamba's ranges: rates uniform from `slowest` to 16, time steps log-uniform in
+    [0.001, 0.1].
     """
-    with torch.no_grad():
-        A_log.uniform_(slowest, 16).log_()
-        dt = dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_()
-        # The inverse of softplus, so that softplus(dt_bias) is dt.
-        dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+    A_log = declared(Uniform(slowest, 16, then=torch.log), rates)
+    dt_bias = declared(Uniform(math.log(1e-3), math.log(0.1), then=_softplus_is_exp), steps)
+    return A_log, dt_bias
+
+
+def _softplus_is_exp(x: Tensor) -> Tensor:
+    """y with softplus(y) = exp(x)."""
+    dt = x.exp()
+    return dt + torch.log(-torch.expm1(-dt))

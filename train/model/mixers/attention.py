@@ -19,7 +19,7 @@ from parallel import Shard, Waves
 from train.model import mixers
 from train.model.config import MOST_HEAD_DIM, MOST_HEADS, MOST_TAPS, ModelConfig
 from train.model.linear import InParts, Linear, Run
-from train.model.mixers._parts import convolved, reset_filters, short_filters
+from train.model.mixers._parts import convolved, short_filters
 from train.model.norm import RMSNorm
 
 
@@ -138,9 +138,6 @@ class Mixer(ProjectedMixer):
         super().__init__(model, config, layer)
         self.window = config.window
         self.conv = short_filters(sum(self.widths), config.conv_size)
-
-    def reset_parameters(self) -> None:
-        reset_filters(self.conv)
 
     @property
     def by_wave(self) -> bool:

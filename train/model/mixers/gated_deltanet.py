@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,9 +16,9 @@ from train.model.mixers._parts import (
     Later,
     LinearMixer,
     by_head,
+    decay_parameters,
     full,
     recur,
-    reset_decay,
     unit_length,
 )
 from train.model.norm import RMSNorm
@@ -48,13 +47,10 @@ class Mixer(LinearMixer):
         self.gate = Linear(model.dim, self.value_dim, bias=False)
         # (…, dim) -> (…, 2 · Hv): β, and the part of the decay that depends on the token.
         self.beta_decay = nn.Linear(model.dim, 2 * self.value_heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.value_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
+        self.A_log, self.dt_bias = decay_parameters(
+            self.value_heads, self.value_heads, slowest=1e-3
+        )
         self.norm = RMSNorm(self.value_head_dim, config.norm_eps or model.norm_eps)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        reset_decay(self.A_log, self.dt_bias, slowest=1e-3)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         q, k, v = self.project(x, shard, cache)

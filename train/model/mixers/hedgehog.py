@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import flops
 from parallel import Shard
 from parallel.planning.clusters import Recurrent
 from train.model.config import ModelConfig
+from train.model.initial import Identity, declared
 from train.model.mixers._parts import average, repeat_heads
 from train.model.mixers.attention import ProjectedMixer, Projections
 
@@ -32,13 +33,9 @@ class Mixer(ProjectedMixer):
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
         self.recurrent = Recurrent("linear", self.heads, 2 * self.head_dim, self.head_dim + 1)
-        self.q_map = nn.Parameter(torch.empty(self.heads, self.head_dim, self.head_dim))
-        self.k_map = nn.Parameter(torch.empty(self.heads, self.head_dim, self.head_dim))
-
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            for weight in (self.q_map, self.k_map):
-                weight.copy_(torch.eye(self.head_dim))
+        maps = self.heads, self.head_dim, self.head_dim
+        self.q_map = declared(Identity(self.head_dim), *maps)
+        self.k_map = declared(Identity(self.head_dim), *maps)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         q, k, v = self.project(x, shard)

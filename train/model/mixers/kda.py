@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,9 +15,9 @@ from train.model.mixers._parts import (
     LinearMixer,
     LowRank,
     by_head,
+    decay_parameters,
     full,
     recur,
-    reset_decay,
     unit_length,
 )
 from train.model.norm import RMSNorm
@@ -42,13 +41,8 @@ class Mixer(LinearMixer):
         self.beta = nn.Linear(model.dim, self.value_heads, bias=False)
         self.decay = LowRank(model.dim, rank, decay_dim)
         self.gate = LowRank(model.dim, rank, self.value_dim)
-        self.A_log = nn.Parameter(torch.empty(self.value_heads))
-        self.dt_bias = nn.Parameter(torch.empty(decay_dim))
+        self.A_log, self.dt_bias = decay_parameters(self.value_heads, decay_dim)
         self.norm = RMSNorm(self.value_head_dim, model.norm_eps)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        reset_decay(self.A_log, self.dt_bias)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         q, k, v = self.project(x, shard, cache)

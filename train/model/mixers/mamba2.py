@@ -12,8 +12,9 @@ import kernels
 from data.settings import ConfigError, setting
 from parallel import Shard
 from train.model.config import MOST_HEAD_DIM, MOST_HEADS, MOST_TAPS, ModelConfig
+from train.model.initial import Constant, declared
 from train.model.linear import Linear
-from train.model.mixers._parts import Heads, Later, LinearMixer, full, recur, reset_decay
+from train.model.mixers._parts import Heads, Later, LinearMixer, decay_parameters, full, recur
 
 
 @dataclass
@@ -43,17 +44,10 @@ class Mixer(LinearMixer):
         self.conv_bias = nn.Parameter(torch.empty(sum(self.widths)))
         self.dt = nn.Linear(model.dim, heads, bias=False)
         self.gate = Linear(model.dim, self.value_dim, bias=False)
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.D = nn.Parameter(torch.ones(heads))
-        self.norm = nn.Parameter(torch.ones(self.value_dim))
+        self.A_log, self.dt_bias = decay_parameters(heads, heads)
+        self.D = declared(Constant(1), heads)
+        self.norm = declared(Constant(1), self.value_dim)
         self.norm_eps = model.norm_eps
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        reset_decay(self.A_log, self.dt_bias)
-        assert self.conv_bias is not None
-        nn.init.zeros_(self.conv_bias)
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         C, B, values = self.project(x, shard, cache)
