@@ -132,6 +132,9 @@ def _check(folder: Path, fresh: bool, overwrite: bool) -> None:
     staging = checkpoints / STAGING
     if os.path.lexists(staging) and not staging.is_dir() and not staging.is_symlink():
         raise ConfigError(f"{staging} is no folder; remove it, or {another}")
+    for path in sorted(staging.glob("*")):
+        if path.is_dir() and not path.is_symlink():
+            raise ConfigError(f"{path} is a folder, where files are saved; move it, or {another}")
     settings = _settings(folder / CONFIG) if CONFIG in names else None
     ours = settings is not None and _is_run(settings)
     if CONFIG in names and not ours:

@@ -391,16 +391,21 @@ def test_settings_that_cannot_be_read_are_one_line(
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/.staging", ".lock", "."])
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints", "checkpoints/.staging", "checkpoints/.staging/manifest.json", ".lock", "."],
+)
 def test_what_is_of_the_wrong_kind_is_one_line(
     config: Path, run: Path, name: str, fresh: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name.startswith("checkpoints"):
+    if name in ("checkpoints", "checkpoints/.staging"):
         shutil.rmtree(run / name, ignore_errors=True)
         (run / name).write_text("mine")
     elif name == ".lock":
         (run / name).unlink()
         (run / name).mkdir()
+    elif name.endswith(".json"):
+        (run / name).mkdir(parents=True)
     else:
         shutil.rmtree(run)
         run.write_text("mine")
