@@ -323,7 +323,7 @@ def _clocked(made: dict[str, Any], what: str) -> list[str]:
     )
     lines.append(f"days by nodes: {others}")
     lines.append(
-        f"{time['days']:,.3g} days in all; a checkpoint has {size:,.2f} GB, "
+        f"{_long(time['days'])} in all; a checkpoint has {size:,.2f} GB, "
         f"{time['checkpoint_seconds']:,.1f} s beside training at 1 GB/s a node"
     )
     return lines
@@ -365,6 +365,13 @@ def figure(made: dict[str, Any]) -> Any:
         parts = folded(row)
         bars[name] = {kind: size / 1e9 for kind, size in parts.items()}
     return figures.stacked(bars, "GB at most", made["memory"]["room"] / 1e9)
+
+
+def _long(days: float) -> str:
+    """A time in the largest unit that it is one of."""
+    units = ((DAY, "days"), (3600, "hours"), (60, "minutes"), (0, "s"))
+    size, name = next((size, name) for size, name in units if days * DAY >= size)
+    return f"{days * DAY / (size or 1):,.3g} {name}"
 
 
 def _short(number: float) -> str:

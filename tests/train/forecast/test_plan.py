@@ -101,7 +101,13 @@ def test_a_picture_the_text_and_the_numbers_are_made(
     assert main(["plan", SMOKE, *FAST, f"data.root={tmp_path}", "--json", "--gpus", "1"]) == 0
     made = json.loads(capsys.readouterr().out)
     text = report.text(made)  # JSON holds all that the text says
-    for part in ("a step", "MFU", "days in all", "days by nodes", "the text is not prepared here"):
+    for part in (
+        "a step",
+        "MFU",
+        " in all; a checkpoint",
+        "days by nodes",
+        "the text is not prepared here",
+    ):
         assert part in text
     assert report.configured(made)["total"] == sum(report.configured(made)["kinds"].values())
 
@@ -133,3 +139,17 @@ def test_what_is_wrong_is_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0 s"),
+        (0.195, "0.195 s"),
+        (90, "1.5 minutes"),
+        (86399, "24 hours"),
+        (271296, "3.14 days"),
+    ],
+)
+def test_a_time_is_said_in_its_unit(seconds: float, said: str) -> None:
+    assert report._long(seconds / report.DAY) == said
