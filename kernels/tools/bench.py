@@ -264,6 +264,9 @@ def main(lengths: list[int], only: str, path: str, as_json: bool) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = sorted(lengths or ([8192, 16384, 32768] if device == "cuda" else [256, 512, 1024]))
     timings: list[Timing] = []
+    if not any(only in subject.op for subject in subjects(1, device)):
+        print(f"--only is {only[:200]!r}; no op's name contains it", file=sys.stderr)
+        return 2
     if not as_json:
         print(
             f"{'op':32} {'by':24} {'tokens':>7} {'fwd ms':>9} {'both ms':>9} {'× ours':>7} "
@@ -288,7 +291,6 @@ def main(lengths: list[int], only: str, path: str, as_json: bool) -> int:
                 )
     if as_json:
         print(json.dumps([t._asdict() for t in timings], indent=1))
-    if timings:
-        plot(timings, path)
-        print(f"plot saved in {path}", file=sys.stderr)
+    plot(timings, path)
+    print(f"plot saved in {path}", file=sys.stderr)
     return 0

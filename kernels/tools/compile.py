@@ -249,6 +249,9 @@ def main(archs: list[str], pattern: str, as_json: bool, jobs: int | None) -> int
         print("compile needs the real compiler: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     wanted = [c for arch in archs for c in configurations(arch) if pattern in c.name]
+    if not wanted:
+        print(f"--only is {pattern[:200]!r}; no kernel's name contains it", file=sys.stderr)
+        return 2
     reports = []
     if not as_json:
         print(_HEADER)

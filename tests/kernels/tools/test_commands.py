@@ -63,6 +63,13 @@ def test_a_second_run_compiles_nothing(run, tmp_path):
     assert kept[0] == kept[1]
 
 
+def test_a_name_that_no_kernel_has_is_one_line(run):
+    result = run("compile", "--only", "nosuch")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "--only is 'nosuch'; no kernel's name contains it" in result.stderr
+
+
 def test_spills_are_counted(run):
     # Wider than any model's heads: a state of 256 rows leaves too few registers, but for the pass
     # that makes states again, without outputs.

@@ -17,6 +17,7 @@ from kernels.__main__ import main
         ("bench --plot x.zzz", "--plot is 'x.zzz'; its name must end in .png"),
         ("bench --plot /", "its name must end in .png"),
         ("bench --plot nowhere/x.png", "there is no folder 'nowhere'"),
+        ("bench --only nosuch --length 1", "--only is 'nosuch'; no op's name contains it"),
     ],
 )
 def test_wrong_words_end_with_one_line(
