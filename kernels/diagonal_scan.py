@@ -181,18 +181,31 @@ def _times_before(gradient: Tensor, block: Block, h: Tensor, state: Tensor | Non
 
 
 def scan_begin(
-    x: Tensor, decay: Tensor, lengths: Sequence[int]
+    x: Tensor,
+    decay: Tensor,
+    lengths: Sequence[int],
+    cu_seqlens: Tensor | None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, list[Local]]:
-    """The part of the scan, in torch, that does not depend on the states that enter.
+    """The part of the scan that does not depend on the states that enter.
+
+    Triton's kernels read x and decay for it, and again once the states are known: they keep nothing
+    in between.
 
     Args:
         x, decay: (1, T, D), N segments laid end to end.
         lengths: tokens of each; none is empty.
+        cu_seqlens: the same on the device; None if N is 1.
 
     Returns:
         M and E (N, D), where the states that leave are M · state + E; and what `scan_finish` needs.
     """
     dtype = accumulation_dtype(x.dtype)
+    if use_triton(backend, x):
+        from kernels.triton import diagonal_scan as compiled
+
+        logs = [part.sum(0, dtype=dtype) for part in decay[0].split(list(lengths))]
+        return torch.stack(logs).exp_(), compiled.ends(x, decay, cu_seqlens), []
     M, E = torch.ones(2, len(lengths), x.shape[2], dtype=dtype, device=x.device).unbind()
     E.zero_()
     begun = []
@@ -204,9 +217,17 @@ def scan_begin(
 
 
 def scan_finish(
-    x: Tensor, lengths: Sequence[int], begun: Sequence[Local], initial_state: Tensor
+    x: Tensor,
+    decay: Tensor,
+    lengths: Sequence[int],
+    cu_seqlens: Tensor | None,
+    begun: Sequence[Local],
+    initial_state: Tensor,
+    backend: Backend = "auto",
 ) -> Tensor:
     """h (1, T, D) from the states that enter, (N, D). Overwrites `begun`."""
+    if use_triton(backend, x):
+        return scan_forward(x, decay, initial_state, cu_seqlens, backend)[0]
     h, state = torch.empty_like(x), initial_state.clone()
     for (n, start, end, _, _), local in zip(_blocks_of(x, lengths), begun, strict=True):
         states = local.entered_by(state[n])
@@ -216,7 +237,11 @@ def scan_finish(
 
 
 def scan_begin_backward(
-    decay: Tensor, lengths: Sequence[int], dh: Tensor
+    decay: Tensor,
+    lengths: Sequence[int],
+    cu_seqlens: Tensor | None,
+    dh: Tensor,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, list[tuple[Tensor, Local]]]:
     """The part of the backward pass that does not depend on gradients of states that leave.
 
@@ -224,6 +249,10 @@ def scan_begin_backward(
         (N, D), the gradient of the states that enter, through h alone; and what
         `scan_finish_backward` needs.
     """
+    if use_triton(backend, dh):
+        from kernels.triton import diagonal_scan as compiled
+
+        return compiled.starts(dh, decay, cu_seqlens), []
     dtype = accumulation_dtype(dh.dtype)
     dstate = torch.zeros(len(lengths), dh.shape[2], dtype=dtype, device=dh.device)
     begun = []
@@ -240,12 +269,17 @@ def scan_finish_backward(
     h: Tensor,
     decay: Tensor,
     lengths: Sequence[int],
+    cu_seqlens: Tensor | None,
     initial_state: Tensor,
     begun: Sequence[tuple[Tensor, Local]],
+    dh: Tensor,
     dfinal: Tensor,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the decay, given those of the states that leave (N, D). Overwrites
     `begun`."""
+    if use_triton(backend, h):
+        return scan_backward(h, decay, initial_state, cu_seqlens, dh, dfinal, backend)[:2]
     dx, ddecay, carried = torch.empty_like(h), torch.empty_like(decay), dfinal.clone()
     for block, (factor, local) in zip(reversed(_blocks_of(h, lengths)), begun, strict=True):
         n, start, end = block[:3]

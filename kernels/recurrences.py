@@ -12,8 +12,8 @@ that of S is known before the op's backward pass, which then runs once:
 
 `forward` and `backward` are the op where states are known from the start. Where not, `begin` gives
 M and E, and `finish` takes S; `begin_backward` gives Rᵀ do, and `finish_backward` takes dS_out.
-Linear attention runs from states of zero and then adds R S. The scan in torch has two levels, and
-waits between them: it makes no R.
+Linear attention runs from states of zero and then adds R S. The scan has two levels, and waits
+between them: it makes no R.
 
 Shapes of N segments laid end to end: states and E (N, H, Dk, Dv); R (1, T, H, Dk), in the dtype in
 which the backend multiplies; M as in `kernels.segments`. The diagonal scan has D heads with
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend as ScanBackend
-from kernels.backend import device_kind, use_triton
+from kernels.backend import device_kind
 from kernels.diagonal_scan import (
     scan_backward,
     scan_begin,
@@ -275,42 +275,21 @@ class DiagonalScan(Recurrence):
 
     def begin(self, inputs: Inputs, segments: Packed) -> Begun:
         x, decay = inputs
-        if not use_triton(self._backend, x):
-            M, E, begun = scan_begin(x, decay, segments.lengths)
-            return Begun(M, E[..., None, None], tuple(begun))
-        dtype = accumulation_dtype(x.dtype)
-        h, E = scan_forward(x.to(dtype), decay, None, segments.cu_seqlens, self._backend)
-        R = torch.empty_like(h)
-        for rows in segments.rows():
-            torch.cumsum(decay[0, rows], dim=0, dtype=dtype, out=R[0, rows])
-        R.exp_()
-        M = torch.stack([R[0, rows.stop - 1] for rows in segments.rows()])
-        return Begun(M, E[..., None, None], (h, R))
+        M, E, begun = scan_begin(x, decay, *segments, self._backend)
+        return Begun(M, E[..., None, None], tuple(begun))
 
     def finish(
         self, inputs: Inputs, segments: Packed, begun: Begun, state: Tensor
     ) -> tuple[Tensor, Kept]:
-        x, S = inputs[0], state[..., 0, 0]
-        if not use_triton(self._backend, x):
-            h = scan_finish(x, segments.lengths, begun.pending, S)
-            return h, (h,)
-        h, R = begun.pending
-        for n, rows in enumerate(segments.rows()):
-            h[0, rows].addcmul_(R[0, rows], S[n])
-        h = h.to(x.dtype)
-        return h, (h, R)
+        (x, decay), S = inputs, state[..., 0, 0]
+        h = scan_finish(x, decay, *segments, begun.pending, S, self._backend)
+        return h, (h,)
 
     def begin_backward(
         self, inputs: Inputs, segments: Packed, kept: Kept, do: Tensor
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        if not use_triton(self._backend, do):
-            dS, begun = scan_begin_backward(inputs[1], segments.lengths, do)
-            return dS[..., None, None], tuple(begun)
-        _, R = kept
-        assert R is not None
-        products = R * do  # (1, t, D)
-        parts = [products[0, rows].sum(0) for rows in segments.rows()]
-        return torch.stack(parts)[..., None, None], ()
+        dS, begun = scan_begin_backward(inputs[1], *segments, do, self._backend)
+        return dS[..., None, None], tuple(begun)
 
     def finish_backward(
         self,
@@ -322,9 +301,7 @@ class DiagonalScan(Recurrence):
         pending: tuple[Any, ...],
         dstate: Tensor,
     ) -> list[Tensor | None]:
-        h, decay = kept[0], inputs[1]
+        (h,), (_, decay) = kept, inputs
         assert h is not None
-        if use_triton(self._backend, h):
-            return self.backward(inputs, segments, state, (h,), do, dstate)[0]
         S, dfinal = state[..., 0, 0], dstate[..., 0, 0]
-        return [*scan_finish_backward(h, decay, segments.lengths, S, pending, dfinal)]
+        return [*scan_finish_backward(h, decay, *segments, S, pending, do, dfinal, self._backend)]

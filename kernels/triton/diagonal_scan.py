@@ -218,9 +218,9 @@ def forward(
     x: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """h and the final state of `kernels.diagonal_scan`; bf16, fp16 or fp32."""
-    B, T, D = x.shape
+    T, D = x.shape[1:]
     bounds = packed_bounds(cu_seqlens, x.device)
-    N = B if bounds is None else len(bounds) - 1
+    N = _sequences(x, bounds)
     x, decay = x.contiguous(), decay.contiguous()
     state = None if initial_state is None else initial_state.float().contiguous()
     h = torch.empty_like(x)
@@ -247,9 +247,9 @@ def backward(
     dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, of the decay and of the initial state, if there is one, in fp32."""
-    B, T, D = h.shape
+    T, D = h.shape[1:]
     bounds = packed_bounds(cu_seqlens, h.device)
-    N = B if bounds is None else len(bounds) - 1
+    N = _sequences(h, bounds)
     h, decay = h.contiguous(), decay.contiguous()
     state = None if initial_state is None else initial_state.float().contiguous()
     dh = None if dh is None else dh.contiguous()
@@ -268,6 +268,46 @@ def backward(
         N, T, D, chunks, STATE=state is not None, **constants,
     )  # fmt: skip
     return dx, ddecay, dstate
+
+
+def ends(x: Tensor, decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(N, D) fp32: the last h of each sequence, from states of zero."""
+    x, decay, bounds = x.contiguous(), decay.contiguous(), packed_bounds(cu_seqlens, x.device)
+    (T, D), N = x.shape[1:], _sequences(x, bounds)
+    factors, totals, grid, constants = _plan(x, bounds)
+    launch(
+        forward_totals, grid, x, decay, None, factors, totals, bounds, N, T, D,
+        STATE=False, **constants,
+    )  # fmt: skip
+    _enter(factors, totals, False)
+    return totals[_first_chunks(N, T, bounds, constants["ROWS"], x.device)[1:] - 1]
+
+
+def starts(dh: Tensor, decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(N, D) fp32: the gradient of each sequence's initial state that comes through h alone."""
+    dh, decay, bounds = dh.contiguous(), decay.contiguous(), packed_bounds(cu_seqlens, dh.device)
+    (B, T, D), N = dh.shape, _sequences(dh, bounds)
+    factors, totals, grid, constants = _plan(dh, bounds)
+    launch(
+        backward_totals, grid, dh, None, decay, factors, totals, bounds, N, T, D,
+        OUTPUT=True, FINAL=False, **constants,
+    )  # fmt: skip
+    _enter(factors, totals, True)
+    first = torch.arange(N, device=dh.device) * T if bounds is None else bounds[:-1]
+    chunk = _first_chunks(N, T, bounds, constants["ROWS"], dh.device)[:-1]
+    return totals[chunk] * decay.view(B * T, D)[first].float().exp()
+
+
+def _sequences(x: Tensor, bounds: Tensor | None) -> int:
+    return len(x) if bounds is None else len(bounds) - 1
+
+
+def _first_chunks(
+    N: int, length: int, bounds: Tensor | None, rows: int, device: torch.device
+) -> Tensor:
+    """(N + 1,): the chunk that each sequence begins with, and that after the last one's."""
+    number = torch.arange(N + 1, device=device)
+    return number * -(-length // rows) if bounds is None else bounds // rows + number
 
 
 def _plan(
