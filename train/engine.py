@@ -50,6 +50,7 @@ class Engine:
     with, and 1/P of the fp32 masters and the optimiser's means (stage 1 in bf16 also N fp32
     gradients); stage 3 holds 1/P of everything, gradients among it, and a bucket. What a start
     takes beside it does not grow with the model: numbers are made or read `_READ` at a time.
+    Buffers are whole on every rank, and keep their dtype.
 
     Args:
         model: on `meta`: its weights are unset until `begin` or `scatter`. One with weights
@@ -68,24 +69,28 @@ class Engine:
         accumulate: int,
     ) -> None:
         self.world, self.stage = world, zero.stage
-        given = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
-        # Without ZeRO nobody copies the weights into memory of their own.
-        make = stand_in if zero.stage else _unset
-        place(model, lambda _, parameter: make(parameter.shape, dtype, world.device))
+        given = {name: x.detach() for name, x in model.kept_tensors() if not x.is_meta}
+
+        def make(_: str, old: Tensor) -> Tensor:
+            if not isinstance(old, nn.Parameter):
+                return torch.empty(old.shape, dtype=old.dtype, device=world.device)
+            if zero.stage == 0:  # nobody copies weights into memory of their own
+                return torch.empty(old.shape, dtype=dtype, device=world.device)
+            return stand_in(old.shape, dtype, world.device)
+
+        place(model, make)
         self.names = {parameter: name for name, parameter in model.named_parameters()}
-        # A learning rate of zero until a step sets it: DeepSpeed makes some of the
-        # optimiser's state by a step of its own, which must change nothing.
         groups = parameter_groups(model.named_parameters(), optim, model.lr_multipliers())
         self.state_keys = {
             self.names[parameter]: _MUON if group["orthogonal"] else _ADAMW
             for group in groups
             for parameter in group["params"]
-        }
+        } | {name: (WEIGHT,) for name, _ in model.named_buffers()}
         optimizer = Muon(
             groups,
             optim.momentum,
             world,
-            lr=0.0,
+            lr=0.0,  # until a step sets it
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
             fused=True,
@@ -168,6 +173,8 @@ class Engine:
         for parameter, name in self.names.items():
             for key in self.state_keys[name]:
                 yield name, key, self._full(parameter, key)
+        for name, buffer in self.model.named_buffers():
+            yield name, WEIGHT, buffer
 
     def begin(self, seed: int) -> None:
         """Set the weights to the model's first values; the optimiser stays as new."""
@@ -181,6 +188,8 @@ class Engine:
                 if key in keys:
                     self._set(parameter, key, lambda *part, n=name, k=key: read(n, k, *part))
         if WEIGHT in keys:
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(read(name, WEIGHT, 0, buffer.numel()).view(buffer.shape))
             self._share_weights()
 
     def set_optimizer_step(self, step: int) -> None:
@@ -188,6 +197,12 @@ class Engine:
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(step)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The full shape of everything that is saved, by name: of parameters and buffers."""
+        found = {name: self.shape(parameter) for parameter, name in self.names.items()}
+        return found | {name: buffer.shape for name, buffer in self.model.named_buffers()}
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """The full shape, also where ZeRO 3 has left this rank a part."""
@@ -216,11 +231,10 @@ class Engine:
         for flat, group, members in self._partitions():
             if group["orthogonal"] and self.stage > 0:
                 self._optimizer.pieces[flat] = self._pieces(members)
-            if not state[flat]:
-                state[flat]["exp_avg"] = torch.zeros_like(flat)
-                if not group["orthogonal"]:
-                    state[flat]["exp_avg_sq"] = torch.zeros_like(flat)
-                    state[flat]["step"] = torch.zeros((), device=flat.device)
+            state[flat]["exp_avg"] = torch.zeros_like(flat)
+            if not group["orthogonal"]:
+                state[flat]["exp_avg_sq"] = torch.zeros_like(flat)
+                state[flat]["step"] = torch.zeros((), device=flat.device)
         wrapper = self._engine.optimizer
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             wrapper._lazy_init_hp_params_optimizer_state()
@@ -327,10 +341,6 @@ class Engine:
             for parts in of_bf16 or wrapper.parallel_partitioned_bit16_groups:
                 for owner, part in enumerate(parts):
                     self.world.broadcast(part, owner)
-
-
-def _unset(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def dtype_of(config: TrainConfig, device: str) -> torch.dtype:

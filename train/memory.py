@@ -25,20 +25,21 @@ _REFUSED = re.compile(r"can't allocate memory|out of memory|Storage size calcula
 def check(config: Config, world: World, dtype: torch.dtype) -> None:
     """Refuse a run that cannot fit, by what it needs at the very least.
 
-    A rank holds its weights in `dtype`, a share of gradients and of the optimiser's three fp32
-    numbers a parameter, its share of each block's input, and all tokens and labels of a step.
-    The weights of a GPU's model are made in fp32 beside it.
+    A rank holds its weights in `dtype` (of ZeRO 3 a share), a share of gradients and of the
+    optimiser's three fp32 numbers a parameter, its share of each block's input, and all tokens and
+    labels of a step. A GPU's machine holds only the latter.
 
     Raises:
         ConfigError: naming what is needed and what there is.
     """
     count = parameters(config)
     model, train = config.model, config.train
-    states = count * (dtype.itemsize + 3 * _FP32 / world.size)
+    copies = world.size if config.zero.stage == 3 else 1
+    states = count * (dtype.itemsize / copies + 3 * _FP32 / world.size)
     activations = train.batch_tokens / world.size * model.layers * model.dim * dtype.itemsize
     step = 2 * 8 * train.batch_tokens * train.accumulate
     on_gpu = world.device.type == "cuda"
-    host = _FP32 * count + step if on_gpu else states + activations + step
+    host = step if on_gpu else states + activations + step
     places = [("machine", host * world.ranks_per_node, memory())]
     if on_gpu:
         held = torch.cuda.get_device_properties(world.device).total_memory

@@ -34,7 +34,7 @@ def begin_from(folder: Path, engine: Engine, say: Callable[[str], None]) -> None
         if wrong:
             raise ConfigError(f"run.start_from is {folder}: {wrong}; name another checkpoint")
     tensors = weights.of_ours(folder)
-    shapes = {name: list(engine.shape(parameter)) for parameter, name in engine.names.items()}
+    shapes = {name: list(shape) for name, shape in engine.shapes.items()}
     for name, wanted in shapes.items():
         held = tensors.shape(name) if name in tensors else None
         if held == wanted:

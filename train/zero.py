@@ -85,15 +85,18 @@ def _flattened(tensors: list[Tensor]) -> Tensor:
 
 
 def _partition(init: Any, parameter: Any) -> None:
-    """Stage 3: make this rank's part of a parameter, its content unset, padded with zeros."""
+    """Stage 3: a stand-in for this rank's part of a parameter; DeepSpeed copies all parts into one
+    flat tensor before it uses them.
+
+    The parameter itself stays a stand-in until DeepSpeed has put its hooks on it. It would gather
+    the whole model for that, one parameter after the other.
+    """
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 
     init._convert_to_deepspeed_param(parameter)
-    rank, ranks = parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+    ranks = parameter.ds_zero_partition_world_size
     size = -(-parameter.ds_numel // ranks)
-    part = torch.empty(size, dtype=parameter.dtype, device=init.local_device)
-    part[max(parameter.ds_numel - rank * size, 0) :] = 0
+    part = stand_in(torch.Size([size]), parameter.dtype, init.local_device)
     part.ds_numel, part.final_location = size, None  # type: ignore[attr-defined]
     part.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
     parameter.ds_tensor, parameter.ds_numel_aligned = part, size * ranks
-    parameter.partition()

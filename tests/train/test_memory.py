@@ -34,6 +34,17 @@ def test_what_cannot_fit_is_refused_before_it_is_made(words: list[str]) -> None:
         memory.check(read(SMOKE, words), ALONE, torch.float32)
 
 
+def test_of_the_weights_a_share_is_counted_under_zero_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four machines of 6 bytes a parameter: 4 + 12 / 4 are needed, and 16 / 4 under stage 3."""
+    four = World(0, 4, 0, torch.device("cpu"))
+    words = ["train.batch_tokens=256", "train.seq_len=256"]
+    count = memory.parameters(read(SMOKE, words))
+    monkeypatch.setattr(memory, "memory", lambda: 6 * count)
+    memory.check(read(SMOKE, [*words, "zero.stage=3"]), four, torch.float32)
+    with pytest.raises(ConfigError, match="GB a machine"):
+        memory.check(read(SMOKE, [*words, "zero.stage=2"]), four, torch.float32)
+
+
 def test_a_run_that_fits_is_not_refused_and_parameters_are_counted() -> None:
     for words in ([], ["model.tie_embeddings=false", "model.pattern=[kda, attention]"]):
         config = read(SMOKE, words)

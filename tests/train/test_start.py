@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from parallel import World
+from tests.train.model.test_initial import Stacked
 from train import start
 from train.config import ZeroConfig
 from train.engine import WEIGHT, Engine
@@ -17,7 +18,7 @@ from train.forecast.ledger import Ledger
 from train.forecast.states import states
 from train.model.config import ModelConfig
 from train.model.initial import values
-from train.model.transformer import skeleton
+from train.model.transformer import Model, skeleton
 from train.optimiser.optim import OptimConfig
 from train.survival import checkpoint
 from train.survival.manifest import Progress
@@ -49,9 +50,17 @@ class Real(Ledger):
             super()._note(storage)
 
 
+def model() -> Model:
+    """One that also has what no rule of Headrace knows: stacked matrices, and a buffer."""
+    made = skeleton(MODEL, VOCABULARY)
+    with torch.device("meta"):
+        made.blocks[0].mlp = Stacked(MODEL.dim)  # type: ignore[assignment]
+    made.firsts = made._firsts()
+    return made
+
+
 def engine(world: World, stage: int, dtype: torch.dtype, optimiser: str) -> Engine:
-    model = skeleton(MODEL, VOCABULARY)
-    return Engine(model, OPTIMISERS[optimiser], ZeroConfig(stage=stage), world, dtype, 1)
+    return Engine(model(), OPTIMISERS[optimiser], ZeroConfig(stage=stage), world, dtype, 1)
 
 
 def check(engine: Engine) -> None:
@@ -65,19 +74,25 @@ def check(engine: Engine) -> None:
             part, begin = engine._part(parameter, WEIGHT)
             assert torch.equal(part, wanted[begin:][: part.numel()]), name
             assert torch.equal(parameter.data.flatten(), wanted.to(parameter.dtype)), name
+    assert torch.equal(engine.model.blocks[0].mlp.choice_bias, torch.zeros(3))
 
 
 def begun(
     world: World, stage: int, dtype: torch.dtype, optimiser: str, saved: Path
 ) -> list[tuple[float, float]]:
     """Most bytes, and bytes at the end, of a start by first values, of one from the checkpoint that
-    is made of it, and of one from that checkpoint's weights. All begin with the same weights."""
+    is made of it, and of one from that checkpoint's weights. All begin with the same weights, of
+    which a rank draws those that it has masters of."""
     found = []
     with mock.patch("train.engine.BUCKET", 1 << 16):
-        with Real() as ledger:
+        with Real() as ledger, mock.patch("train.engine.values", wraps=values) as draw:
             one = engine(world, stage, dtype, optimiser)
             one.begin(SEED)
         found.append((ledger.peak, ledger.live))
+        parts = [call.args[2:] for call in draw.call_args_list]
+        drawn = sum(end - begin for name, begin, end in parts if name in one.names.values())
+        everything = sum(one.shape(parameter).numel() for parameter in one.names)
+        assert sum(world.gather(drawn)) == everything * (1 if stage else world.size)
         check(one)
         saver = checkpoint.Saver(saved, world)
         saver.start(one, Progress(1, 0, {}, "", {}))
@@ -99,7 +114,7 @@ def test_a_start_takes_a_ranks_own_share_and_a_fifth(
 ) -> None:
     """Beside one tensor. The share is what `plan` says that ZeRO always keeps. Whole in fp32 the
     model alone has 4 bytes a parameter, and stage 3 keeps 5 in all on four ranks."""
-    shapes = {name: p.shape for name, p in skeleton(MODEL, VOCABULARY).named_parameters()}
+    shapes = {name: p.shape for name, p in model().named_parameters()}
     with mock.patch("train.engine.BUCKET", 1 << 16):
         kept = states(shapes, OPTIMISERS[optimiser], stage, RANKS, dtype)
     share = kept.weights + kept.optimiser + kept.gradients + kept.bucket * kept.persistent

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.tokens.spelling import spell
 from data.tokens.tokenizer import Tokenizer
@@ -54,8 +54,13 @@ def load(
     low = dtype == "bf16" or (dtype == "auto" and chosen.type == "cuda")
     kind = torch.bfloat16 if low else torch.float32
     model = skeleton(stored.config.model, stored.vocab_size)
-    # Copies: what is read may be the file itself.
-    place(model, lambda name, _: stored.read(name).to(chosen, kind, copy=True))
+
+    def make(name: str, old: Tensor) -> Tensor:
+        dtype = kind if isinstance(old, nn.Parameter) else old.dtype
+        made = torch.empty(old.shape, dtype=dtype, device=chosen)
+        return made.copy_(stored.read(name))  # which may be the file itself
+
+    place(model, make)
     return Trained(stored, model.requires_grad_(False).eval())
 
 

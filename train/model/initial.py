@@ -7,8 +7,8 @@ A module declares what a parameter begins as where it makes it:
 
     self.A_log = declared(Uniform(1, 16, then=torch.log), heads)
 
-Parameters that declare nothing are matrices, which `Model` gives a normal distribution, or biases,
-which begin at 0.
+Parameters and buffers that declare nothing are matrices, which `Model` gives a normal distribution,
+or biases, which begin at 0.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def values(first: First, seed: int, name: str, begin: int, end: int) -> Tensor:
 
 @torch.no_grad()
 def fill(module: nn.Module, firsts: Mapping[str, First], seed: int) -> None:
-    """Set those parameters of a module that `firsts` names."""
-    for name, parameter in module.named_parameters():
+    """Set those parameters and buffers of a module that `firsts` names."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name in firsts:
-            made = values(firsts[name], seed, name, 0, parameter.numel())
-            parameter.copy_(made.view(parameter.shape))
+            made = values(firsts[name], seed, name, 0, tensor.numel())
+            tensor.copy_(made.view(tensor.shape))

@@ -7,7 +7,7 @@ x ← x + mlp(norm(x))       or   x ← x + norm(mlp(x))       if post_norm name
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -74,18 +74,21 @@ def skeleton(config: ModelConfig, vocab_size: int) -> Model:
         return Model(config, vocab_size)
 
 
-def place(model: nn.Module, make: Callable[[str, nn.Parameter], Tensor]) -> None:
-    """Put a new parameter in the place of every one of `model`, over the tensor that `make` gives.
+def place(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
+    """Put new tensors, which `make` gives, in the place of all parameters and buffers of `model`.
 
     What two modules share they still share afterwards.
     """
-    placed = {
-        old: nn.Parameter(make(name, old), requires_grad=old.requires_grad)
-        for name, old in model.named_parameters()
-    }
-    for module in model.modules():
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            setattr(module, key, placed[parameter])
+    placed: dict[Tensor, Tensor] = {}
+    for path, module in model.named_modules():
+        for key, old in [*module._parameters.items(), *module._buffers.items()]:
+            if old is None:
+                continue
+            if old not in placed:
+                made = make(f"{path}.{key}" if path else key, old)
+                kept = isinstance(old, nn.Parameter)
+                placed[old] = nn.Parameter(made, old.requires_grad) if kept else made
+            setattr(module, key, placed[old])
 
 
 class Model(nn.Module):
@@ -95,7 +98,7 @@ class Model(nn.Module):
         seed: from which parameters get their first values; not on `meta`, where they have none.
 
     Attributes:
-        firsts: what each parameter begins as, by name.
+        firsts: what each parameter and buffer begins as, by name.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
@@ -120,15 +123,15 @@ class Model(nn.Module):
         )
 
     def _firsts(self) -> dict[str, First]:
-        """What every parameter begins as: as its module declares, else normal for matrices and 0
-        for biases. Matrices that write to the residual stream (`.out`) have 1 / √(2 layers) of the
-        standard deviation."""
+        """What parameters and buffers begin as: as their modules declare, else normal for matrices
+        and 0 for biases. Matrices that write to the residual stream (`.out`) have 1 / √(2 layers)
+        of the standard deviation."""
         found = declarations(self)
         multipliers = self.lr_multipliers()
-        for name, parameter in self.named_parameters():
+        for name, tensor in self.kept_tensors():
             if name in found:
                 continue
-            if parameter.dim() >= 2:
+            if tensor.dim() >= 2:
                 writes_residual = name.removesuffix(".weight").endswith(".out")
                 scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
                 # μP: m times as many inputs are summed, so the variance is 1/m.
@@ -161,6 +164,11 @@ class Model(nn.Module):
             for name, module in self.named_modules()
             if isinstance(module, nn.Linear) and id(module) not in narrow
         }
+
+    def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What makes the model what it is, by name: parameters and buffers."""
+        yield from self.named_parameters()
+        yield from self.named_buffers()
 
     def forward(
         self, tokens: Tensor, labels: Tensor | None, shard: Shard, cache: Cache | None = None

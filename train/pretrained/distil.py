@@ -160,7 +160,7 @@ def _hidden(model: Model, tokens: Tensor, here: Shard) -> Iterator[tuple[int, Te
 
 def _teacher(pretrained: Pretrained) -> Model:
     model = skeleton(pretrained.config, pretrained.model.embedding.num_embeddings)
-    place(model, lambda _, parameter: torch.empty(parameter.shape))
+    place(model, lambda _, old: torch.empty(old.shape))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in pretrained.named_weights():

@@ -89,7 +89,7 @@ class Saver:
             _clear(staging)
         # Every rank takes part in gathering every tensor, and keeps its share of them.
         mine: dict[str, Tensor] = {}
-        dealt = {label: n % self.world.size for n, label in enumerate(engine.names.values())}
+        dealt = {label: n % self.world.size for n, label in enumerate(engine.shapes)}
         for parameter, key, full in engine.gather():
             self._gets_on()
             if dealt[parameter] == self.world.rank:
@@ -170,12 +170,13 @@ def diverged(engine: Engine, world: World) -> str | None:
     if engine.stage == 3 or world.size == 1:
         return None
     whole = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+    held = dict(engine.model.kept_tensors())
     sums = [
-        parameter.detach().contiguous().view(whole[parameter.dtype]).sum(dtype=torch.int64)
-        for parameter in engine.names
+        tensor.detach().contiguous().view(whole[tensor.dtype]).sum(dtype=torch.int64)
+        for tensor in held.values()
     ]
     everyone = world.gather(torch.stack(sums).tolist())
-    for parameter, theirs in zip(engine.names.values(), zip(*everyone, strict=True), strict=True):
+    for parameter, theirs in zip(held, zip(*everyone, strict=True), strict=True):
         if len(set(theirs)) > 1:
             odd = [rank for rank, held in enumerate(theirs) if theirs.count(held) <= world.size / 2]
             return f"{parameter} is not the same on every rank (see rank {odd})"
@@ -194,14 +195,14 @@ def load(path: Path, engine: Engine) -> None:
         for file in manifest["files"]:
             opened = stack.enter_context(safe_open(path / file, framework="pt"))
             where |= {entry: opened for entry in opened.keys()}  # noqa: SIM118
-        for parameter, label in engine.names.items():
+        for label, wanted in engine.shapes.items():
             weight = _entry(label, WEIGHT)
             held = where.get(weight)
             shape = list(held.get_slice(weight).get_shape()) if held else None
-            if shape != list(engine.shape(parameter)):
+            if shape != list(wanted):
                 raise ConfigError(
                     f"{path} is of another model: {label} is {shape} there and "
-                    f"{list(engine.shape(parameter))} here; restore model.* or set another run.name"
+                    f"{list(wanted)} here; restore model.* or set another run.name"
                 )
 
             for key in engine.state_keys[label]:

@@ -18,6 +18,7 @@ import train
 from data.settings import ConfigError
 from data.tokens import tokenizer as tokenizers
 from tests.train.runs import ROOT
+from tests.train.test_start import Real
 from train import Trained, load
 from train.__main__ import main
 from train.config import read
@@ -57,6 +58,22 @@ def test_every_kind_of_folder_holds_the_same_model(
     assert found.config.model.blocks == ["gated_deltanet", "attention"]
     if kind not in {"moved", "import"}:
         assert found.config.train.seq_len == 192
+
+
+@pytest.mark.parametrize("kind", ["run", "export", "import"])
+def test_a_model_is_loaded_a_tensor_at_a_time(
+    kind: str, folders: dict[str, Path], model: Trained
+) -> None:
+    """In bf16 half of what the folder holds, and one of its tensors; nothing is drawn."""
+    generator = torch.get_rng_state()
+    with Real() as ledger:
+        found = load(folders[kind], ["train.dtype=bf16"])
+    sizes = [parameter.numel() for parameter in found.model.parameters()]
+    assert ledger.peak <= 1.02 * 2 * sum(sizes) + 4 * max(sizes)
+    assert torch.equal(torch.get_rng_state(), generator)
+    held, whole = found.model.state_dict(), model.model.state_dict()
+    if kind == "run":
+        assert all(torch.equal(held[name], whole[name].bfloat16()) for name in whole)
 
 
 def test_logits_are_those_of_transformers(folders: dict[str, Path], llama: Path) -> None:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from train.model import mixers
 from train.model.config import ModelConfig
-from train.model.initial import Constant, Identity, Normal, Stream, Uniform, declared, values
-from train.model.transformer import Model
+from train.model.initial import Constant, Identity, Normal, Stream, Uniform, declared, fill, values
+from train.model.transformer import Model, place
 
 FIRSTS = [Normal(0.3), Uniform(-2, 5), Uniform(1, 16, then=torch.log), Constant(0.25), Identity(7)]
 LENGTH = 300_007  # over two blocks, divisible by nothing
@@ -123,28 +123,44 @@ class Stacked(nn.Module):
         super().__init__()
         self.up = nn.Parameter(torch.empty(3, 64, dim))
         self.out = nn.Parameter(torch.empty(3, dim, 64))
-        self.bias = nn.Parameter(torch.empty(3))
+        self.register_buffer("choice_bias", torch.ones(3))
 
 
-def test_stacked_matrices_get_values_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.model.transformer.MLP", lambda dim, hidden: Stacked(dim))
-    found = {name: p.detach() for name, p in model("gla").named_parameters()}
-    assert found["blocks.1.mlp.up"].std() == pytest.approx(STD, rel=0.03)
-    assert found["blocks.1.mlp.out"].std() == pytest.approx(STD / (2 * LAYERS) ** 0.5, rel=0.03)
-    assert not found["blocks.1.mlp.bias"].any()
+def test_stacked_matrices_get_values_without_a_word() -> None:
+    made = model("gla")
+    made.blocks[1].mlp = Stacked(DIM)
+    fill(made, made._firsts(), 7)
+    found = made.blocks[1].mlp
+    assert float(found.up.std().detach()) == pytest.approx(STD, rel=0.03)
+    assert float(found.out.std().detach()) == pytest.approx(STD / (2 * LAYERS) ** 0.5, rel=0.03)
+    assert not found.choice_bias.any()
 
 
-def test_a_vector_that_declares_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vector_that_declares_nothing_is_refused() -> None:
     """On `meta` the ones of its module would be lost without a word."""
-
-    class Scaled(nn.Module):
-        def __init__(self, *_: int) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(4))
-
-    monkeypatch.setattr("train.model.transformer.MLP", Scaled)
+    made = model("gla")
+    made.blocks[0].mlp.scale = nn.Parameter(torch.ones(4))
     with pytest.raises(TypeError, match=r"blocks\.0\.mlp\.scale must declare"):
-        model("gla")
+        made._firsts()
+
+
+def test_new_tensors_in_the_place_of_others_stay_shared() -> None:
+    made = model("gla", tie_embeddings=True)
+    made.blocks[0].mlp = Stacked(DIM)
+    names = []
+
+    def zeros(name: str, old: torch.Tensor) -> torch.Tensor:
+        names.append(name)
+        return torch.zeros(old.shape)
+
+    wanted = [name for name, _ in [*made.named_parameters(), *made.named_buffers()]]
+    made.embedding.weight.requires_grad_(False)
+    place(made, zeros)
+    assert sorted(names) == sorted(wanted)
+    assert made.head.weight is made.embedding.weight
+    assert not made.head.weight.requires_grad
+    assert made.norm.weight.requires_grad
+    assert not any(tensor.any() for tensor in made.state_dict().values())
 
 
 def test_a_module_by_itself_begins_as_it_declares() -> None:
