@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +14,7 @@ from parallel import World
 from tests.train.model.test_initial import Stacked
 from train import start
 from train.config import ZeroConfig
-from train.engine import WEIGHT, Engine
+from train.engine import WEIGHT, Engine, Read
 from train.forecast.ledger import Ledger
 from train.forecast.states import states
 from train.model.config import ModelConfig
@@ -77,34 +78,64 @@ def check(engine: Engine) -> None:
     assert torch.equal(engine.model.blocks[0].mlp.choice_bias, torch.zeros(3))
 
 
+@contextmanager
+def reading(engine: Engine, keys: Collection[str]) -> Iterator[None]:
+    """All ranks together read every number once, but for those that are whole on each of them."""
+    world, numbers = engine.world, [0]
+    scatter = engine.scatter
+
+    def noted(read: Read, *keys: Collection[str]) -> None:
+        def note(name: str, key: str, begin: int, end: int) -> torch.Tensor:
+            numbers[0] += end - begin
+            return read(name, key, begin, end)
+
+        scatter(note, *keys)
+
+    with mock.patch.object(engine, "scatter", noted):
+        yield
+    kept = [set(keys) & set(engine.state_keys[name]) for name in engine.names.values()]
+    sizes = [engine.shape(parameter).numel() for parameter in engine.names]
+    of_parameters = sum(n * len(found) for n, found in zip(sizes, kept, strict=True))
+    of_buffers = sum(buffer.numel() for buffer in engine.model.buffers())
+    once, each = (of_parameters, of_buffers) if engine.stage else (0, of_parameters + of_buffers)
+    assert sum(world.gather(numbers[0])) == each * world.size + once
+
+
 def begun(
     world: World, stage: int, dtype: torch.dtype, optimiser: str, saved: Path
 ) -> list[tuple[float, float]]:
     """Most bytes, and bytes at the end, of a start by first values, of one from the checkpoint that
-    is made of it, and of one from that checkpoint's weights. All begin with the same weights, of
-    which a rank draws those that it has masters of."""
-    found = []
-    with mock.patch("train.engine.BUCKET", 1 << 16):
-        with Real() as ledger, mock.patch("train.engine.values", wraps=values) as draw:
+    is made of it, and of one from that checkpoint's weights. All begin with the same weights."""
+    found: list[tuple[float, float]] = []
+
+    def begin(load: Callable[[Engine], None], keys: Collection[str]) -> Engine:
+        with Real() as ledger:
             one = engine(world, stage, dtype, optimiser)
-            one.begin(SEED)
+            with reading(one, keys):
+                load(one)
         found.append((ledger.peak, ledger.live))
-        parts = [call.args[2:] for call in draw.call_args_list]
-        drawn = sum(end - begin for name, begin, end in parts if name in one.names.values())
-        everything = sum(one.shape(parameter).numel() for parameter in one.names)
-        assert sum(world.gather(drawn)) == everything * (1 if stage else world.size)
         check(one)
+        return one
+
+    with mock.patch("train.engine.BUCKET", 1 << 16):
+        one = begin(lambda engine: engine.begin(SEED), {WEIGHT})
         saver = checkpoint.Saver(saved, world)
         saver.start(one, Progress(1, 0, {}, "", {}))
         done = saver.finish()
         assert done is not None
         assert done.error is None
-        for load in (checkpoint.load, lambda path, e: start.begin_from(path, e, lambda line: None)):
-            with Real() as ledger, mock.patch("train.engine.values"):  # which nothing may draw now
-                one = engine(world, stage, dtype, optimiser)
-                load(done.path, one)
-            found.append((ledger.peak, ledger.live))
-            check(one)
+        with mock.patch("train.engine.values"):  # which nothing may draw any more
+            begin(
+                lambda engine: checkpoint.load(done.path, engine), {WEIGHT, "exp_avg", "exp_avg_sq"}
+            )
+            one = begin(lambda engine: start.begin_from(done.path, engine, print), {WEIGHT})
+    # Small weights stay on every rank of stage 3, once they were gathered.
+    for parameter in one.names:
+        if getattr(parameter, "ds_persist", False):
+            parameter.all_gather()
+            parameter.data.zero_()
+    checkpoint.load(done.path, one)
+    check(one)
     return found
 
 
