@@ -181,10 +181,12 @@ def _slowest(plan: Plan, costs: Costs, finish: Array) -> Array:
         return costs.rest_passes * tokens.max() + finish.max(axis=1)
     met = [plan.stream.rank[rows] for rows in plan.crossing]
     met += [ring.members for ring in plan.rings]
+    met = list({ranks.tobytes(): ranks for ranks in met}.values())
     rest = np.outer(costs.rest_passes, _raise_to_group_max(met, tokens))
     source, target = plan.to_attention.source, plan.to_attention.target
     away, every = source != target, np.arange(len(tokens))
-    met += list(np.stack([source[away], target[away]], axis=1))
+    pairs = np.unique(source[away] * len(tokens) + target[away])
+    met += list(np.stack(np.divmod(pairs, len(tokens)), axis=1))
     # `head` is one rank of each group of ranks that wait for each other. Forward and backward are
     # added up group by group: ranks that never meet do not wait between the passes either.
     head = _raise_to_group_max(met, every)

@@ -174,8 +174,9 @@ def of_plan(case: Case, made: Plan, limit: float = np.inf) -> Outcome:
     """A step of a plan in which tokens stay where attention has them in all layers."""
     model, costs = case.model, replace(case.costs(), to_qkv=0.0, from_o=0.0)
     layer = price(made, costs)
-    priced = model.linear_layers and max(1, model.full_layers) * layer.seconds < limit
-    linear, passed = linear_layer(made, costs) if priced else (0.0, None)
+    left = (limit - max(1, model.full_layers) * layer.seconds) / max(1, model.linear_layers)
+    priced = model.linear_layers and left > 0
+    linear, passed = linear_layer(made, costs, left) if priced else (0.0, None)
     sent = layer.traffic * model.full_layers
     if passed is not None:
         sent += passed * model.linear_layers
@@ -197,14 +198,19 @@ def of_plan(case: Case, made: Plan, limit: float = np.inf) -> Outcome:
     )
 
 
-def linear_layer(made: Plan, costs: Costs) -> tuple[float, Traffic]:
-    """Seconds and traffic of one linear layer besides its work: of states or of all-to-alls."""
+def linear_layer(made: Plan, costs: Costs, limit: float = np.inf) -> tuple[float, Traffic | None]:
+    """Seconds and traffic of one linear layer besides its work: of states or of all-to-alls.
+
+    If either takes `limit` seconds at least, so many seconds and no traffic may be returned.
+    """
     assert costs.states is not None
     heads = exchanged_heads(made, costs)
     passes = pass_seconds(made, costs.states).max(axis=1).sum() if made.crossing else 0.0
     # To price the messages of states takes long: not where the passes alone take longer.
     if heads is not None and passes >= heads[0]:
         return heads
+    if min(passes, heads[0] if heads is not None else np.inf) >= limit:
+        return limit, None
     states = price_states(made, costs)
     return min(states, heads, key=lambda way: way[0]) if heads else states
 
@@ -366,7 +372,8 @@ def _gathered(
     if model.linear_layers and seconds.max() < limit:
         owners = Owners(-1 - group, [_ranks(g, size) for g in range(groups)], "rank")
         made = build("gathered", case.lengths, owners, topology, by_node=False)
-        extra, passed = linear_layer(made, costs)
+        left = (limit - float(seconds.max())) / model.linear_layers
+        extra, passed = linear_layer(made, costs, left)
     sent = 3 * full * float(keys.sum()) * (size - 1)
     away = 3 * full * float(keys.sum()) * max(0, size // each - 1)
     busy = full * BOTH * work + np.asarray(case.linear_seconds(tokens / size))[:, None]
