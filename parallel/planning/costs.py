@@ -197,7 +197,23 @@ class Costs:
     ) -> Array:
         """Estimated seconds, forward and backward, on each rank of a ring that shares n tokens.
 
-        By it sequences are placed; finished plans are priced by `cost.price`.
+        By it sequences are placed; finished plans are priced by `cost.price`. Arguments are those
+        of `ring_parts`.
+        """
+        return self.ring_total(*self.ring_parts(n, nodes, each, slices, by_rank))
+
+    @staticmethod
+    def ring_total(work: Array, travel: Array, move: Array) -> Array:
+        """Seconds, forward and backward, of a ring's parts."""
+        seconds = np.maximum(work, travel) + np.maximum(
+            ATTENTION_WORK[1] * work, RING_TRAFFIC[1] * travel
+        )
+        return seconds + 2 * _EXPOSED * move
+
+    def ring_parts(
+        self, n: Array, nodes: Array | int, each: int, slices: int, by_rank: bool
+    ) -> tuple[Array, Array, Array]:
+        """Forward seconds of a ring that shares n tokens: arithmetic, transfers, layout moves.
 
         Args:
             n: tokens of a sequence, any shape that broadcasts with `nodes`.
@@ -223,10 +239,7 @@ class Costs:
         near = 1 - far - 1 / (slices if by_rank else np.maximum(each, slices))
         moved = n * (2 * self.q_bytes + self.kv_bytes * keys * slices)
         move = np.maximum(near / each / self.inside, far / self.between) * moved / nodes
-        seconds = np.maximum(work, travel) + np.maximum(
-            ATTENTION_WORK[1] * work, RING_TRAFFIC[1] * travel
-        )
-        return seconds + 2 * _EXPOSED * move
+        return work, travel, move
 
 
 def _tiles(tokens: Array, tile: int) -> Array:

@@ -14,6 +14,12 @@ import numpy as np
 from parallel.planning.layout import Array, Topology
 from parallel.planning.prices import Prices
 
+# Multiples of the even share of all work in which a sequence is to be done (`group_sizes`).
+_SHARES = (0.5, 0.75, 1.0, 1.25, 1.6)
+# Into how many slices a group may divide heads (`Prices.together`): as many as is quickest, a
+# quarter of the heads, none, so that there are rings only, or all, so that there are none.
+_SLICES = ((0.0, 1.0), (0.0, 0.25), (0.0, 0.0), (1.0, 1.0))
+
 
 @dataclass
 class Owners:
@@ -55,7 +61,7 @@ def on_all_ranks(count: int, topology: Topology, prices: Prices | None = None) -
     """
     ranks = np.arange(topology.ranks)
     rows, each, _ = grid(ranks, topology).shape
-    slices = prices.best_slices(rows, each) if prices is not None else 1
+    _, slices = prices.together(rows, each, np.arange(count)) if prices is not None else (0.0, 1)
     return Owners(np.full(count, -1), [grid(ranks, topology, slices)])
 
 
@@ -76,52 +82,99 @@ def on_stream_ranks(lengths: Array, bounds: Array, topology: Topology) -> Owners
     return Owners(owner, [grid(np.arange(a, b + 1), topology) for a, b in rings])
 
 
-def on_fewest_ranks(prices: Prices, slack: float) -> Owners:
-    """Each sequence on the fewest ranks with room for it, where its tokens stay in all layers.
+def group_sizes(prices: Prices, slack: float) -> list[tuple[float, Array]]:
+    """Ways to give each sequence a number of adjacent ranks on which it stays in all layers.
 
-    Longest first; among groups with room, the least busy one takes it (longest-processing-time
-    scheduling). Group sizes are powers of two, or all ranks. This is the placing of hybrid data
-    parallelism (ByteScale, arXiv 2502.21231): only rings, and states of cut sequences, send
-    anything; in return work is less even.
+    Each takes the fewest ranks with room for it (ByteScale, arXiv 2502.21231), and at least as many
+    as a group of one size has (data parallelism over context parallelism), or as it takes to be
+    done in a multiple of the even share of all work (FlexSP, arXiv 2412.01523). Numbers are powers
+    of two, or all ranks.
 
     Args:
         slack: by which fraction a rank's tokens may exceed the even share.
+
+    Returns:
+        For each way seconds that no such step is shorter than, by estimate, and int64 (N,), ranks
+        of each sequence. Shortest first.
+    """
+    lengths, ranks = prices.lengths, prices.topology.ranks
+    room = rank_capacity(lengths, prices.topology, slack)
+    work = prices.alone + prices.costs.rest_both_ways * lengths
+    even = float(work.sum() / (1 / prices.topology.seconds).sum())
+    sizes = [1 << i for i in range(ranks.bit_length()) if 1 << i < ranks] + [ranks]
+    steps = np.array(sizes)
+    roomy = np.searchsorted(steps * room, lengths).clip(0, len(sizes) - 1)
+    timely = [
+        np.searchsorted(steps * share * even, work).clip(0, len(sizes) - 1) for share in _SHARES
+    ]
+    fewest = [np.full(len(lengths), k) for k, size in enumerate(sizes) if ranks % size == 0]
+    ways = {x.tobytes(): x for x in (np.maximum(roomy, least) for least in (*fewest, *timely))}
+    found = []
+    takes = np.stack([_on_groups(prices, size) for size in sizes])
+    for way in ways.values():
+        total = prices.costs.rest_both_ways * float(lengths.sum())
+        for k in np.unique(way).tolist():
+            rows, width, _ = grid(np.arange(sizes[k]), prices.topology).shape
+            total += sizes[k] * prices.together(rows, width, np.flatnonzero(way == k))[0]
+        longest = float(np.take_along_axis(takes, way[None], axis=0).max(initial=0.0))
+        found.append((max(total / ranks, longest), steps[way]))
+    return sorted(found, key=lambda each: each[0])
+
+
+def _on_groups(prices: Prices, size: int) -> Array:
+    """float64 (N,): seconds of each sequence and of its other work on each of so many ranks."""
+    rows, width, _ = grid(np.arange(size), prices.topology).shape
+    rest = prices.costs.rest_both_ways * prices.lengths / size
+    return prices.on_ranks(rows, width)[0] + rest
+
+
+def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
+    """Each sequence on as many adjacent ranks as it is given, where it stays in all layers.
+
+    Longest first; among groups with room, the least busy one takes it (longest-processing-time
+    scheduling). Only rings, and states of cut sequences, send anything; in return work is less
+    even.
+
+    Args:
+        sizes: int64 (N,), of `group_sizes`.
+        slack: by which fraction a rank's tokens may exceed the even share.
+
+    Returns:
+        The placing with each of `_SLICES`; none if a rank would have too many tokens.
     """
     lengths, topology = prices.lengths, prices.topology
     limit = rank_capacity(lengths, topology, slack)
-    rest = prices.costs.rest_both_ways
-    busy, held = np.zeros(topology.ranks), np.zeros(topology.ranks)
+    busy, held, shared = (np.zeros(topology.ranks) for _ in range(3))
     owner = np.zeros(len(lengths), np.int64)
-    grids: list[Array] = []
-    rings: dict[tuple[int, int], int] = {}
-    by_length = np.argsort(-lengths, kind="stable").tolist()
-    shared = int((lengths > limit).sum())
-    for i in by_length[:shared]:
-        n, size = float(lengths[i]), 1
-        while size < topology.ranks and n / size > limit:
-            size = min(2 * size, topology.ranks)
+    takes = {int(size): _on_groups(prices, int(size)) for size in np.unique(sizes)}
+    rings: dict[tuple[int, int], list[int]] = {}
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        n, size = float(lengths[i]), int(sizes[i])
+        if size == 1:
+            late = busy + takes[1][i] * topology.seconds
+            rank = int(np.where(held + n <= limit, late, np.inf).argmin())
+            owner[i], busy[rank] = rank, late[rank]
+            held[rank] += n
+            continue
         groups = topology.ranks // size
         # (ranks,) -> (groups, size) -> (groups,)
         most, filled = (x[: groups * size].reshape(groups, size).max(axis=1) for x in (busy, held))
-        first = int(np.lexsort((most, filled + n / size > limit))[0]) * size
-        members = np.arange(first, first + size)
+        group = int(np.lexsort((most, filled + n / size > limit))[0])
+        mine = slice(group * size, (group + 1) * size)
+        busy[mine] = most[group] + takes[size][i] * topology.seconds[mine].max()
+        held[mine] += n / size
+        shared[mine] += 1
+        rings.setdefault((group * size, size), []).append(i)
+    if (held > limit + 2 * shared).any():  # chunks are rounded
+        return []
+    grids: list[list[Array]] = [[] for _ in _SLICES]
+    for ring, ((first, size), sequences) in enumerate(rings.items()):
+        members, which = np.arange(first, first + size), np.array(sequences)
         rows, width, _ = grid(members, topology).shape
-        seconds, slices = (x[i] for x in prices.on_ranks(rows, width))
-        slowest = float(topology.seconds[members].max())
-        busy[members] = most[first // size] + (seconds + rest * n / size) * slowest
-        held[members] += n / size
-        if (first, size) not in rings:
-            rings[first, size] = len(grids)
-            grids.append(grid(members, topology, int(slices)))
-        owner[i] = -1 - rings[first, size]
-    work = prices.alone + rest * lengths
-    for i in by_length[shared:]:
-        late = busy + work[i] * topology.seconds
-        rank = int(np.where(held + lengths[i] <= limit, late, np.inf).argmin())
-        owner[i] = rank
-        busy[rank] = late[rank]
-        held[rank] += lengths[i]
-    return Owners(owner, grids, "rank")
+        owner[which] = -1 - ring
+        for found, share in zip(grids, _SLICES, strict=True):
+            found.append(grid(members, topology, prices.together(rows, width, which, share)[1]))
+    return [Owners(owner, each, "rank") for each in grids]
 
 
 def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:

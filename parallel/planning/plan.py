@@ -5,18 +5,16 @@
 `plan` builds and prices several placings this way and returns the cheapest. It is a pure function:
 every rank computes the same plan, once a batch, on the CPU. numpy only.
 
-What each part is worth, as a step over the lower bound by the cost model (mean of 36 batches on 64
-GPUs): all of them 1.026; without `rows` 1.027, with the first four placings only 1.030, without
-routing 1.032, without `uneven` 1.035, without waves 1.060, without slices of heads 1.127.
-
 Tried and left: spreading a long sequence over a share of the nodes fixed beforehand. Batches of few
 long sequences lost a third more to the bound than with the fewest nodes that have time and room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Literal, get_args
 
 import numpy as np
@@ -28,8 +26,9 @@ from parallel.planning.layout import Array, Layout, Moves, Plan, Ring, Round, To
 from parallel.planning.ordering import even_shards, in_order, near_home, node_shards, shard_bounds
 from parallel.planning.owners import (
     Owners,
+    group_sizes,
+    in_groups,
     on_all_ranks,
-    on_fewest_ranks,
     on_stream_ranks,
     rank_capacity,
 )
@@ -41,46 +40,24 @@ __all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Top
 
 Strategy = Literal["balanced", "ring", "even", "allgather"]
 
-# Limits of the placings that are tried after `on_fewest_ranks`, the likeliest first. What each
-# field trades:
+# Limits of the balanced placings, the likeliest first; between them the ways of `group_sizes` are
+# tried. What each field trades:
 #   level    higher: a long sequence is shared by fewer ranks, and nodes are busy less evenly
 #   tokens, slack    higher: work is more even, and more tokens move (or take memory)
 #   slices   lower: heads are split less, so that more waves fit and hide more of the moves
 #   rows     higher: a ring over nodes may have a size nearer to what it needs
 #   uneven   fewer tokens move, since attention and the rest are made even together
-# Chosen greedily, each for what it added on 400 batches of the shipped length distributions, of
-# others, and of few long sequences, on 16 to 256 GPUs.
+# So there is one with even work, one with uneven shards, one with all slices, one with few, and
+# three for long sequences: of nearer sizes, of the fewest ranks, and with as few limits as can be.
+# Twenty-three more brought 0.15 % at 16 and 64 GPUs.
 _LIMITS = (
     Limits(level=1.2, tokens=1.0, slices=0.5),
     Limits(level=1.05, tokens=1.15, slices=0.5, uneven=True),
     Limits(level=1.1, tokens=1.0),
     Limits(level=1.02, tokens=1.05, slices=0.25, slack=0.3),
-    Limits(level=1.2, tokens=1.15, slices=0.5, uneven=True),
     Limits(level=1.1, tokens=1.05, slices=0.5, slack=0.6, rows=2),
-    Limits(level=1.1, tokens=1.15, slices=0.5, slack=0.6),
     Limits(level=1.02, tokens=1.0, slices=0.5, rows=4),
-    Limits(level=1.1, tokens=1.05, slices=0.5, uneven=True),
-    Limits(level=1.0, tokens=1.0, slices=0.5),
-    Limits(level=1.02, tokens=1.15, slices=0.5, uneven=True),
-    Limits(level=1.4, tokens=1.4, slices=0.5, slack=0.6, rows=2),
-    Limits(level=1.05, tokens=1.4, slices=0.25, slack=0.6),
-    Limits(level=1.02, tokens=1.15, slices=0.25),
-    Limits(level=1.0, tokens=1.15, slices=0.5, rows=2, uneven=True),
-    Limits(level=1.4, tokens=1.15),
-    Limits(level=1.0, tokens=1.15, slices=0.5, uneven=True),
-    Limits(level=1.2, tokens=1.15, slices=0.5, rows=2),
-    Limits(level=1.0, tokens=1.4, slices=0.25, slack=0.6),
-    Limits(level=1.4, tokens=1.0, slices=0.5, rows=2),
-    Limits(level=1.02, tokens=1.05, uneven=True),
-    Limits(level=1.1, tokens=1.15, slices=0.5),
     Limits(level=1.4, tokens=1.4, slices=0.5, slack=0.6, rows=4),
-    Limits(level=1.0, tokens=1.05, slices=0.5, slack=0.6),
-    Limits(level=1.1, tokens=1.15, slices=0.5, uneven=True),
-    Limits(level=1.1, tokens=1.05, slices=0.5, slack=0.6, rows=4),
-    Limits(level=1.05, tokens=1.4, slices=0.25, slack=0.6, rows=2),
-    Limits(level=1.05, tokens=1.15, slices=0.5, rows=2, uneven=True),
-    Limits(level=1.4, tokens=1.15, slices=0.5, slack=0.6),
-    Limits(level=1.1, tokens=1.05, rows=4, uneven=True),
 )
 # The search ends when a plan takes at most this multiple of perfectly even work.
 _GOOD_ENOUGH = 1.002
@@ -164,19 +141,24 @@ def _cheapest(
     a_second = _TRIAL_BUDGET / (topology.ranks + len(lengths) + _TRIAL_OVERHEAD)
     enough = max(_FEWEST_TRIED, int(seconds * a_second))
     best, least = None, np.inf
-    placings = _distinct(_placings(lengths, topology, costs, slack, by_node))
-    for tried, owners in enumerate(placings, start=1):
-        if best is not None and owners.pieces > _MOST_PIECES:
-            continue
-        made = build("balanced", lengths, owners, topology, by_node, routing)
-        if _fits(made, slack):
+    seen: set[bytes] = set()
+    tried = 0
+    for bound, make in _placings(lengths, topology, costs, slack, by_node):
+        if best is not None and (tried >= enough or least <= rest + _GOOD_ENOUGH * perfect):
+            break
+        for owners in make() if bound < least else []:
+            if owners.key in seen or (best is not None and owners.pieces > _MOST_PIECES):
+                continue
+            seen.add(owners.key)
+            tried += 1
+            made = build("balanced", lengths, owners, topology, by_node, routing)
+            if not _fits(made, slack):
+                continue
             made, seconds = _in_waves(made, costs, least)
             if seconds < least and costs.states:
                 seconds += costs.states.layers * price_states(made, costs)[0]
             if seconds < least:
                 best, least = made, seconds
-        if best is not None and (tried >= enough or least <= rest + _GOOD_ENOUGH * perfect):
-            break
     if best is None:  # shards that follow the ranks' speeds are larger than memory
         even, alike = on_all_ranks(len(lengths), topology), replace(topology, speeds=())
         best = build("balanced", lengths, even, alike, by_node, routing)
@@ -185,35 +167,38 @@ def _cheapest(
 
 def _placings(
     lengths: Array, topology: Topology, costs: Costs, slack: float, by_node: bool
-) -> Iterator[Owners]:
-    """The placings to try, the likeliest first. The last is an even split, which always fits."""
+) -> Iterator[tuple[float, Callable[[], list[Owners]]]]:
+    """The placings to try, the likeliest first: seconds that one takes at least, and how it is
+    made. The last is an even split, which always fits."""
     prices = Prices(lengths, topology, costs, not by_node)
+    groups: list[tuple[float, Callable[[], list[Owners]]]] = []
     if costs.rest:
-        yield on_fewest_ranks(prices, min(slack, MEMORY_SLACK))
-    of = {(1.0, 1): prices}
+        room = min(slack, MEMORY_SLACK)
+        for least, sizes in group_sizes(prices, room):
+            groups.append((least, partial(in_groups, prices, sizes, room)))
+    ways = iter(groups)
+    cut = {(1.0, 1): prices}
     for limits in _LIMITS:
         if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
             continue
         if limits.uneven and (topology.nodes == 1 or not costs.rest):
             continue
         key = limits.slices, limits.rows
-        if key not in of:
-            of[key] = Prices(lengths, *_in_rows(topology, costs, limits.rows), not by_node, key[0])
-        yield balanced(of[key], limits._replace(slack=min(slack, limits.slack)))
-    yield on_all_ranks(len(lengths), topology, prices)
+        if key not in cut:
+            cut[key] = Prices(lengths, *_in_rows(topology, costs, limits.rows), not by_node, key[0])
+        yield from islice(ways, 1)
+        within = limits._replace(slack=min(slack, limits.slack))
+        yield 0.0, partial(_balanced, cut[key], within)
+    yield from ways
+    yield 0.0, lambda: [on_all_ranks(len(lengths), topology, prices)]
     even = on_all_ranks(len(lengths), topology)
     if costs.rest:  # shards as attention has them, a few tokens apart: then nothing moves
-        yield replace(even, shards="rank")
-    yield even
+        yield 0.0, lambda: [replace(even, shards="rank")]
+    yield 0.0, lambda: [even]
 
 
-def _distinct(placings: Iterable[Owners]) -> Iterator[Owners]:
-    """The placings without duplicates."""
-    seen: set[bytes] = set()
-    for owners in placings:
-        if owners.key not in seen:
-            seen.add(owners.key)
-            yield owners
+def _balanced(prices: Prices, limits: Limits) -> list[Owners]:
+    return [balanced(prices, limits)]
 
 
 def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Costs]:

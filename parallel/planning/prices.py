@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from parallel.planning.costs import Costs
@@ -36,6 +38,7 @@ class Prices:
         self.alone, _ = self.of_tokens(lengths, 1, 1)
         self.level = float(self.alone.sum() / (1 / topology.seconds).sum())
         self._of: dict[tuple[int, int], tuple[Array, Array]] = {}
+        self._parts: dict[tuple[int, int], tuple[list[int], Array]] = {}
         self._over: dict[int, tuple[Array, Array]] = {}
 
     def of_tokens(self, n: Array, nodes: Array | int, each: int) -> tuple[Array, Array]:
@@ -52,16 +55,41 @@ class Prices:
         best = seconds.argmin(axis=0)
         return np.take_along_axis(seconds, best[None], axis=0)[0], np.array(ways)[best]
 
-    def best_slices(self, nodes: int, each: int) -> int:
-        """The number of slices with which all sequences together take least on such a group."""
-        ways, seconds = self._by_slices(self.lengths, nodes, each)
-        return ways[int(seconds.sum(axis=1).argmin())]
+    def together(
+        self, nodes: int, each: int, which: Array, slices: tuple[float, float] = (0.0, 1.0)
+    ) -> tuple[float, int]:
+        """Seconds of sequences that share one exchange on such a group, and the quickest slices.
+
+        Transfers of some overlap the arithmetic of others, and each message waits once.
+
+        Args:
+            which: the sequences, by place in the batch.
+            slices: how many there must be, as a share of the ranks or of the heads if they are
+                fewer, and how many there may be, as a share of the heads.
+        """
+        if (nodes, each) not in self._parts:
+            ways = [h for h in self._ways(each) if nodes * each % h == 0]
+            costs = replace(self.costs, latency_inside=0.0, latency_between=0.0)
+            parts = [
+                np.stack(costs.ring_parts(self.lengths, nodes, each, h, self.by_rank)) for h in ways
+            ]
+            self._parts[nodes, each] = ways, np.stack(parts)  # (ways, 3, N)
+        ways, each_part = self._parts[nodes, each]
+        heads, size = self.costs.heads, nodes * each
+        most = sum(h <= max(1, slices[1] * heads) for h in ways)
+        least = min(sum(h < slices[0] * min(size, heads) for h in ways), most - 1)
+        seconds = self.costs.ring_total(*each_part[least:most, :, which].sum(axis=2).T)
+        best = int(seconds.argmin())
+        return float(seconds[best]), ways[least + best]
+
+    def _ways(self, each: int) -> list[int]:
+        return [h for h in self.costs.slice_counts(each) if h <= self.slices]
 
     def _by_slices(self, n: Array, nodes: Array | int, each: int) -> tuple[list[int], Array]:
         """The numbers of slices that are allowed, and seconds with each of them, (ways, …)."""
         size = nodes * np.asarray(each)
         found = []
-        ways = [h for h in self.costs.slice_counts(each) if h <= self.slices]
+        ways = self._ways(each)
         for h in ways:
             fits = (size % h == 0) & (size >= h)
             rounded = np.where(fits, nodes, max(1, h // each))

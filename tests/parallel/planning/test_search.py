@@ -39,6 +39,6 @@ def test_some_placings_are_tried_however_many_ranks_there_are() -> None:
 
 
 def test_a_placing_in_too_many_pieces_is_left_out_and_ends_no_search() -> None:
-    """Of all that are tried, a few have more than 200 pieces, and not the last ones alone."""
-    every, some = tried(layers=1000), tried(layers=1000, _MOST_PIECES=200)
+    """Of all that are tried, a few have more than 400 pieces, and not the last ones alone."""
+    every, some = tried(layers=1000), tried(layers=1000, _MOST_PIECES=400)
     assert planning._FEWEST_TRIED < some < every

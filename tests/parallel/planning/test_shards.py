@@ -14,7 +14,7 @@ from parallel.planning.clusters import MEMORY_SLACK
 from parallel.planning.cost import price
 from parallel.planning.costs import Costs
 from parallel.planning.layout import Layout, Topology, moves
-from parallel.planning.owners import Owners, on_fewest_ranks, rank_capacity
+from parallel.planning.owners import Owners, group_sizes, in_groups, rank_capacity
 from parallel.planning.plan import Strategy, build, plan
 from parallel.planning.prices import Prices
 from tests.parallel.planning.test_plan import (
@@ -57,20 +57,27 @@ def test_shards_are_even_or_within_memory(
 
 @quick
 @given(batches, topologies, st.floats(0, 1))
-def test_a_sequence_is_on_the_fewest_ranks_with_room_for_it(
+def test_groups_have_room_for_their_sequences(
     lengths: list[int], where: Topology, slack: float
 ) -> None:
+    """One way gives each sequence the fewest ranks with room for it; none gives any fewer."""
     each = np.array(lengths, np.int64)
-    owners = on_fewest_ranks(Prices(each, where, Costs(rest=1e-6), True), slack)
+    prices = Prices(each, where, Costs(rest=1e-6), True)
     limit = rank_capacity(each, where, slack)
-    sizes = [1 if rank >= 0 else owners.grids[-1 - rank].size for rank in owners.owner.tolist()]
-    for n, size in zip(lengths, sizes, strict=True):
+    ways = [sizes for _, sizes in group_sizes(prices, slack)]
+    for n, size in zip(lengths, np.min(ways, axis=0).tolist(), strict=True):
         assert n <= size * limit or size == where.ranks
         fewer = max(1 << i for i in range(5) if 1 << i < max(size, 2))
         assert size == 1 or n > fewer * limit
-    made = build("balanced", each, owners, where, by_node=True)
-    for layout in (made.stream, made.attention):
-        owners_of_tokens(layout, made.cu_seqlens)
+    for sizes in ways:
+        for owners in in_groups(prices, sizes, slack):
+            grids = [1 if rank >= 0 else owners.grids[-1 - rank].size for rank in owners.owner]
+            assert grids == sizes.tolist()
+            made = build("balanced", each, owners, where, by_node=True)
+            chunks = sum(2 * len(ring.sequences) for ring in made.rings)
+            assert made.attention.load.max() <= limit + chunks
+            for layout in (made.stream, made.attention):
+                owners_of_tokens(layout, made.cu_seqlens)
 
 
 @pytest.mark.parametrize("shards", ["node", "rank"])

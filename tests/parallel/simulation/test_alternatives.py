@@ -14,7 +14,6 @@ import yaml
 from parallel.planning import plan as planning
 from parallel.planning.clusters import clusters, load_cluster
 from parallel.planning.layout import Topology
-from parallel.planning.owners import on_all_ranks
 from parallel.simulation import simulate
 from parallel.simulation.models import MODELS
 from parallel.simulation.strategies import Case, lower_bound, our_plan, price_plan
@@ -23,8 +22,8 @@ from tests.parallel.simulation.test_simulate import EVEN_SHARDS, a_case
 
 def known(values: Any, behind: set[Any]) -> list[Any]:
     """The values, of which those are expected to fail in which an alternative is known to be
-    ahead, by up to 4 %, since speeds are true and alternatives at their best: the planner is to
-    find them."""
+    ahead, by up to half a percent: one holds more tokens than memory has room for at a time, one
+    exchanges heads in linear layers too. No plan of ours does either."""
     marks = pytest.mark.xfail(reason="an alternative is ahead", strict=False)
     return [pytest.param(x, marks=marks) if x in behind else x for x in values]
 
@@ -45,10 +44,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(
     "setting",
-    known(
-        [(lengths, *setting) for setting in SETTINGS for lengths in simulate.distributions()],
-        {("arxiv", "llama-8b-gqa", 64, 1.08)},
-    ),
+    [(lengths, *setting) for setting in SETTINGS for lengths in simulate.distributions()],
 )
 def test_no_alternative_is_quicker(setting: tuple[str, str, int, float]) -> None:
     """On the cluster with the slowest network, where we also stay near the bound.
@@ -64,7 +60,7 @@ def test_no_alternative_is_quicker(setting: tuple[str, str, int, float]) -> None
     assert ours["over_bound"] <= over_bound
 
 
-@pytest.mark.parametrize("seed", known(range(30), {13, 16, 18}))
+@pytest.mark.parametrize("seed", known(range(30), {13}))
 def test_no_alternative_is_quicker_in_a_random_setting(seed: int) -> None:
     rng = np.random.default_rng(seed)
 
@@ -84,7 +80,7 @@ def test_no_alternative_is_quicker_in_a_random_setting(seed: int) -> None:
     assert_nobody_is_ahead(given)
 
 
-@pytest.mark.parametrize("seed", known(range(20), {7, 9, 14}))
+@pytest.mark.parametrize("seed", known(range(20), {7}))
 def test_no_alternative_is_quicker_on_other_lengths(seed: int, tmp_path: Path) -> None:
     """A histogram of few or many bins, of documents of 16 tokens to a million."""
     rng = np.random.default_rng(seed)
@@ -138,10 +134,9 @@ def assert_nobody_is_ahead(given: simulate.Settings | Case) -> None:
 
 KINDS = ("one", "few", "equal", "one among short ones", "powers of two")
 ODD = [(gpus, kind) for gpus in (2, 3, 5, 7, 8, 12, 24, 36, 64) for kind in KINDS]
-BEHIND = {(3, "one among short ones"), (24, "powers of two")}
 
 
-@pytest.mark.parametrize("odd", known(ODD, BEHIND))
+@pytest.mark.parametrize("odd", ODD)
 def test_no_alternative_is_quicker_on_an_odd_batch(odd: tuple[int, str]) -> None:
     """With 512 tokens a GPU or more; with fewer, a step is mostly latencies."""
     gpus, kind = odd
@@ -196,9 +191,8 @@ def test_documents_far_shorter_than_a_shard_are_not_cut_to_make_it_even(
     assert sorted(made.stream.tokens.tolist()) == [25 * 19, 26 * 19, 26 * 19]
     step = price_plan(case, made).seconds
     assert step <= 1.014 * lower_bound(case)
-    even = on_all_ranks(77, case.topology)
     with (
-        mock.patch.object(planning, "on_fewest_ranks", return_value=even),
+        mock.patch.object(planning, "group_sizes", return_value=[]),
         mock.patch.object(planning, "_LIMITS", EVEN_SHARDS),
     ):
         assert price_plan(case, our_plan(case)).seconds > quicker * step

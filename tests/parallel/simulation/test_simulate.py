@@ -183,8 +183,10 @@ def test_routing_is_priced(lengths: str) -> None:
     """
     given = simulate.Settings("a800", "hybrid-7b", lengths, 64, 4096, 65536, 3, 0)
     batches = simulate.cases(given)
-    for most, tried in ((1.0, planning._LIMITS), (0.98, EVEN_SHARDS)):
-        with mock.patch.object(planning, "_LIMITS", tried):
+    ways = planning.group_sizes
+    even = mock.Mock(return_value=[])  # shards of groups are as attention has them
+    for most, tried, groups in ((1.0, planning._LIMITS, ways), (0.98, EVEN_SHARDS, even)):
+        with mock.patch.multiple(planning, _LIMITS=tried, group_sizes=groups):
             routed, direct = (
                 sum(headrace(replace(case, routing=routing)).seconds for case in batches)
                 for routing in (True, False)
