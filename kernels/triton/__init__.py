@@ -10,8 +10,8 @@ The recurrence, in the order to read:
     mixers              the launches that are compiled ahead of time
 
 By themselves: `diagonal_scan`, `convolution` (both on `sequences`), `norm`, `rotary`,
-`cross_entropy` and `experts`. `launch` has every launch parameter and its reason. Each file with kernels lists
-the launches it ships (`shipped`), for `python -m kernels compile`.
+`cross_entropy` and `experts`. `launch` has every launch parameter and its reason. Each file with
+kernels lists the launches it ships (`shipped`), for `python -m kernels compile`.
 
 May import `kernels.packing`, torch and Triton.
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import expert_mlp, experts
 from tests.kernels.agreement import BACKENDS, assert_agrees, device_of
 
-D, I = 20, 12  # widths that no block divides  # noqa: E741
+D, INNER = 20, 12  # widths that no block divides
 
 
 def routed(counts: list[int], tokens: int, past: int = 0) -> tuple[Tensor, Tensor]:
@@ -63,13 +63,13 @@ def test_experts_follow_the_formula(backend, dtype, routing, activation, limit, 
     counts, past = ROUTINGS[routing]
     tokens = 11
     rows, ends = routed(counts, tokens, past)
-    wide = 2 * I if activation == "swiglu" else I
+    wide = 2 * INNER if activation == "swiglu" else INNER
     device = device_of(backend)
     inputs = {
         "x": torch.randn(tokens, D, dtype=torch.float64),
         "weights": torch.randn(len(rows), dtype=torch.float64),
         "up": torch.randn(len(counts), wide, D, dtype=torch.float64) / D**0.5,
-        "out": torch.randn(len(counts), D, I, dtype=torch.float64) / I**0.5,
+        "out": torch.randn(len(counts), D, INNER, dtype=torch.float64) / INNER**0.5,
     }
     form = {"activation": activation, "limit": limit}
     assert_agrees(
@@ -114,12 +114,12 @@ def test_experts_of_many_tiles_and_pieces(backend, monkeypatch):
 
 def test_a_row_keeps_what_the_docstring_says():
     """Beside x and the weights of the experts: U numbers, the token, the factor."""
-    tokens, chosen, wide = 64, 2, 2 * I
+    tokens, chosen, wide = 64, 2, 2 * INNER
     rows = torch.arange(tokens).repeat(chosen)
     x = torch.randn(tokens, D, requires_grad=True)
     weights = torch.rand(len(rows), requires_grad=True)
     up, out = (
-        torch.randn(shape, requires_grad=True) for shape in ((chosen, wide, D), (chosen, D, I))
+        torch.randn(shape, requires_grad=True) for shape in ((chosen, wide, D), (chosen, D, INNER))
     )
     ends = torch.tensor([tokens, 2 * tokens], dtype=torch.int32)
     kept: list[Tensor] = []
