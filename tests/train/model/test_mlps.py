@@ -71,7 +71,7 @@ def test_every_parameter_has_its_gradient(kind: str) -> None:
         losses = []
         with torch.no_grad():
             for way in (step, -2 * step, step):
-                parameter += way
+                parameter.add_(way)
                 losses.append(float(model(ids, labels, here)[0]))
         slope = (losses[0] - losses[1]) / 2e-6
         assert slope == pytest.approx(float(parameter.grad.norm()), rel=1e-4), name
