@@ -174,7 +174,8 @@ def print_help(parser: argparse.ArgumentParser) -> None:
     for kinds in (mixers.KINDS, mlps.KINDS):
         for name in kinds.names():
             module, _ = kinds.resolve(name, {})
-            print(describe(module.Config, f"model.{kinds.section}.{name}."))
+            if said := describe(module.Config, f"model.{kinds.section}.{name}."):
+                print(said)
 
 
 def _let_go_of_the_terminal() -> None:
