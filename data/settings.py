@@ -193,7 +193,7 @@ def describe(schema: type, prefix: str = "") -> str:
     for name, field in fields(schema, prefix):
         default = "required" if field.default is dataclasses.MISSING else dump(field.default)
         rows.append((f"{name}={default}", field.help))
-    width = min(40, max(len(left) for left, _ in rows))
+    width = min(40, max((len(left) for left, _ in rows), default=0))
     return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
 
 

@@ -9,6 +9,7 @@ The front has one file for each op: its signature, its checks, and its torch for
     recurrences          both in steps, for a caller that learns late what enters a segment
     convolution          the short causal convolution before a mixer
     softmax_attention    full attention, or in a sliding window; on a GPU by `flash`
+    experts              MLPs of experts, rows sorted by expert
     norm, rotary, cross_entropy
 
 Shared by them: `packing` (where sequences begin and end, dtypes of sums), `backend` (Triton or
@@ -21,6 +22,7 @@ chunk, W taps of a filter, V vocabulary.
 from kernels.convolution import short_convolution
 from kernels.cross_entropy import linear_cross_entropy, token_cross_entropy
 from kernels.diagonal_scan import diagonal_scan
+from kernels.experts import Activation, expert_mlp
 from kernels.linear_attention import linear_attention
 from kernels.norm import rms_norm
 from kernels.rotary import rotary_embedding
@@ -28,9 +30,11 @@ from kernels.segments import apply_segment, compose_segments
 from kernels.softmax_attention import softmax_attention, softmax_attention_backward
 
 __all__ = [
+    "Activation",
     "apply_segment",
     "compose_segments",
     "diagonal_scan",
+    "expert_mlp",
     "linear_attention",
     "linear_cross_entropy",
     "rms_norm",

@@ -39,6 +39,7 @@ from tests import tiny
 from train.config import Config, read
 from train.model import mixers
 from train.model.config import ModelConfig
+from train.model.transformer import check_settings
 
 # A configuration above these is read and checked, but not trained.
 _PARAMETERS, _TOKENS, _STEPS, _LAYERS = 3_000_000, 4096, 3, 8
@@ -275,7 +276,7 @@ run: {root: runs}
 
         try:
             config = read(self.base, words)
-            mixers.check(config.model)
+            check_settings(config.model)
         except ConfigError as error:
             print(error, file=sys.stderr)
             return 2, "refused"

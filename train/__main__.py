@@ -135,10 +135,10 @@ def _run(config: Config, options: argparse.Namespace, watch: Watch) -> int:
     from parallel import join
     from train import memory
     from train.loop import Trainer
-    from train.model import mixers
+    from train.model.transformer import check_settings
     from train.survival.run import claim
 
-    mixers.check(config.model)
+    check_settings(config.model)
     command = ["python", "-m", "train", options.config, *options.overrides]
     # A job that was queued again goes on with what its first start began anew.
     fresh = options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
@@ -168,13 +168,14 @@ def print_help(parser: argparse.ArgumentParser) -> None:
     print("\nsettings, with their defaults:", flush=True)
     print(describe(Config), flush=True)
 
-    # The mixers' settings live beside their code, which needs torch.
-    from train.model import mixers
-    from train.model.config import ModelConfig
+    # The settings of mixers and MLPs live beside their code, which needs torch.
+    from train.model import mixers, mlps
 
-    for name in mixers.names():
-        module, _ = mixers.resolve(name, ModelConfig(pattern=[name]))
-        print(describe(module.Config, f"model.mixers.{name}."))
+    for kinds in (mixers.KINDS, mlps.KINDS):
+        for name in kinds.names():
+            module, _ = kinds.resolve(name, {})
+            if said := describe(module.Config, f"model.{kinds.section}.{name}."):
+                print(said)
 
 
 def _let_go_of_the_terminal() -> None:

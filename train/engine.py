@@ -268,9 +268,12 @@ class Engine:
                 mine.append((address.start, address.numel) if address else (0, 0))
         every = self.world.gather([count for _, count in mine])
         return [
-            Piece(self.shape(parameter), offset, [0, *accumulate(counts)])
+            piece
             for parameter, (offset, _), counts in zip(
                 members, mine, zip(*every, strict=True), strict=True
+            )
+            for piece in Piece(self.shape(parameter), offset, [0, *accumulate(counts)]).each(
+                self.world.rank
             )
         ]
 

@@ -77,7 +77,7 @@ class Trainer:
         self.validation = Validation(config, self.material, evaluated)
         model = skeleton(config.model, self.material.tokenizer.vocab_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.say(f"model: {blocks_in_words(config.model.blocks)}; {parameters:,} parameters")
+        self.say(f"model: {blocks_in_words(config.model.block_kinds)}; {parameters:,} parameters")
         self.engine = Engine(
             model, config.optim, config.zero, world, dtype, config.train.accumulate
         )
@@ -89,7 +89,7 @@ class Trainer:
         self.lookout = Lookout(world, watch, self.watchdog)
         for block in model.blocks:
             block.register_forward_pre_hook(lambda *_: self.lookout.look_inside())
-        self.clock = Clock(config.model.blocks, world.device)
+        self.clock = Clock(config.model.block_kinds, world.device)
         self.clock.watch(model.blocks)
         self.trace = Trace(folder, world.rank, config.train.profile)
         self.saver = checkpoint.Saver(

@@ -87,8 +87,8 @@ def parameters(config: Config) -> int:
     model, source = config.model, config.data.source
     pieces = config.data.vocab_size if config.data.tokenizer is None and source != RECALL else 1
     total = pieces * model.dim * (1 if model.tie_embeddings else 2)
-    for name, count in Counter(model.blocks).items():
+    for name, count in Counter(model.block_kinds).items():
         with torch.device("meta"):
-            block = Block(model, model.blocks.index(name))
+            block = Block(model, model.block_kinds.index(name))
         total += count * sum(parameter.numel() for parameter in block.parameters())
     return total

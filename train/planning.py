@@ -68,7 +68,7 @@ def described(
     full = [m for m in mixers if isinstance(m, attention.Mixer) and m.window is None]
     layers = max(1, len(full))
     fewest = min(full, key=lambda mixer: mixer.heads, default=None)
-    weights = model.matmul_parameters
+    weights = model.matrices
     if not model.config.tie_embeddings:
         weights += model.embedding.num_embeddings * model.config.dim
     return FullAttention(
@@ -131,7 +131,7 @@ def _work(model: Model, full: list[attention.Mixer], dtype: torch.dtype) -> Work
 def _touched(block: Block) -> float:
     """Numbers a token that a block's norms, activations and residuals read and write, forward.
 
-    Two norms and two residuals; the MLP's two halves and their product; what the mixer projects
+    Two norms and two residuals; what the MLP has between its projections; what the mixer projects
     (rotary embedding, a convolution) and its output (a norm, a gate).
     """
     given = sum(
@@ -141,23 +141,23 @@ def _touched(block: Block) -> float:
     )
     out = block.mixer.get_submodule("out")
     assert isinstance(out, torch.nn.Linear)
-    return (
-        10.0 * out.out_features
-        + 3.0 * block.mlp.out.in_features
-        + 2.0 * given
-        + 3.0 * out.in_features
-    )
+    return 10.0 * out.out_features + float(_inside(block)) + 2.0 * given + 3.0 * out.in_features
+
+
+def _inside(block: Block) -> int:
+    return 0 if block.mlp is None else block.mlp.inner
 
 
 def _slack(model: Model, full: list[attention.Mixer]) -> float:
     """How far memory lets tokens of full attention exceed the even share, on the safe side.
 
-    A block leaves behind at least its input, that of its MLP and a norm's output, and three times
-    the width of its MLP; where activations are made anew, its input, but for the block at work.
+    A block leaves behind at least its input, that of its MLP and a norm's output, and what the MLP
+    has between its projections; where activations are made anew, its input, but for the block at
+    work.
     """
     each = [2 * (mixer.heads + mixer.kv_heads) * mixer.head_dim for mixer in full]
     dim = model.config.dim
-    blocks = [3 * (dim + block.mlp.out.in_features) for block in model.blocks]
+    blocks = [3 * dim + _inside(block) for block in model.blocks]
     if model.config.checkpoint_activations:
         return slack(max(each), max(each), len(blocks) * dim + min(blocks))
     return slack(sum(each), max(each), sum(blocks))

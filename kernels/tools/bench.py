@@ -2,7 +2,8 @@
 
 Forward, and forward + backward, on one device: on a GPU in bf16 if there is one, else on the CPU in
 fp32. The bytes are those that the op must move at least: its inputs and its output, three times for
-forward + backward. The roofline is the longer of the times for these bytes and for the FLOPs of
+forward + backward; the peak is the most that forward + backward allocates at a time, gradients
+included. The roofline is the longer of the times for these bytes and for the FLOPs of
 `kernels.flops`, the latter three times too.
 """
 
@@ -51,6 +52,7 @@ class Timing(NamedTuple):
     forward_ms: float
     both_ms: float  # forward + backward
     megabytes: float
+    peak_mb: float
     roofline: float | None  # share of the roofline that forward + backward reaches
 
 
@@ -116,6 +118,7 @@ def subjects(T: int, device: str) -> Iterator[Subject]:
         lambda: F.cross_entropy((hidden @ head.T).float(), labels, reduction="sum"),
         [hidden, head], work,
     )  # fmt: skip
+    yield from _experts(T, device, dtype)
     work = flops.softmax_attention([T] * B, H, D, D)
     yield Subject("softmax_attention", "headrace", lambda: _attention(q, k, v), [q, k, v], work)
     yield Subject(
@@ -132,6 +135,39 @@ def subjects(T: int, device: str) -> Iterator[Subject]:
             "softmax_attention", "flash-attn",
             lambda: flash_attn_func(q, k, v, causal=True), [q, k, v], work,
         )  # fmt: skip
+
+
+def _experts(T: int, device: str, dtype: torch.dtype) -> Iterator[Subject]:
+    """Experts as wide as Qwen3-Next's on a GPU, a quarter as wide and fewer on a CPU."""
+    E, K, D, inner = (512, 10, 2048, 512) if device == "cuda" else (64, 8, 512, 128)
+    kind: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": True}
+    x, weights = torch.randn(T, D, **kind), torch.rand(T, K, **kind)
+    up = torch.randn(E, 2 * inner, D, **kind)
+    out = torch.randn(E, D, inner, **kind)
+    choice = torch.rand(T, E, device=device).topk(K, dim=1).indices
+    leaves, work = [x, weights, up, out], 6.0 * T * K * D * inner
+
+    def ours() -> Tensor:
+        by_expert, order = choice.flatten().sort(stable=True)
+        ends = torch.searchsorted(by_expert, torch.arange(E, device=device), right=True)
+        return kernels.expert_mlp(x, order // K, weights.flatten()[order], ends, up, out)
+
+    yield Subject("expert_mlp", "headrace", ours, leaves, work)
+    if importlib.util.find_spec("transformers"):
+        from transformers.models.qwen3_next.modeling_qwen3_next import (
+            Qwen3NextConfig,
+            Qwen3NextExperts,
+        )
+
+        sizes: dict[str, Any] = {"hidden_size": D, "moe_intermediate_size": inner, "num_experts": E}
+        for by in ("eager", "grouped_mm"):
+            config = Qwen3NextConfig(**sizes)
+            config._experts_implementation = by
+            with torch.device("meta"):
+                theirs = Qwen3NextExperts(config)
+            given = {"gate_up_proj": up, "down_proj": out}
+            call = partial(torch.func.functional_call, theirs, given, (x, choice, weights))
+            yield Subject("expert_mlp", f"transformers {by}", call, leaves, work)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -213,8 +249,9 @@ def measure(subject: Subject, tokens: int, device: str) -> Timing:
             if gpu in name:
                 share = 3 * max(moved / bandwidth, subject.work / peak) / both_s
     return Timing(
-        subject.op, subject.by, tokens, 1e3 * forward_s, 1e3 * both_s, 3 * moved / 1e6, share
-    )
+        subject.op, subject.by, tokens, 1e3 * forward_s, 1e3 * both_s, 3 * moved / 1e6,
+        _peak(both, device) / 1e6, share,
+    )  # fmt: skip
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
@@ -232,6 +269,23 @@ def _seconds(run: Callable[[], object], device: str) -> float:
 
     first = once()
     return statistics.median(once() for _ in range(max(2, min(20, int(0.2 / max(first, 1e-6))))))
+
+
+def _peak(run: Callable[[], object], device: str) -> float:
+    """Most bytes that a run holds at a time, above what is held before it."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return float(torch.cuda.max_memory_allocated() - before)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return float(most)
 
 
 def plot(timings: list[Timing], path: str) -> None:
@@ -270,7 +324,7 @@ def main(lengths: list[int], only: str, path: str, as_json: bool) -> int:
     if not as_json:
         print(
             f"{'op':32} {'by':24} {'tokens':>7} {'fwd ms':>9} {'both ms':>9} {'× ours':>7} "
-            f"{'MB':>8} {'roofline':>8}"
+            f"{'MB':>8} {'peak MB':>8} {'roofline':>8}"
         )
     for T in lengths:
         ours = 0.0
@@ -286,7 +340,7 @@ def main(lengths: list[int], only: str, path: str, as_json: bool) -> int:
                 print(
                     f"{timing.op:32} {timing.by:24} {T:7} {timing.forward_ms:9.2f} "
                     f"{timing.both_ms:9.2f} {timing.both_ms / ours:7.2f} "
-                    f"{timing.megabytes:8.1f} {share:>8}",
+                    f"{timing.megabytes:8.1f} {timing.peak_mb:8.1f} {share:>8}",
                     flush=True,
                 )
     if as_json:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -106,6 +107,26 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.masked_fill(later, -math.inf).softmax(-1) @ v).transpose(1, 2)
 
 
+def routing(tokens: int, chosen: int, experts: int) -> tuple[Tensor, Tensor]:
+    """`rows` and `ends` of `kernels.expert_mlp` for tokens that choose experts at random."""
+    choice = torch.rand(tokens, experts).topk(chosen, dim=1).indices.flatten()
+    by_expert, order = choice.sort(stable=True)
+    return order // chosen, torch.searchsorted(by_expert, torch.arange(experts), right=True)
+
+
+def _experts(
+    x: Tensor, weights: Tensor, up: Tensor, out: Tensor, rows: Tensor, ends: Tensor
+) -> Tensor:
+    """Row by row of all experts at once, summed in fp32 as the tokens of any model are."""
+    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+        token = rows[start:end]
+        gate, above = (x[token] @ up[expert].T).chunk(2, dim=-1)
+        part = (F.silu(gate) * above) @ out[expert].T
+        y = y.index_add(0, token, (part * weights[start:end, None]).to(y))
+    return y.to(x.dtype)
+
+
 def cases() -> Iterator[Case]:
     """Every op, at sizes for which its definition takes about a second."""
     B, T, H, D = 1, 200, 2, 64
@@ -148,6 +169,20 @@ def cases() -> Iterator[Case]:
         lambda x, weight: kernels.linear_cross_entropy(x, weight, labels.to(x.device))[0],
         lambda x, weight: F.cross_entropy(x @ weight.T, labels.to(x.device), reduction="sum"),
         {"x": random(T, D), "weight": random(1000, D) / 8},
+    )  # fmt: skip
+
+    rows, ends = routing(T, 2, 8)
+    yield Case(
+        "expert_mlp",
+        lambda x, weights, up, out: kernels.expert_mlp(
+            x, rows.to(x.device), weights, ends.to(x.device), up, out
+        ),
+        lambda x, weights, up, out: _experts(x, weights, up, out, rows.to(x.device), ends),
+        {
+            "x": random(T, D), "weights": random(2 * T).sigmoid(),
+            "up": random(8, 2 * D, D) / 8, "out": random(8, D, D) / 8,
+        },
+        ("weights",),
     )  # fmt: skip
 
     def attention_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Report:
     may_spill: bool = False
 
 
-OPS = ("mixers", "diagonal_scan", "convolution", "norm", "rotary", "cross_entropy")
+OPS = ("mixers", "diagonal_scan", "convolution", "norm", "rotary", "cross_entropy", "experts")
 
 
 def configurations(arch: str) -> Iterator[Configuration]:

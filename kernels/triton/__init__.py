@@ -9,9 +9,9 @@ The recurrence, in the order to read:
     linear_attention    launches these five kernels; `autograd.Function`
     mixers              the launches that are compiled ahead of time
 
-By themselves: `diagonal_scan`, `convolution` (both on `sequences`), `norm`, `rotary` and
-`cross_entropy`. `launch` has every launch parameter and its reason. Each file with kernels lists
-the launches it ships (`shipped`), for `python -m kernels compile`.
+By themselves: `diagonal_scan`, `convolution` (both on `sequences`), `norm`, `rotary`,
+`cross_entropy` and `experts`. `launch` has every launch parameter and its reason. Each file with
+kernels lists the launches it ships (`shipped`), for `python -m kernels compile`.
 
 May import `kernels.packing`, torch and Triton.
 """

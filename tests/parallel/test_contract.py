@@ -47,6 +47,14 @@ FAMILIES = {
     "gated": {"hgrn": {"state_dim": 20}, "hgrn2": HEADS, "lightnet": HEADS},
     "softmax": {"hedgehog": HEADS, "transnormer": {**HEADS, "block": 9}, "liger": HEADS},
 }
+# Models with experts: by score and group, and with all that a layer of them may have beside them.
+ROUTED = {
+    "experts": {"experts": 8, "chosen": 3, "dim": 10, "shared_dim": 8, "shared_gate": True},
+    "grouped": {
+        "kind": "experts", "experts": 6, "chosen": 2, "dim": 10, "router": "sigmoid", "bias": True,
+        "groups": 3, "chosen_groups": 2, "scaling": 2.5, "activation": "relu2", "latent": 8,
+    },
+}  # fmt: skip
 # Lengths of batches of one stream after the other, two a step at most.
 STREAMS = [
     [101],  # one sequence over all ranks
@@ -80,7 +88,11 @@ def steps(accumulate: int) -> list[list[Stream]]:
 def model(family: str | None, recompute: bool = False) -> Model:
     torch.manual_seed(0)
     config = MODEL
-    if family is not None:
+    if family == "experts":
+        config = dataclasses.replace(
+            MODEL, mlp_first=["swiglu"], mlp_pattern=list(ROUTED), mlps=ROUTED
+        )
+    elif family is not None:
         mixers = FAMILIES[family]
         config = ModelConfig(pattern=list(mixers), layers=len(mixers), dim=24, mixers=mixers)
     return Model(dataclasses.replace(config, checkpoint_activations=recompute), VOCABULARY)
@@ -98,8 +110,8 @@ Course = tuple[list[float], list[float], dict[str, Tensor]]
 def plain(accumulate: int, family: str | None) -> Course:
     """The definition: the gradient of the mean over a step's targets, clipped, and AdamW."""
     net, alone = model(family), World(0, 1, 0, torch.device("cpu"))
-    matrices = [p for n, p in net.named_parameters() if p.dim() == 2 and n.endswith(".weight")]
-    rest = [p for n, p in net.named_parameters() if not (p.dim() == 2 and n.endswith(".weight"))]
+    matrices = [p for n, p in net.named_parameters() if p.dim() >= 2 and n.endswith(".weight")]
+    rest = [p for n, p in net.named_parameters() if not (p.dim() >= 2 and n.endswith(".weight"))]
     adamw = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
         lr=RATE,
@@ -184,6 +196,10 @@ CASES += [
     for stage, (attention, family) in enumerate(
         itertools.product(("balanced", "ring"), (None, *FAMILIES))
     )
+]
+CASES += [
+    (size, Setting("balanced", stage, 1 + stage % 2, stage > 1, "experts", each=2))
+    for stage, size in enumerate((3, 4, 2, 4))
 ]
 CASES += [(size, setting) for size in (2, 3) for setting in SETTINGS[size - 2 :: 5]]
 

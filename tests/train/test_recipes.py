@@ -12,9 +12,8 @@ from torch import nn
 
 from data.settings import ConfigError
 from train.config import Config, read
-from train.model import mixers
 from train.model.config import ModelConfig
-from train.model.transformer import Model
+from train.model.transformer import Model, check_settings
 from train.pretrained.convert import hybrid
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +22,7 @@ SWEEP = [line.split() for line in (ROOT / "configs/study/sweep.txt").read_text()
 
 
 def model(config: Config) -> Model:
-    mixers.check(config.model)
+    check_settings(config.model)
     with torch.device("meta"):
         return Model(config.model, config.data.vocab_size)
 

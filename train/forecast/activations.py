@@ -28,7 +28,7 @@ class Part:
     """What one part of the model needs at work, in bytes.
 
     Attributes:
-        name: "embedding", "loss" (with the last norm), or the name of a block's mixer.
+        name: "embedding", "loss" (with the last norm), or what `block_kinds` calls a block.
         forward: most at a time above what there was before its forward pass.
         kept: left for its backward pass, without its output.
         output: its output.
@@ -76,7 +76,8 @@ def parts(model: ModelConfig, shape: Shape, shard: Shard) -> dict[str, Part]:
     with torch.device("meta"):
         embedding = nn.Embedding(shape.vocab_size, model.dim)
         tail = _Tail(model, shape.vocab_size)
-        blocks = {name: Block(model, model.blocks.index(name)) for name in set(model.blocks)}
+        kinds = model.block_kinds
+        blocks = {name: Block(model, kinds.index(name)) for name in set(kinds)}
         tokens = torch.empty(total, dtype=torch.int64)
     labels = tokens.clone()
     made = {

@@ -23,8 +23,7 @@ from train.config import Config
 from train.forecast import memory, work
 from train.forecast.activations import Device, Part, Shape, parts
 from train.forecast.states import states
-from train.model import mixers
-from train.model.transformer import Model, skeleton
+from train.model.transformer import Model, check_settings, skeleton
 from train.planning import planner_of
 
 STAGES = (0, 1, 2, 3)
@@ -95,7 +94,7 @@ class Case:
     @cached_property
     def model(self) -> Model:
         """On meta tensors."""
-        mixers.check(self.config.model)
+        check_settings(self.config.model)
         return skeleton(self.config.model, self.vocab_size)
 
     @cached_property
@@ -172,7 +171,7 @@ class Case:
     def _peak(self, stage: int, made: dict[str, Part], tokens: int) -> dict[str, float]:
         config = self.config
         return memory.Step(
-            config.model.blocks,
+            config.model.block_kinds,
             made,
             states(self.sizes.shapes, config.optim, stage, self.ranks, self.dtype),
             tokens,

@@ -19,7 +19,7 @@ class Step:
     """A step of a model, as far as memory goes.
 
     Attributes:
-        blocks: names of the blocks' mixers.
+        blocks: `ModelConfig.block_kinds`.
         parts: by name.
         states: of the rank.
         tokens: of the rank in a batch.

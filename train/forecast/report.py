@@ -43,7 +43,7 @@ def report(case: Case, asked_nodes: int | None, cluster: Cluster | None) -> dict
     rows = [_row(case, stage, on) for stage in STAGES for on in (False, True)]
     made: dict[str, Any] = {
         "run": config.run.name,
-        "model": blocks_in_words(config.model.blocks),
+        "model": blocks_in_words(config.model.block_kinds),
         "parameters": {"total": sizes.total, "active": sizes.active, "by_part": sizes.by_part},
         "flops_a_token": {
             "seq_len": case.seq_len,

@@ -168,8 +168,16 @@ class Speed:
         share = case.ranks if case.config.zero.stage else 1
         for name, shape in case.sizes.shapes.items():
             if is_orthogonal(name, shape, case.config.optim):
-                rows, columns = sorted(shape)
-                # x xᵀ and its product with x, and the square of that.
-                products += _ITERATIONS * 2.0 * rows * rows * (2 * columns + rows)
+                rows, columns = sorted(shape[-2:])
+                # x xᵀ and its product with x, and the square of that; of each matrix of a stack.
+                products += (
+                    shape.numel()
+                    // (rows * columns)
+                    * _ITERATIONS
+                    * 2.0
+                    * rows
+                    * rows
+                    * (2 * columns + rows)
+                )
         numbers = case.sizes.total * _STEPPED / share / (self.cluster.memory_gbs * 1e9)
         return numbers + products / share / self.cluster.matmul_flops

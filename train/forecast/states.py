@@ -104,11 +104,17 @@ def _muon(
     shapes: Mapping[str, torch.Size], matrices: Mapping[str, int], share: int, stage: int
 ) -> float:
     """Bytes that Muon's step takes beside its state (`train.optimiser.muon`)."""
-    largest = max(matrices, key=lambda name: matrices[name])
-    rows, columns = sorted(shapes[largest])
-    # The matrix scaled, its product with its own transpose and that one's square, the next one.
-    iterating = _FP32 * (3 * rows * columns + 2 * rows * rows)
+
+    def iterating(shape: torch.Size) -> float:
+        """The matrix scaled, its product with its own transpose and that one's square, the next
+        one. Unless they are shared out, the matrices of a stack are worked on together."""
+        rows, columns = sorted(shape[-2:])
+        stacked = 1 if stage else shape.numel() // (rows * columns)
+        return float(_FP32 * stacked * (3 * rows * columns + 2 * rows * rows))
+
     if not stage:
-        return iterating + _FP32 * matrices[largest]  # and the momentum, one step ahead
+        # And the momentum, one step ahead.
+        return max(iterating(shapes[name]) + _FP32 * n for name, n in matrices.items())
     # Momentum, whole matrices, and the update's slices.
-    return 3 * _FP32 * sum(matrices.values()) / share + iterating
+    most = max(iterating(shapes[name]) for name in matrices)
+    return 3 * _FP32 * sum(matrices.values()) / share + most

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from train.forecast.activations import EMBEDDING
+from train.model.linear import met
 from train.model.transformer import Model
 
 HEAD, NORMS, MLPS = "head", "norms", "MLPs"
@@ -24,7 +24,7 @@ class Sizes:
         by_part: number of parameters, by part: embedding, head, norms, MLPs, and each mixer's
             name. A head that is the embedding has none of its own.
         active: parameters that each token is computed with. A token reads one row of an embedding
-            that is no head.
+            that is no head, and meets the experts that it chooses.
         shapes: of every parameter, by name.
     """
 
@@ -46,7 +46,8 @@ def sizes(model: Model) -> Sizes:
         shapes[name] = parameter.shape
     total = sum(found.values())
     lookup = 0 if model.config.tie_embeddings else found[EMBEDDING]
-    return Sizes(dict(found), total - lookup, shapes)
+    asleep = model.matrices - model.matmul_parameters
+    return Sizes(dict(found), total - lookup - asleep, shapes)
 
 
 def _part(name: str, model: Model) -> str:
@@ -65,11 +66,7 @@ def flops(model: Model, lengths: Sequence[int] | np.ndarray) -> dict[str, float]
     tokens = float(sum(lengths))
     found: dict[str, float] = defaultdict(float)
     for name, block in zip(model.config.blocks, model.blocks, strict=True):
-        found[name] += 2.0 * _matrices(block.mixer) + block.mixer.mixing_flops(lengths) / tokens
-        found[MLPS] += 2.0 * _matrices(block.mlp)
+        found[name] += 2.0 * met(block.mixer) + block.mixer.mixing_flops(lengths) / tokens
+        found[MLPS] += 2.0 * met(block.mlp) if block.mlp is not None else 0.0
     found[HEAD] = 2.0 * model.head.weight.numel()
     return dict(found)
-
-
-def _matrices(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)

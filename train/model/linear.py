@@ -1,4 +1,5 @@
-"""A linear layer that can be applied in parts, so that one part's results travel meanwhile.
+"""Linear layers whose weights others use: in parts, so that one part's results travel meanwhile, or
+stacked, a matrix for each expert.
 
 For a weight (out, in), some rows compute some of the outputs, some columns use some of the inputs.
 In the backward pass all parts write into one gradient tensor, each into its own block, so that a
@@ -26,6 +27,35 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, part: Callable[[Tensor, Tensor | None], Any] | None = None) -> Any:
         return F.linear(x, self.weight, self.bias) if part is None else part(self.weight, self.bias)
+
+
+class Stacked(nn.Module):
+    """Matrices (experts, out, in) of which a token meets a few.
+
+    Attributes:
+        share: part of the matrices that a token meets, `chosen` of `experts`.
+    """
+
+    def __init__(self, experts: int, chosen: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.share = chosen, experts
+
+    def forward(self, x: Tensor, use: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`use(x, weight)`: called with both, since ZeRO 3 gathers the weight for the call, and
+        lets go of it when the gradient of x is there."""
+        return use(x, self.weight)
+
+
+def met(module: nn.Module) -> int:
+    """Numbers of a module's matrices that a token is multiplied with."""
+    found = 0
+    for part in module.modules():
+        chosen, experts = getattr(part, "share", (1, 1))
+        for parameter in part.parameters(recurse=False):
+            if parameter.dim() >= 2:
+                found += parameter.numel() // experts * chosen
+    return found
 
 
 class InParts:

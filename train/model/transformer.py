@@ -2,11 +2,12 @@
 
 x ← x + mixer(norm(x))          x ← x + norm(mixer(x))
 x ← x + mlp(norm(x))       or   x ← x + norm(mlp(x))       if post_norm names the mixer
+
+A block whose MLP is `none` is the first line alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from parallel import Shard
-from train.model import mixers
+from train.model import mixers, mlps
 from train.model.config import ModelConfig
 from train.model.initial import Constant, First, Normal, declarations, fill
+from train.model.linear import Stacked, met
 from train.model.mixers._parts import LowRank
-from train.model.mlps.swiglu import MLP
 from train.model.norm import RMSNorm
 
 Cache = list[dict[str, Tensor]]  # one dict a block, for its mixer
@@ -32,20 +33,21 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        hidden = config.mlp_dim or 64 * math.ceil(config.dim * 8 / 3 / 64)
         name = config.blocks[layer]
         self.post_norm = name in config.post_norm
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps, config.zero_centered_norms)
         self.mixer = mixers.make(name, config, layer)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps, config.zero_centered_norms)
-        self.mlp = MLP(config.dim, hidden)
+        mlp = mlps.make(config.mlp_blocks[layer], config, layer)
+        if mlp is not None:
+            self.mlp_norm = RMSNorm(config.dim, config.norm_eps, config.zero_centered_norms)
+        self.mlp = mlp
 
     def forward(self, x: Tensor, shard: Shard, cache: dict[str, Tensor] | None = None) -> Tensor:
         if self.post_norm:
             x = x + self.mixer_norm(self.mixer(x, shard, cache))
-            return x + self.mlp_norm(self.mlp(x))
+            return x if self.mlp is None else x + self.mlp_norm(self.mlp(x))
         x = x + self.mixer(self.mixer_norm(x), shard, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
 
 
 class Head(nn.Module):
@@ -66,6 +68,16 @@ class Head(nn.Module):
         if not self.training:
             return kernels.token_cross_entropy(hidden, self.weight, labels)
         return kernels.linear_cross_entropy(hidden, self.weight, labels, z_loss=self.z_loss)
+
+
+def check_settings(config: ModelConfig) -> None:
+    """Check the settings of the mixers and MLPs in use, and their names.
+
+    Raises:
+        ConfigError: there is no such mixer or MLP, or it has no such setting.
+    """
+    mixers.check(config)
+    mlps.check(config)
 
 
 def skeleton(config: ModelConfig, vocab_size: int) -> Model:
@@ -115,12 +127,14 @@ class Model(nn.Module):
         self.firsts = self._firsts()
         if not self.embedding.weight.is_meta:
             fill(self, self.firsts, seed)
-        # Counted now, since under ZeRO 3 a rank's parameters are empty between their uses.
-        self.matmul_parameters = sum(
+        # All matrices, and what a token is multiplied with of them. Counted now, since under ZeRO 3
+        # a rank's parameters are empty between their uses.
+        self.matrices = sum(
             parameter.numel()
             for name, parameter in self.named_parameters(remove_duplicate=False)
             if parameter.dim() >= 2 and name != "embedding.weight"
         )
+        self.matmul_parameters = met(self) - self.embedding.weight.numel()
 
     def _firsts(self) -> dict[str, First]:
         """What parameters and buffers begin as: as their modules declare, else normal for matrices
@@ -162,7 +176,7 @@ class Model(nn.Module):
         return {
             f"{name}.weight": 1 / self.width
             for name, module in self.named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in narrow
+            if isinstance(module, (nn.Linear, Stacked)) and id(module) not in narrow
         }
 
     def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:

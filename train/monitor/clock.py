@@ -30,7 +30,7 @@ class Clock:
     """Takes the moments of a rank's steps.
 
     Args:
-        names: of the blocks' mixers, first block first.
+        names: what blocks are called, first block first (`ModelConfig.block_kinds`).
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:

@@ -17,7 +17,7 @@ from train.monitor.metrics import Recorder
 
 
 def blocks_in_words(blocks: Sequence[str]) -> str:
-    """The mixers of a model's blocks, repetitions counted: `(gla × 3, attention) × 8`."""
+    """The blocks of a model, repetitions counted: `(gla × 3, attention) × 8`."""
     period = next(n for n in range(1, len(blocks) + 1) if _repeats(blocks, n))
     runs = [(name, len(list(run))) for name, run in groupby(blocks[:period])]
     words = ", ".join(f"{name} × {count}" if count > 1 else name for name, count in runs)

@@ -9,7 +9,7 @@ travels twice and every matrix is worked on once, whatever the stage.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -32,6 +32,17 @@ class Piece:
     shape: torch.Size
     offset: int
     bounds: Sequence[int]
+
+    def each(self, rank: int) -> Iterator[Piece]:
+        """What ranks hold of each matrix of a stack (E, m, n); of a matrix, the piece itself."""
+        if len(self.shape) == 2:
+            yield self
+            return
+        size = self.shape[1] * self.shape[2]
+        for first in range(0, self.shape[0] * size, size):
+            bounds = [min(max(bound - first, 0), size) for bound in self.bounds]
+            before = max(first - self.bounds[rank], 0)
+            yield Piece(self.shape[1:], self.offset + before, bounds)
 
 
 class Muon(torch.optim.AdamW):
@@ -85,25 +96,25 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows or columns, nearly, with a root mean square of 0.2.
 
     Args:
-        matrix: (m, n). Its singular values are brought into about [0.7, 1.2] by five steps of
-            Newton and Schulz's iteration with Jordan's coefficients; products are bf16 on a
-            GPU, in the matrix's own dtype elsewhere.
+        matrix: (m, n), or a stack of them (E, m, n), each by itself. Singular values are brought
+            into about [0.7, 1.2] by five steps of Newton and Schulz's iteration with Jordan's
+            coefficients; products are bf16 on a GPU, in the matrix's own dtype elsewhere.
 
     Returns:
-        (m, n) of the same dtype.
+        The same shape and dtype.
     """
     x = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix
-    tall = x.shape[0] > x.shape[1]
+    tall = x.shape[-2] > x.shape[-1]
+    add = torch.addmm if x.dim() == 2 else torch.baddbmm
     if tall:
         x = x.mT
-    x = x / (torch.linalg.vector_norm(x, dtype=torch.float32).to(x.dtype) + 1e-7)
+    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    x = x / (size.to(x.dtype) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.addmm(
-            x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
-        )
+        x = add(x, add(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     x = x.mT if tall else x
-    return x.to(matrix.dtype) * (0.2 * max(matrix.shape) ** 0.5)
+    return x.to(matrix.dtype) * (0.2 * max(matrix.shape[-2:]) ** 0.5)
 
 
 def _orthogonal_pieces(flat: Tensor, pieces: list[Piece], world: World) -> Tensor:

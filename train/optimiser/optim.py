@@ -56,7 +56,8 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def _is_matrix(name: str, shape: Sequence[int]) -> bool:
-    return len(shape) == 2 and name.endswith(".weight")
+    """Whether a parameter is a matrix, or a stack of them: experts'."""
+    return len(shape) in (2, 3) and name.endswith(".weight")
 
 
 def is_orthogonal(name: str, shape: Sequence[int], config: OptimConfig) -> bool:

@@ -22,9 +22,8 @@ from torch import Tensor
 from data.settings import ConfigError, absolute, build
 from data.tokens.beside import mapping, shown
 from data.values import dump
-from train.model import mixers
 from train.model.config import ModelConfig
-from train.model.transformer import Model, skeleton
+from train.model.transformer import Model, check_settings, skeleton
 from train.pretrained import families, weights
 from train.pretrained import tokenizer as files
 from train.pretrained.described import MOST_LAYERS, Described, settings
@@ -93,7 +92,7 @@ def read(source: Path) -> Pretrained:
             f"{source / 'config.json'}: there is no model of such sizes ({reason})"
         ) from None
     tensors = weights.of_family(source)
-    own = (Link({name: -1}, {name: -1}) for name, _ in model.named_parameters())
+    own = (Link({name: -1}, {name: -1}) for name, _ in model.kept_tensors())
     linked = [link.found(tensors) for link in (links(model, family) if family else own)]
     _check_names(linked, tensors, config, source)
     _check_shapes(linked, tensors, model, source)
@@ -177,7 +176,7 @@ def _settings(given: dict[str, Any]) -> ModelConfig:
     config = build(ModelConfig, {key: (value, where) for key, value in given.items()}, where)
     if max(config.layers, len(config.pattern)) > MOST_LAYERS:
         raise ConfigError(f"layers is {config.layers}; the limit is {MOST_LAYERS}")
-    mixers.check(config)
+    check_settings(config)
     return config
 
 
@@ -200,7 +199,7 @@ def _check_names(
 
 def _check_shapes(linked: list[Link], tensors: weights.Tensors, model: Model, source: Path) -> None:
     """Their tensors are of the shapes that ours have on the way to them."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.kept_tensors())
     for link in linked:
         for name, tensor in link.to_theirs(lambda name: parameters[name].detach()):
             if tensors.shape(name) != list(tensor.shape):

@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from data.settings import ConfigError
-from train.model import mixers
 from train.model.config import ModelConfig, expanded
 from train.model.mixers import hedgehog, liger
+from train.model.transformer import check_settings
 from train.pretrained import adopt, families, weights
 from train.pretrained.distil import Distillation, distil
 from train.pretrained.weights import Say
@@ -101,5 +101,5 @@ def hybrid(config: ModelConfig, pattern: list[str]) -> ModelConfig:
     if post_norm:
         post_norm = [name for name in settings if name != "gated_deltanet"]
     made = dataclasses.replace(config, pattern=pattern, mixers=settings, post_norm=post_norm)
-    mixers.check(made)
+    check_settings(made)
     return made

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data.settings import dump
-from train.model import mixers
+from train.model import mixers, mlps
 from train.model.config import ModelConfig
+from train.model.mlps import swiglu
 
 OWN = "headrace"  # model_type of what transformers does not have
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -82,6 +83,7 @@ class Family:
                         f"model.mixers.{name}.{key} is {dump(value)} and model.mixers.{other}."
                         f"{key} {dump(held)}; all layers of {self.name} have the same"
                     )
+        found += self._mlp_faults(config)
         return list(dict.fromkeys([*found, *self._depth_faults(config)]))
 
     def _is_none(self, what: str) -> str:
@@ -124,6 +126,15 @@ class Family:
             )
         if name in config.post_norm:
             yield self._fault("post_norm", config.post_norm, f"without {name}")
+
+    def _mlp_faults(self, config: ModelConfig) -> Iterator[str]:
+        first, *others = dict.fromkeys(config.mlp_blocks)
+        for name in (first, *others):
+            module, settings = mlps.resolve(name, config)
+            if module is not swiglu:
+                yield f"model.mlp_pattern names {name!r}, which {self._is_none('MLP')}"
+            elif settings != mlps.resolve(first, config)[1]:
+                yield f"model.mlps.{name} is not as {first}; all MLPs of {self.name} are alike"
 
     def _depth_faults(self, config: ModelConfig) -> Iterator[str]:
         laid = list(layers(config))

@@ -26,8 +26,7 @@ from data.tokens import tokenizer as tokenizers
 from data.tokens.pieces import MOST_IDS
 from data.tokens.tokenizer import Tokenizer
 from train.config import Config, read
-from train.model import mixers
-from train.model.transformer import Model, skeleton
+from train.model.transformer import Model, check_settings, skeleton
 from train.pretrained import adopt, weights
 from train.pretrained import tokenizer as files
 from train.pretrained.weights import Say, check, check_shape
@@ -189,9 +188,9 @@ def _of_description(folder: Path, overrides: Sequence[str], say: Say) -> Stored:
         values["data.tokenizer"] = (str(folder / tokenizer.file), where)
     override(Config, values, overrides)
     config = build(Config, values, where)
-    mixers.check(config.model)
+    check_settings(config.model)
     model = skeleton(config.model, rows)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.kept_tensors())
     link_of = {name: link for link in found.links for name in link.ours}
 
     def read_ours(name: str) -> Tensor:
@@ -206,7 +205,7 @@ def _of_description(folder: Path, overrides: Sequence[str], say: Say) -> Stored:
 
 def _opened(config: Config, folder: Path) -> tuple[Model, weights.Tensors]:
     """The model on `meta` and the tensors of a folder of ours, which are found to be its own."""
-    mixers.check(config.model)
+    check_settings(config.model)
     tensors = weights.of_ours(folder)
     if "embedding.weight" not in tensors:
         raise ConfigError(f"{folder} holds no model: there is no embedding.weight")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from train.model.mixers.attention import Mixer as Attention
 from train.model.mixers.gated_deltanet import Mixer as GatedDeltaNet
+from train.model.mlps import swiglu
 from train.model.transformer import Block, Model
 from train.pretrained import weights
 from train.pretrained.families import Family
@@ -70,6 +71,12 @@ class Link:
             yield name, part.contiguous()
 
 
+def dense(block: Block) -> swiglu.MLP:
+    """The MLP of a block of a family: all of them have SwiGLU."""
+    assert isinstance(block.mlp, swiglu.MLP)
+    return block.mlp
+
+
 def links(model: Model, family: Family) -> Iterator[Link]:
     """All links between a model of ours (it may be on `meta`) and one of the family."""
     config = model.config
@@ -81,7 +88,7 @@ def links(model: Model, family: Family) -> Iterator[Link]:
             first, *others = (f"{theirs}.{spelling}.weight" for spelling in spelled)
             link = _norm(f"{ours}.{name}.weight", first, *centre)
             yield replace(link, spellings=tuple({other: -1} for other in others))
-        hidden = block.mlp.out.in_features
+        hidden = dense(block).out.in_features
         yield _join(
             f"{ours}.mlp.up.weight", f"{theirs}.mlp", {"gate_proj": hidden, "up_proj": hidden}
         )

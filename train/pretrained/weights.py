@@ -82,12 +82,12 @@ class Tensors:
 
 
 def check(model: Model, shapes: dict[str, list[int]], source: Path) -> None:
-    """See that these are the shapes of the model's parameters.
+    """See that these are the shapes of the model's parameters, and of the biases of its routers.
 
     Raises:
         ConfigError: naming the first that is not.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.kept_tensors():
         check_shape(name, parameter, shapes.get(name), source)
 
 

@@ -21,7 +21,7 @@ from train.config import read
 from train.evaluation.evaluate import ByOctave
 from train.evaluation.longcontext import validate
 from train.evaluation.trained import load
-from train.model import mixers
+from train.model.transformer import check_settings
 from train.monitor.table import kind
 
 RECALL = """
@@ -205,7 +205,7 @@ def test_the_recall_sweep_is_every_mixer_pure_and_at_three_to_one() -> None:
     lines = (ROOT / "configs/recall/sweep.txt").read_text(encoding="utf-8").splitlines()
     configs = [read(ROOT / file, overrides) for file, *overrides in map(str.split, lines)]
     for config in configs:
-        mixers.check(config.model)
+        check_settings(config.model)
         data.material(config.data, config.train)
     assert len({config.run.name for config in configs}) == len(lines)
     found = [kind(config.model) for config in configs]

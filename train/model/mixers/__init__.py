@@ -1,16 +1,13 @@
 """Mixers: the layers in which tokens of a sequence affect each other. A file each.
 
 A mixer's file holds `Config`, a dataclass of its settings (`model.mixers.<name>.*`), and `Mixer`,
-a subclass of the one below. `model.pattern` names the file. A model may also use one file under
-several names with different settings: then `model.mixers.<name>.kind` names the file. Files whose
-names begin with an underscore are no mixers; `_parts.py` has what several mixers share. `gla.py` is
-a good one to read first.
+a subclass of the one below. `model.pattern` names the file, or a name under which a model uses one
+(`train.model.kinds`). `_parts.py` has what several mixers share. `gla.py` is a good one to read
+first.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import ModuleType
@@ -19,10 +16,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from data.settings import ConfigError, build
 from parallel import Shard
 from parallel.planning.clusters import Recurrent
 from train.model.config import ModelConfig
+from train.model.kinds import Kinds
 
 
 class Mixer(nn.Module, ABC):
@@ -58,10 +55,8 @@ class Mixer(nn.Module, ABC):
         """FLOPs of one forward pass over sequences of these lengths, without projections."""
 
 
-def names() -> list[str]:
-    """Names of all mixers: of the files here that do not begin with an underscore."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if not name.startswith("_"))
+KINDS = Kinds(__name__, "mixers", "model.pattern")
+names = KINDS.names
 
 
 def resolve(name: str, config: ModelConfig) -> tuple[ModuleType, Any]:
@@ -70,36 +65,18 @@ def resolve(name: str, config: ModelConfig) -> tuple[ModuleType, Any]:
     Raises:
         ConfigError: there is no such mixer, or it has no such setting.
     """
-    given = config.mixers.get(name, {})
-    if not isinstance(given, dict):
-        raise ConfigError(f"model.mixers.{name} is {given!r}; it must be a mapping of settings")
-    kind = given.get("kind", name)
-    if kind not in names():
-        raise ConfigError(f"model.pattern names {kind!r}; the mixers are {', '.join(names())}")
-    module = importlib.import_module(f"{__name__}.{kind}")
-    where = f"model.mixers.{name}"
-    values = {key: (value, where) for key, value in given.items() if key != "kind"}
-    return module, build(module.Config, values, where)
+    return KINDS.resolve(name, config.mixers)
 
 
 def check(config: ModelConfig) -> None:
     """Check the settings of every mixer in use, and the names in `mixers` and `post_norm`.
 
-    Settings of a mixer that no block uses are allowed if it has a file: the base of a sweep sets
-    several.
-
     Raises:
         ConfigError: as `resolve`, or a name is neither in the pattern nor that of a file.
     """
-    for name in dict.fromkeys(config.pattern):
-        resolve(name, config)
-    given = {f"model.mixers.{name} is set": name for name in config.mixers if name not in names()}
-    given |= {f"model.post_norm names {name!r}": name for name in config.post_norm}
-    for said, name in given.items():
-        if name not in config.pattern:
-            raise ConfigError(
-                f"{said}, but model.pattern names only {', '.join(dict.fromkeys(config.pattern))}"
-            )
+    KINDS.check(config.pattern, config.mixers)
+    for name in config.post_norm:
+        KINDS.check_used(name, f"model.post_norm names {name!r}", config.pattern)
 
 
 def make(name: str, config: ModelConfig, layer: int) -> Mixer:

@@ -5,15 +5,26 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train.model import mlps
+from train.model.config import ModelConfig
+from train.model.mlps._parts import Width, width
 
-class MLP(nn.Module):
-    """out(SiLU(gate) ⊙ up), gate and up in one projection: (…, dim) -> (…, dim)."""
+Config = Width
 
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, dim, bias=False)
+
+class MLP(mlps.MLP):
+    """out(SiLU(gate) ⊙ up), gate and up in one projection."""
+
+    def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
+        super().__init__(model, config, layer)
+        hidden = width(model, config.dim, 8 / 3)
+        self.up = nn.Linear(model.dim, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, model.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.up(x).chunk(2, dim=-1)  # (…, 2 · hidden) -> two of (…, hidden)
         return self.out(F.silu(gate) * up)
+
+    @property
+    def inner(self) -> int:
+        return 3 * self.out.in_features
