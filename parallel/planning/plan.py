@@ -169,11 +169,11 @@ def _cheapest(
     for bound, make in _placings(lengths, topology, costs, slack, by_node):
         if best is not None and (tried >= enough or least <= rest + _GOOD_ENOUGH * perfect):
             break
+        tried += not bound  # groups are tried beside: few have a chance
         for owners in make() if bound < least else []:
             if owners.key in seen or (best is not None and owners.pieces > _MOST_PIECES):
                 continue
             seen.add(owners.key)
-            tried += 1
             made = build("balanced", lengths, owners, topology, by_node, routing)
             if not _fits(made, slack):
                 continue
