@@ -20,7 +20,7 @@ FIRSTS = [Normal(0.3), Uniform(-2, 5), Uniform(1, 16, then=torch.log), Constant(
 LENGTH = 300_007  # over two blocks, divisible by nothing
 
 
-@pytest.mark.parametrize("first", FIRSTS, ids=str)
+@pytest.mark.parametrize("first", FIRSTS, ids=lambda first: type(first).__name__)
 def test_any_part_is_that_part_of_the_whole(first: Any) -> None:
     whole = values(first, 3, "a.weight", 0, LENGTH)
     rng = np.random.default_rng(0)
