@@ -117,6 +117,20 @@ def test_a_damaged_journal_is_one_line(config: DataConfig, partial: Path, conten
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("key", ["shards", "next", "documents", "text_bytes"])
+def test_a_journal_that_says_something_else_is_damaged(
+    config: DataConfig, partial: Path, key: str
+) -> None:
+    """Numbers that a journal may well hold, but not those of its digest."""
+    path = partial / "journal.json"
+    saved = json.loads(path.read_text())
+    value = saved["journal"][key]
+    saved["journal"][key] = [value[0] - 1, *value[1:]] if isinstance(value, list) else value - 1
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=r"journal\.json is damaged"):
+        prepare(config)
+
+
 def test_a_bit_that_flips_after_it_was_written_is_not_digested_as_good(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,3 +139,68 @@ def test_a_rank_that_is_stopped_or_killed_is_named_and_the_run_goes_on(
             process.communicate()
     assert main([str(config), f"run.root={tmp_path}"]) == 0
     assert losses(tmp_path / "tiny") == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+class Jumps:
+    """A clock that jumps by so many seconds at each wait, and the event that is waited for."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.left, self.now = list(seconds), 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, timeout: float) -> bool:
+        if self.left:
+            self.now += self.left.pop(0)
+            return False
+        return True
+
+    def set(self) -> None:
+        self.left.clear()
+
+
+@pytest.mark.parametrize(
+    ("jumps", "looks"),
+    [
+        ([1.0] * 12, 1),  # the main thread stands still
+        ([1.0, 100.0, 1.0], 0),  # the process was stopped as a whole, and has just gone on
+        ([1.0, 100.0] + [1.0] * 12, 1),  # and then stood still
+    ],
+    ids=["still", "stopped", "both"],
+)
+def test_a_process_that_was_stopped_as_a_whole_has_its_time_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jumps: list[float], looks: int
+) -> None:
+    clock = Jumps(*jumps)
+    monkeypatch.setattr("train.survival.watchdog.time.monotonic", clock)
+    (tmp_path / "beats").mkdir()
+    watchdog = Watchdog(tmp_path, World(0, 1, 0, torch.device("cpu")), 10.0, Ending())
+    watchdog.at(1, "forward")
+    looked: list[float] = []
+    monkeypatch.setattr(watchdog, "_over", clock)
+    monkeypatch.setattr(watchdog, "_look", lambda: looked.append(clock.now))
+    watchdog._watch()
+    assert len(looked) == looks
+
+
+def test_a_thread_that_gets_on_while_it_is_looked_at_is_let_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog = Watchdog(tmp_path, World(0, 1, 0, torch.device("cpu")), 10.0, Ending())
+    watchdog.at(1, "forward")
+    (tmp_path / "beats").mkdir()
+    watchdog._beat()
+    beat = watchdog._read(0)
+
+    def compare() -> tuple[list, list]:
+        watchdog.at(1, "backward")
+        return [beat], [0]
+
+    monkeypatch.setattr(watchdog, "_compare", compare)
+    monkeypatch.setattr(watchdog, "_limit_of_silence", lambda _: -1.0)
+    assert watchdog._look() is None
+    monkeypatch.setattr(watchdog, "_compare", lambda: ([beat], [0]))
+    report = watchdog._look()
+    assert report is not None
+    assert "rank 0 hangs" in report
