@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -356,7 +357,8 @@ class Plan:
         """For each sequence that is not empty, its rows of `stream` in the order of positions."""
         order = np.lexsort((self.stream.start, self.stream.sequence))
         sequence = self.stream.sequence[order]
-        return np.split(order, np.flatnonzero(np.diff(sequence)) + 1) if len(order) else []
+        bounds = [0, *(np.flatnonzero(np.diff(sequence)) + 1).tolist(), len(order)]
+        return [order[a:b] for a, b in pairwise(bounds)] if len(order) else []
 
     @cached_property
     def crossing(self) -> list[Array]:

@@ -26,15 +26,16 @@ STATES = States(3.0, 6, M_bytes=7.0, E_bytes=100.0, passes=Passes(2e-8, 1e-8), b
 
 @settings(deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=12).filter(lambda x: sum(x) > 12),
-    ranks=st.integers(2, 12),
-    each=st.integers(1, 5),
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=12).filter(lambda x: sum(x) > 24),
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=5)
+    | st.builds(lambda nodes, each: [each] * nodes, st.integers(2, 6), st.integers(1, 4)),
 )
-def test_every_message_is_priced(lengths: list[int], ranks: int, each: int) -> None:
-    where = Topology(ranks, each)
+def test_every_message_is_priced(lengths: list[int], sizes: list[int]) -> None:
+    """On nodes of equal sizes, where messages are remembered from node to node, and of others."""
+    where = Topology(sum(sizes), max(sizes), tuple(sizes))
     made = plan(lengths, where)
     _, traffic = price_states(made, Costs(states=STATES))
-    wanted = np.zeros((2, ranks))  # inside nodes, between them
+    wanted = np.zeros((2, where.ranks))  # inside nodes, between them
     for rows in made.crossing:
         for way in (1, -1):
             holders = made.stream.rank[rows][::way].tolist()
@@ -42,7 +43,7 @@ def test_every_message_is_priced(lengths: list[int], ranks: int, each: int) -> N
             for source, target, _, (first, end), whole in chain(*passing.turns()):
                 size = (end - first) * (STATES.E_bytes + whole * STATES.M_bytes)
                 if source != target:
-                    wanted[int(source // each != target // each), source] += size
+                    wanted[int(where.node(source) != where.node(target)), source] += size
     np.testing.assert_allclose([traffic.inside, traffic.between], wanted)
 
 
