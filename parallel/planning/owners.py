@@ -136,7 +136,8 @@ def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
     even.
 
     Args:
-        sizes: int64 (N,), of `group_sizes`.
+        sizes: int64 (N,), of `group_sizes`. Where no group of its size has room, a sequence takes
+            one of twice as many ranks.
         slack: by which fraction a rank's tokens may exceed the even share.
 
     Returns:
@@ -150,16 +151,23 @@ def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
     rings: dict[tuple[int, int], list[int]] = {}
     for i in np.argsort(-lengths, kind="stable").tolist():
         n, size = float(lengths[i]), int(sizes[i])
+        while True:
+            within = slice(topology.ranks // size * size)
+            # (ranks,) -> (groups, size) -> (groups,)
+            most, filled = (x[within].reshape(-1, size).max(axis=1) for x in (busy, held))
+            full = filled + n / size > limit
+            if size == topology.ranks or not full.all():
+                break
+            size = min(2 * size, topology.ranks)  # more ranks have room for it together
+        if size not in takes:
+            takes[size] = _on_groups(prices, size)
         if size == 1:
             late = busy + takes[1][i] * topology.seconds
-            rank = int(np.where(held + n <= limit, late, np.inf).argmin())
+            rank = int(np.where(full, np.inf, late).argmin())
             owner[i], busy[rank] = rank, late[rank]
             held[rank] += n
             continue
-        groups = topology.ranks // size
-        # (ranks,) -> (groups, size) -> (groups,)
-        most, filled = (x[: groups * size].reshape(groups, size).max(axis=1) for x in (busy, held))
-        group = int(np.lexsort((most, filled + n / size > limit))[0])
+        group = int(np.lexsort((most, full))[0])
         mine = slice(group * size, (group + 1) * size)
         busy[mine] = most[group] + takes[size][i] * topology.seconds[mine].max()
         held[mine] += n / size

@@ -72,7 +72,7 @@ def test_groups_have_room_for_their_sequences(
     for sizes in ways:
         for owners in in_groups(prices, sizes, slack):
             grids = [1 if rank >= 0 else owners.grids[-1 - rank].size for rank in owners.owner]
-            assert grids == sizes.tolist()
+            assert all(found >= given for found, given in zip(grids, sizes.tolist(), strict=True))
             made = build("balanced", each, owners, where, by_node=True)
             chunks = sum(2 * len(ring.sequences) for ring in made.rings)
             assert made.attention.load.max() <= limit + chunks

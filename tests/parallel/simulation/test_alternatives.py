@@ -22,8 +22,7 @@ from tests.parallel.simulation.test_simulate import EVEN_SHARDS, a_case
 
 def known(values: Any, behind: set[Any]) -> list[Any]:
     """The values, of which those are expected to fail in which an alternative is known to be
-    ahead, by up to half a percent: one holds more tokens than memory has room for at a time, one
-    exchanges heads in linear layers too. No plan of ours does either."""
+    ahead, by 0.3 %: it holds more tokens than memory has room for at a time, in micro-batches."""
     marks = pytest.mark.xfail(reason="an alternative is ahead", strict=False)
     return [pytest.param(x, marks=marks) if x in behind else x for x in values]
 
@@ -60,7 +59,7 @@ def test_no_alternative_is_quicker(setting: tuple[str, str, int, float]) -> None
     assert ours["over_bound"] <= over_bound
 
 
-@pytest.mark.parametrize("seed", known(range(30), {13}))
+@pytest.mark.parametrize("seed", range(30))
 def test_no_alternative_is_quicker_in_a_random_setting(seed: int) -> None:
     rng = np.random.default_rng(seed)
 
