@@ -92,7 +92,7 @@ def test_a_rank_needs_memory_for_its_share(ranks, strategy: Attention, lengths: 
 
 @pytest.mark.parametrize(
     ("checkpointed", "lengths"),
-    [(False, [1719, 1106, 866, 405]), (True, [4800, 4800, 4800, 1984])],
+    [(False, [2400, 800, 500, 396]), (True, [4800, 4800, 4800, 1984])],
 )
 def test_attention_may_hold_more_than_its_share_if_all_activations_stay_within_it(
     ranks, checkpointed: bool, lengths: list[int]

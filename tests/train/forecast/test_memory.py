@@ -141,6 +141,6 @@ def test_of_the_shipped_models_on_a_gpu_that_is_not_there(file: Path, checkpoint
     nothing = States(0, 0, 0, gradients, 0, False, 0, 0, 0)
     made = parts(config.model, shape, shard)
     tied = config.model.tie_embeddings
-    peak = Step(config.model.blocks, made, nothing, 0, 1, tied).peak()
+    peak = Step(config.model.block_kinds, made, nothing, 0, 1, tied).peak()
     assert sum(peak.values()) == pytest.approx(ledger.peak, rel=0.01)
     assert ledger.live == pytest.approx(gradients, rel=1e-3)  # nothing else is left
