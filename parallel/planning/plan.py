@@ -82,6 +82,8 @@ _LIMITS = (
     Limits(level=1.4, tokens=1.15, slices=0.5, slack=0.6),
     Limits(level=1.1, tokens=1.05, rows=4, uneven=True),
 )
+# Ways to group sequences that are tried, the likeliest ones.
+_GROUPINGS = 4
 # The search ends when a plan takes at most this multiple of perfectly even work.
 _GOOD_ENOUGH = 1.002
 # Placings tried at least. As many more are tried as half a second allows, or a tenth of the step
@@ -197,7 +199,7 @@ def _placings(
     groups: list[tuple[float, Callable[[], list[Owners]]]] = []
     if costs.rest:
         room = min(slack, MEMORY_SLACK)
-        for least, sizes in group_sizes(prices, room):
+        for least, sizes in group_sizes(prices, room)[:_GROUPINGS]:
             groups.append((least, partial(in_groups, prices, sizes, room)))
     ways = iter(groups)
     cut = {(1.0, 1): prices}
