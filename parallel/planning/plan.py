@@ -82,7 +82,7 @@ _LIMITS = (
     Limits(level=1.4, tokens=1.15, slices=0.5, slack=0.6),
     Limits(level=1.1, tokens=1.05, rows=4, uneven=True),
 )
-# Ways to group sequences that are tried, the likeliest ones.
+# Ways to group sequences that are tried, the likeliest ones: so many, or one for three placings.
 _GROUPINGS = 4
 # The search ends when a plan takes at most this multiple of perfectly even work.
 _GOOD_ENOUGH = 1.002
@@ -168,7 +168,8 @@ def _cheapest(
     best, least = None, np.inf
     seen: set[bytes] = set()
     tried = 0
-    for bound, make in _placings(lengths, topology, costs, slack, by_node):
+    groupings = min(_GROUPINGS, max(1, enough // 3))
+    for bound, make in _placings(lengths, topology, costs, slack, by_node, groupings):
         if best is not None and (tried >= enough or least <= rest + _GOOD_ENOUGH * perfect):
             break
         tried += not bound  # groups are tried beside: few have a chance
@@ -191,7 +192,7 @@ def _cheapest(
 
 
 def _placings(
-    lengths: Array, topology: Topology, costs: Costs, slack: float, by_node: bool
+    lengths: Array, topology: Topology, costs: Costs, slack: float, by_node: bool, groupings: int
 ) -> Iterator[tuple[float, Callable[[], list[Owners]]]]:
     """The placings to try, the likeliest first: seconds that one takes at least, and how it is
     made. The last is an even split, which always fits."""
@@ -199,7 +200,7 @@ def _placings(
     groups: list[tuple[float, Callable[[], list[Owners]]]] = []
     if costs.rest:
         room = min(slack, MEMORY_SLACK)
-        for least, sizes in group_sizes(prices, room)[:_GROUPINGS]:
+        for least, sizes in group_sizes(prices, room)[:groupings]:
             groups.append((least, partial(in_groups, prices, sizes, room)))
     ways = iter(groups)
     cut = {(1.0, 1): prices}
