@@ -20,9 +20,9 @@ every rank makes it by itself, while the step before runs (`planning.planner`):
 
 Two variants move fewer tokens. Shards may be uneven, within memory: a node with more attention
 work gets fewer tokens, and the sum of all work is even (`Limits.uneven`). Or nothing moves, and
-each rank keeps the tokens it attends to (`owners.on_fewest_ranks`). The plan is the cheapest of
-several (`planning.plan`) by the price of attention and the other work (`planning.cost`) and of the
-states of linear layers (`planning.states`).
+each rank keeps the tokens it attends to (`owners.in_groups`). The plan is the cheapest of several
+(`planning.plan`) by the price of attention and the other work (`planning.cost`) and of the states
+of linear layers (`planning.states`).
 
 A model calls the functions below with a shard and never sees a plan. Gradients return the way that
 their tensors went. Transfers overlap work that does not depend on them: a wave of heads overlaps

@@ -170,10 +170,11 @@ def print_help(parser: argparse.ArgumentParser) -> None:
 
     # The settings of mixers and MLPs live beside their code, which needs torch.
     from train.model import mixers, mlps
+    from train.model.config import ModelConfig
 
     for kinds in (mixers.KINDS, mlps.KINDS):
         for name in kinds.names():
-            module, _ = kinds.resolve(name, {})
+            module, _ = kinds.resolve(name, ModelConfig())
             if said := describe(module.Config, f"model.{kinds.section}.{name}."):
                 print(said)
 

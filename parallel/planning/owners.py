@@ -147,7 +147,7 @@ def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
     limit = rank_capacity(lengths, topology, slack)
     busy, held, shared = (np.zeros(topology.ranks) for _ in range(3))
     owner = np.zeros(len(lengths), np.int64)
-    takes = {int(size): _on_groups(prices, int(size)) for size in np.unique(sizes)}
+    takes: dict[int, Array] = {}
     rings: dict[tuple[int, int], list[int]] = {}
     for i in np.argsort(-lengths, kind="stable").tolist():
         n, size = float(lengths[i]), int(sizes[i])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -74,7 +74,7 @@ def pass_seconds(plan: Plan, states: States) -> Array:
     return np.stack([np.bincount(stream.rank[every], x, ranks) * slow for x in further])
 
 
-@cache
+@lru_cache(8)
 def _sent(topology: Topology, heads: int, least: int) -> Callable[[tuple[int, ...]], list[Array]]:
     """What a sequence's ranks send in each turn: a function of these, which remembers.
 

@@ -6,6 +6,7 @@ does not know of. So the step is what well-fed GPUs would take.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -170,14 +171,7 @@ class Speed:
             if is_orthogonal(name, shape, case.config.optim):
                 rows, columns = sorted(shape[-2:])
                 # x xᵀ and its product with x, and the square of that; of each matrix of a stack.
-                products += (
-                    shape.numel()
-                    // (rows * columns)
-                    * _ITERATIONS
-                    * 2.0
-                    * rows
-                    * rows
-                    * (2 * columns + rows)
-                )
+                each = 2.0 * rows * rows * (2 * columns + rows)
+                products += math.prod(shape[:-2]) * _ITERATIONS * each
         numbers = case.sizes.total * _STEPPED / share / (self.cluster.memory_gbs * 1e9)
         return numbers + products / share / self.cluster.matmul_flops

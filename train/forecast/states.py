@@ -15,6 +15,7 @@ Sources: `deepspeed/runtime/zero/stage_1_and_2.py`, `stage3.py`, `runtime/bf16_o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -109,7 +110,7 @@ def _muon(
         """The matrix scaled, its product with its own transpose and that one's square, the next
         one. Unless they are shared out, the matrices of a stack are worked on together."""
         rows, columns = sorted(shape[-2:])
-        stacked = 1 if stage else shape.numel() // (rows * columns)
+        stacked = 1 if stage else math.prod(shape[:-2])
         return float(_FP32 * stacked * (3 * rows * columns + 2 * rows * rows))
 
     if not stage:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from data.settings import ConfigError, build
+from train.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,14 @@ class Kinds:
         found = (module.name for module in pkgutil.iter_modules(folders))
         return sorted(name for name in found if not name.startswith("_"))
 
-    def resolve(self, name: str, settings: Mapping[str, Any]) -> tuple[ModuleType, Any]:
+    def resolve(self, name: str, model: ModelConfig) -> tuple[ModuleType, Any]:
         """The module and the settings of a name in a pattern.
-
-        Args:
-            settings: of all names of the section.
 
         Raises:
             ConfigError: there is no such kind, or it has no such setting.
         """
         where = f"model.{self.section}.{name}"
-        given = settings.get(name, {})
+        given = self._settings(model).get(name, {})
         if not isinstance(given, dict):
             raise ConfigError(f"{where} is {given!r}; it must be a mapping of settings")
         kind = given.get("kind", name)
@@ -58,7 +56,7 @@ class Kinds:
         values = {key: (value, where) for key, value in given.items() if key != "kind"}
         return module, build(module.Config, values, where)
 
-    def check(self, used: Collection[str], settings: Mapping[str, Any]) -> None:
+    def check(self, used: Collection[str], model: ModelConfig) -> None:
         """Check the settings of every kind in use, and their names.
 
         Settings of a kind that no block uses are allowed if it has a file: the base of a sweep sets
@@ -68,10 +66,14 @@ class Kinds:
             ConfigError: as `resolve`, or settings have a name that is neither used nor a file's.
         """
         for name in dict.fromkeys(used):
-            self.resolve(name, settings)
-        for name in settings:
+            self.resolve(name, model)
+        for name in self._settings(model):
             if name not in self.names():
                 self.check_used(name, f"model.{self.section}.{name} is set", used)
+
+    def _settings(self, model: ModelConfig) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = getattr(model, self.section)
+        return found
 
     def check_used(self, name: str, said: str, used: Collection[str]) -> None:
         """Raises ConfigError, beginning with what was `said`, if no block uses that name."""

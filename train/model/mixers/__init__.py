@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -57,15 +56,7 @@ class Mixer(nn.Module, ABC):
 
 KINDS = Kinds(__name__, "mixers", "model.pattern")
 names = KINDS.names
-
-
-def resolve(name: str, config: ModelConfig) -> tuple[ModuleType, Any]:
-    """The module and the settings of a name in `model.pattern`.
-
-    Raises:
-        ConfigError: there is no such mixer, or it has no such setting.
-    """
-    return KINDS.resolve(name, config.mixers)
+resolve = KINDS.resolve
 
 
 def check(config: ModelConfig) -> None:
@@ -74,7 +65,7 @@ def check(config: ModelConfig) -> None:
     Raises:
         ConfigError: as `resolve`, or a name is neither in the pattern nor that of a file.
     """
-    KINDS.check(config.pattern, config.mixers)
+    KINDS.check(config.pattern, config)
     for name in config.post_norm:
         KINDS.check_used(name, f"model.post_norm names {name!r}", config.pattern)
 

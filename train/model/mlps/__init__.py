@@ -9,7 +9,6 @@ good one to read first.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,15 +38,7 @@ class MLP(nn.Module, ABC):
 
 KINDS = Kinds(__name__, "mlps", "model.mlp_pattern")
 names = KINDS.names
-
-
-def resolve(name: str, config: ModelConfig) -> tuple[ModuleType, Any]:
-    """The module and the settings of a name in `model.mlp_pattern` or `model.mlp_first`.
-
-    Raises:
-        ConfigError: there is no such MLP, or it has no such setting.
-    """
-    return KINDS.resolve(name, config.mlps)
+resolve = KINDS.resolve
 
 
 def check(config: ModelConfig) -> None:
@@ -56,7 +47,7 @@ def check(config: ModelConfig) -> None:
     Raises:
         ConfigError: as `resolve`, or a name is neither in a pattern nor that of a file.
     """
-    KINDS.check([*config.mlp_first, *config.mlp_pattern], config.mlps)
+    KINDS.check([*config.mlp_first, *config.mlp_pattern], config)
 
 
 def make(name: str, config: ModelConfig, layer: int) -> MLP | None:
