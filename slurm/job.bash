@@ -43,10 +43,13 @@ requeue() {
 ended_by_slurm() {
     local state restarts
     state=$(fact JobState) restarts=$(fact Restarts)
-    [[ -n $state && $state != RUNNING ]] || return 0
+    # The controller may call the next start RUNNING before this script has come to its end.
     if ((${restarts:-0} > SLURM_RESTART_COUNT)); then
         say "ended by Slurm, which queues it again"
-    elif [[ -n ${SLURM_JOB_END_TIME:-} ]] && (($(date +%s) >= SLURM_JOB_END_TIME)); then
+        exit "$1"
+    fi
+    [[ -n $state && $state != RUNNING ]] || return 0
+    if [[ -n ${SLURM_JOB_END_TIME:-} ]] && (($(date +%s) >= SLURM_JOB_END_TIME)); then
         say "out of time"
     else
         say "cancelled"
