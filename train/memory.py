@@ -15,6 +15,7 @@ from data.config import RECALL
 from data.settings import ConfigError
 from parallel import World
 from train.config import Config
+from train.model.initial import Undrawn
 from train.model.transformer import Block
 
 _FP32 = 4
@@ -88,7 +89,7 @@ def parameters(config: Config) -> int:
     pieces = config.data.vocab_size if config.data.tokenizer is None and source != RECALL else 1
     total = pieces * model.dim * (1 if model.tie_embeddings else 2)
     for name, count in Counter(model.block_kinds).items():
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             block = Block(model, model.block_kinds.index(name))
         total += count * sum(parameter.numel() for parameter in block.parameters())
     return total

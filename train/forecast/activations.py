@@ -16,6 +16,7 @@ from kernels.backend import imagining
 from parallel import Shard
 from train.forecast.ledger import Ledger
 from train.model.config import ModelConfig
+from train.model.initial import Undrawn
 from train.model.norm import RMSNorm
 from train.model.transformer import Block, Head
 
@@ -73,7 +74,7 @@ class Shape:
 def parts(model: ModelConfig, shape: Shape, shard: Shard) -> dict[str, Part]:
     """Every kind of part of a model by its name, at work on a shard."""
     total = shard.tokens
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         embedding = nn.Embedding(shape.vocab_size, model.dim)
         tail = _Tail(model, shape.vocab_size)
         kinds = model.block_kinds

@@ -17,11 +17,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _BLOCK = 1 << 17  # numbers made at a time: their temporaries stay in a core's cache
 
@@ -122,6 +123,20 @@ def values(first: First, seed: int, name: str, begin: int, end: int) -> Tensor:
         b = min(a + _BLOCK, end)
         out[a - begin : b - begin] = first.part(stream, a, b)
     return out
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside this context modules draw no values, which `fill` would overwrite.
+
+    On meta tensors, torch would import its compiler to draw nothing.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

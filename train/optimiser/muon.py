@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import unwrap
 from itertools import pairwise
 from typing import Any
 
@@ -65,12 +66,16 @@ class Muon(torch.optim.AdamW):
         # By flat tensor of the optimiser, if matrices are shared out; set once they are.
         self.pieces: dict[Tensor, list[Piece]] = {}
 
+    # Around these torch imports its compiler, a second of every rank's start, to keep it out.
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    _adamw_step = unwrap(torch.optim.AdamW.step)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         every = self.param_groups
         self.param_groups = [group for group in every if not group["orthogonal"]]
         try:
-            super().step(closure)
+            self._adamw_step(closure)
         finally:
             self.param_groups = every
         for group in every:
