@@ -90,8 +90,6 @@ def settings(family: Family, held: dict[str, Any]) -> dict[str, Any]:
     for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if held.get(key) not in (wanted, None):
             raise ConfigError(f"{key} is {shown(held[key])}; here it is {shown(wanted)}")
-    if family.fused:
-        _refuse_experts(said)
     kinds = _layer_types(family, said)
     if LINEAR in kinds and not family.linear:
         raise ConfigError(f"layer_types names {LINEAR}, which is no layer of {family.name}")
@@ -107,6 +105,7 @@ def settings(family: Family, held: dict[str, Any]) -> dict[str, Any]:
         if kind == SLIDING:
             found[local]["window"] = said.whole("sliding_window", 4096)
             found[local] |= {} if local == "attention" else {"kind": "attention"}
+    inside = _mlps(family, said)
     return {
         "pattern": _period([names[kind] for kind in kinds]),
         "layers": len(kinds),
@@ -119,6 +118,8 @@ def settings(family: Family, held: dict[str, Any]) -> dict[str, Any]:
         "post_norm": ["attention"] if family.post_norm else [],
         "max_positions": said.whole_or_none("max_position_embeddings", most=1 << 40),
         "mixers": found,
+        "mlp_pattern": _period(inside),
+        "mlps": {"experts": _experts(said)} if "experts" in inside else {},
     }
 
 
@@ -194,13 +195,26 @@ def _layer_types(family: Family, said: Described) -> list[str]:
     return kinds
 
 
-def _refuse_experts(said: Described) -> None:
-    experts = said.whole("num_experts", 512, least=0)
-    every, dense = said.whole("decoder_sparse_step", 1), said.each("mlp_only_layers", int)
+def _mlps(family: Family, said: Described) -> list[str]:
+    """The kind of every layer's MLP."""
     count = said.whole("num_hidden_layers", most=MOST_LAYERS)
-    routed = [layer for layer in range(count) if layer not in dense and (layer + 1) % every == 0]
-    if experts and routed:
-        raise ConfigError(f"num_experts is {experts}; here every layer has one dense MLP")
+    if not family.routed or not said.whole("num_experts", 512, least=0):
+        return ["swiglu"] * count
+    every, dense = said.whole("decoder_sparse_step", 1), set(said.each("mlp_only_layers", int))
+    return [
+        "swiglu" if layer in dense or (layer + 1) % every else "experts" for layer in range(count)
+    ]
+
+
+def _experts(said: Described) -> dict[str, Any]:
+    return {
+        "experts": said.whole("num_experts", 512),
+        "chosen": said.whole("num_experts_per_tok", 10),
+        "dim": said.whole("moe_intermediate_size", 512),
+        "shared_dim": said.whole("shared_expert_intermediate_size", 512),
+        "shared_gate": True,
+        "normalise": said.flag("norm_topk_prob", True),
+    }
 
 
 def _period(names: list[str]) -> list[str]:

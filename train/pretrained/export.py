@@ -27,7 +27,7 @@ from train.pretrained import families, weights
 from train.pretrained import tokenizer as files
 from train.pretrained.families import OWN, Family
 from train.pretrained.folder import Stored
-from train.pretrained.links import dense, links
+from train.pretrained.links import links
 from train.pretrained.weights import Say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,7 +50,7 @@ def export(found: Stored, to: Path, style: str, dtype: str, say: Say) -> None:
         description: dict[str, Any] = {"model_type": OWN, "model": asdict(config.model)}
         written = ((name, found.read(name)) for name, _ in model.kept_tensors())
     else:
-        description = family.describe(config.model, dense(model.blocks[0]).out.in_features)
+        description = family.describe(config.model)
         written = _of_family(model, family, found.read)
     description |= {
         "vocab_size": found.vocab_size,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from data.settings import dump
 from train.model import mixers, mlps
 from train.model.config import ModelConfig
-from train.model.mlps import swiglu
+from train.model.mlps import experts, swiglu
 
 OWN = "headrace"  # model_type of what transformers does not have
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -36,6 +36,7 @@ class Family:
     """What the models of one `model_type` have.
 
     linear: layers may be Gated DeltaNet. fused: their projections lie together by key head.
+    routed: layers may have experts instead of a dense MLP.
     post_norm: blocks that attend norm what mixer and MLP give. free_head_dim: heads may be of
     another width than hidden_size / heads. gated_eps: of the norm after Gated DeltaNet, where
     it is written into the code; None is that of all norms. norm_eps: where a config.json says
@@ -47,6 +48,7 @@ class Family:
     architecture: str
     linear: bool = False
     fused: bool = False
+    routed: bool = False
     qk_norm: Literal["head", "heads"] | None = None
     bias: bool = False
     gate: bool = False
@@ -128,13 +130,36 @@ class Family:
             yield self._fault("post_norm", config.post_norm, f"without {name}")
 
     def _mlp_faults(self, config: ModelConfig) -> Iterator[str]:
-        first, *others = dict.fromkeys(config.mlp_blocks)
-        for name in (first, *others):
+        first: dict[Any, tuple[str, Any]] = {}
+        for name in dict.fromkeys(config.mlp_blocks):
             module, settings = mlps.resolve(name, config)
-            if module is not swiglu:
+            if module is not swiglu and not (self.routed and module is experts):
                 yield f"model.mlp_pattern names {name!r}, which {self._is_none('MLP')}"
-            elif settings != mlps.resolve(first, config)[1]:
-                yield f"model.mlps.{name} is not as {first}; all MLPs of {self.name} are alike"
+                continue
+            other, held = first.setdefault(module, (name, settings))
+            if settings != held:
+                yield f"model.mlps.{name} is not as {other}; those of {self.name} are alike"
+            if module is experts:
+                yield from self._expert_faults(name, settings)
+
+    def _expert_faults(self, name: str, settings: experts.Config) -> Iterator[str]:
+        wanted: dict[str, Any] = {
+            "router": "softmax",
+            "of_chosen": False,
+            "bias": False,
+            "groups": 1,
+            "scaling": 1.0,
+            "activation": "swiglu",
+            "latent": 0,
+            "shared_gate": True,
+        }
+        for key, value in wanted.items():
+            held = getattr(settings, key)
+            if held != value:
+                yield self._fault(f"mlps.{name}.{key}", held, dump(value))
+        # Below half a unit in the last place of the smallest sum, 1 / 4096, it changes nothing.
+        if settings.normalise and settings.normalise_eps > 1e-12:
+            yield self._fault(f"mlps.{name}.normalise_eps", settings.normalise_eps, "0")
 
     def _depth_faults(self, config: ModelConfig) -> Iterator[str]:
         laid = list(layers(config))
@@ -151,14 +176,16 @@ class Family:
     def _fault(self, key: str, held: Any, wanted: str) -> str:
         return f"model.{key} is {dump(held)}; in {self.name} it is {wanted}"
 
-    def describe(self, config: ModelConfig, mlp_dim: int) -> dict[str, Any]:
+    def describe(self, config: ModelConfig) -> dict[str, Any]:
         """The keys of `config.json` that say what the layers are."""
         laid = list(layers(config))
+        inside = {module: settings for module, settings in _mlps(config)}
+        dense = inside.get(swiglu, swiglu.Config())
         found: dict[str, Any] = {
             "architectures": [self.architecture],
             "model_type": self.name,
             "hidden_size": config.dim,
-            "intermediate_size": mlp_dim,
+            "intermediate_size": swiglu.hidden(config, dense),
             "num_hidden_layers": config.layers,
             "hidden_act": "silu",
             "initializer_range": config.init_std,
@@ -181,9 +208,24 @@ class Family:
                 found["linear_allow_neg_eigval"] = linear[0].negative_eigenvalues
         if self.linear or self.windows == "some":
             found["layer_types"] = [_layer_type(kind, settings) for _, kind, settings in laid]
-        if self.fused:  # no layer has experts
-            found |= {"num_experts": 0, "mlp_only_layers": list(range(config.layers))}
+        if self.routed:
+            found |= self._describe_experts(config, inside.get(experts))
         return found
+
+    def _describe_experts(
+        self, config: ModelConfig, settings: experts.Config | None
+    ) -> dict[str, Any]:
+        plain = [layer for layer, (module, _) in enumerate(_mlps(config)) if module is swiglu]
+        found: dict[str, Any] = {"mlp_only_layers": plain, "decoder_sparse_step": 1}
+        if settings is None:
+            return found | {"num_experts": 0}
+        return found | {
+            "num_experts": settings.experts,
+            "num_experts_per_tok": settings.chosen,
+            "moe_intermediate_size": experts.hidden(config, settings),
+            "shared_expert_intermediate_size": settings.shared_dim,
+            "norm_topk_prob": settings.normalise,
+        }
 
     def _describe_attention(self, attending: list[Any]) -> dict[str, Any]:
         first = attending[0]
@@ -226,6 +268,7 @@ FAMILIES = [
         "Qwen3NextForCausalLM",
         linear=True,
         fused=True,
+        routed=True,
         qk_norm="head",
         gate=True,
         zero_centered=True,
@@ -262,6 +305,12 @@ def layers(config: ModelConfig) -> Iterator[tuple[str, str, Any]]:
     for name in config.blocks:
         module, settings = resolved[name]
         yield name, module.__name__.rpartition(".")[2], settings
+
+
+def _mlps(config: ModelConfig) -> Iterator[tuple[Any, Any]]:
+    """Kind and settings of every block's MLP."""
+    resolved = {name: mlps.resolve(name, config) for name in config.mlp_blocks}
+    return (resolved[name] for name in config.mlp_blocks)
 
 
 def _layer_type(kind: str, settings: Any) -> str:

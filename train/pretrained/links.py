@@ -10,7 +10,7 @@ from torch import Tensor
 
 from train.model.mixers.attention import Mixer as Attention
 from train.model.mixers.gated_deltanet import Mixer as GatedDeltaNet
-from train.model.mlps import swiglu
+from train.model.mlps import experts, swiglu
 from train.model.transformer import Block, Model
 from train.pretrained import weights
 from train.pretrained.families import Family
@@ -27,13 +27,15 @@ class Link:
     """Tensors of ours and of theirs whose rows, end to end, are the same up to their order.
 
     ours, theirs: rows by name. order: our row i is their row order[i]; None is the same order.
-    forth, back: what besides is done to each tensor on the way to them and from them.
+    stack: if above 0, our tensors are stacks of so many matrices, whose rows come one matrix after
+    the other. forth, back: what besides is done to each tensor on the way to them and from them.
     spellings: other names and cuts of theirs that files have.
     """
 
     ours: Mapping[str, int]
     theirs: Mapping[str, int]
     order: Tensor | None = None
+    stack: int = 0
     forth: Callable[[Tensor], Tensor] = _as_it_is
     back: Callable[[Tensor], Tensor] = _as_it_is
     spellings: tuple[Mapping[str, int], ...] = ()
@@ -54,7 +56,7 @@ class Link:
 
     def to_theirs(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         """Their tensors by name, from ours."""
-        rows = _joined([read(name) for name in self.ours])
+        rows = _joined([self._flat(read(name)) for name in self.ours])
         if self.order is not None:
             placed = torch.empty_like(rows)
             placed[self.order] = rows
@@ -68,13 +70,13 @@ class Link:
         if self.order is not None:
             rows = rows[self.order]
         for name, part in zip(self.ours, rows.split(_sizes(self.ours, rows)), strict=True):
-            yield name, part.contiguous()
+            yield name, self._stacked(part).contiguous()
 
+    def _flat(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1) if self.stack else x  # (stack, m, n) -> (stack · m, n)
 
-def dense(block: Block) -> swiglu.MLP:
-    """The MLP of a block of a family: all of them have SwiGLU."""
-    assert isinstance(block.mlp, swiglu.MLP)
-    return block.mlp
+    def _stacked(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (self.stack, -1)) if self.stack else rows
 
 
 def links(model: Model, family: Family) -> Iterator[Link]:
@@ -88,11 +90,10 @@ def links(model: Model, family: Family) -> Iterator[Link]:
             first, *others = (f"{theirs}.{spelling}.weight" for spelling in spelled)
             link = _norm(f"{ours}.{name}.weight", first, *centre)
             yield replace(link, spellings=tuple({other: -1} for other in others))
-        hidden = dense(block).out.in_features
-        yield _join(
-            f"{ours}.mlp.up.weight", f"{theirs}.mlp", {"gate_proj": hidden, "up_proj": hidden}
-        )
-        yield _same(f"{ours}.mlp.out.weight", f"{theirs}.mlp.down_proj.weight")
+        if isinstance(block.mlp, experts.MLP):
+            yield from _experts(block.mlp, f"{ours}.mlp", f"{theirs}.mlp")
+        elif isinstance(block.mlp, swiglu.MLP):
+            yield from _swiglu(block.mlp.out.in_features, f"{ours}.mlp", f"{theirs}.mlp")
         if isinstance(block.mixer, Attention):
             places = f"{ours}.mixer", f"{theirs}.self_attn"
             yield from _attention(block.mixer, family, *places, centre)
@@ -104,6 +105,26 @@ def links(model: Model, family: Family) -> Iterator[Link]:
     yield _norm("norm.weight", "model.norm.weight", *centre, divisor=model.width)
     if not config.tie_embeddings:
         yield _same("head.weight", "lm_head.weight")
+
+
+def _swiglu(hidden: int, ours: str, theirs: str) -> Iterator[Link]:
+    yield _join(f"{ours}.up.weight", theirs, {"gate_proj": hidden, "up_proj": hidden})
+    yield _same(f"{ours}.out.weight", f"{theirs}.down_proj.weight")
+
+
+def _experts(mlp: experts.MLP, ours: str, theirs: str) -> Iterator[Link]:
+    """Our stacks of matrices, and a module of theirs for each expert."""
+    count, up, out = len(mlp.up.weight), mlp.hidden, mlp.out.weight.shape[1]
+    yield _same(f"{ours}.router.weight", f"{theirs}.gate.weight")
+    for name, rows in (("up", {"gate_proj": up, "up_proj": up}), ("out", {"down_proj": out})):
+        every = {
+            f"{theirs}.experts.{expert}.{part}.weight": size
+            for expert in range(count)
+            for part, size in rows.items()
+        }
+        yield Link({f"{ours}.{name}.weight": -1}, every, stack=count)
+    yield from _swiglu(mlp.shared_dim, f"{ours}.shared", f"{theirs}.shared_expert")
+    yield _same(f"{ours}.shared.gate.weight", f"{theirs}.shared_expert_gate.weight")
 
 
 def _attention(

@@ -22,6 +22,7 @@ VOCABULARY = 600
 PLAIN = {"qk_norm": False, "output_gate": False}
 OLMO = {"qk_norm_over": "heads", "output_gate": False, "head_dim": 8}
 GDN = {"heads": 2, "value_heads": 4, "head_dim": 6, "value_head_dim": 10}
+EXPERTS = {"experts": 6, "chosen": 2, "dim": 14, "shared_dim": 10, "shared_gate": True}
 HYBRID = ["gated_deltanet", "gated_deltanet", "attention"]
 
 
@@ -63,6 +64,22 @@ SHAPES: dict[str, ModelConfig] = {
     "qwen3_next-nope": config(
         HYBRID,
         {"gated_deltanet": GDN | {"conv_size": 3}, "attention": attention(rotary_fraction=0.0)},
+    ),
+    "qwen3_next-experts": config(
+        HYBRID,
+        {"gated_deltanet": GDN, "attention": attention(rotary_fraction=0.25, head_dim=16)},
+        zero_centered_norms=True,
+        tie_embeddings=False,
+        mlp_pattern=["experts"],
+        mlps={"experts": EXPERTS},
+    ),
+    "qwen3_next-some-experts": config(
+        HYBRID,
+        {"gated_deltanet": GDN, "attention": attention()},
+        zero_centered_norms=True,
+        mlp_first=["swiglu"],
+        mlp_pattern=["experts", "swiglu"],
+        mlps={"experts": EXPERTS | {"normalise": False, "dim": None}},
     ),
     "qwen3_next-full": config(["attention"], {"attention": attention()}, norm_eps=1e-5),
     "qwen3_next-mup": config(

@@ -48,7 +48,10 @@ def transformed(folder: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     made, told = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", output_loading_info=True
+        folder,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     assert not any(told.values()), told
     return made.eval()

@@ -62,6 +62,15 @@ SAVED: dict[str, dict[str, Any]] = {
         **{"num_experts": 8, "mlp_only_layers": [0, 1, 2, 3], "full_attention_interval": 2},
         **{"head_dim": 16, "rms_norm_eps": 1e-4, **LINEAR, "linear_conv_kernel_dim": 3},
     },
+    "qwen3_next-experts": {
+        **{"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 9},
+        **{"shared_expert_intermediate_size": 7, "head_dim": 16, **LINEAR},
+    },
+    "qwen3_next-sparse": {
+        **{"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 8},
+        **{"shared_expert_intermediate_size": 8, "norm_topk_prob": False, "head_dim": 16},
+        **{"decoder_sparse_step": 2, "mlp_only_layers": [3], **LINEAR},
+    },
     "olmo_hybrid": LINEAR,
     # Heads of v twice as wide: transformers saves the convolution in equal parts all the same.
     "olmo_hybrid-wide": {
@@ -86,6 +95,7 @@ def saved(name: str, folder: Path, **how: Any) -> nn.Module:
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
+    theirs.set_experts_implementation("eager")  # others refuse odd widths
     theirs.to(how.pop("dtype", torch.float32))
     theirs.save_pretrained(folder, **how)  # type: ignore[operator]
     return theirs

@@ -54,6 +54,11 @@ class Config(Routing):
             raise ConfigError("shared_gate is true, but shared_dim is 0: there is no shared expert")
 
 
+def hidden(model: ModelConfig, config: Config) -> int:
+    """The width inside an expert."""
+    return config.dim or 8 * -(-width(model, None, 8 / 3) // (8 * config.chosen))
+
+
 class Shared(nn.Module):
     """The expert that every token meets: x (t, dim) -> (t, dim)."""
 
@@ -92,17 +97,17 @@ class MLP(mlps.MLP):
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
-        hidden = config.dim or 8 * -(-width(model, None, 8 / 3) // (8 * config.chosen))
-        self.chosen, self.hidden, self.shared_dim = config.chosen, hidden, config.shared_dim
+        inner = hidden(model, config)
+        self.chosen, self.hidden, self.shared_dim = config.chosen, inner, config.shared_dim
         gated = config.activation != "relu2"
         self.activation: kernels.Activation = "swiglu" if gated else "relu2"
         self.limit = config.limit if config.activation == "clamped_swiglu" else None
         taken = config.latent or model.dim
-        wide = 2 * hidden if gated else hidden
+        wide = 2 * inner if gated else inner
         self.router = Router(model.dim, config)
         self.latent = Latent(model.dim, config.latent) if config.latent else None
         self.up = Stacked(config.experts, config.chosen, taken, wide)
-        self.out = Stacked(config.experts, config.chosen, hidden, taken)
+        self.out = Stacked(config.experts, config.chosen, inner, taken)
         self.shared = Shared(model.dim, config) if config.shared_dim else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,14 +12,19 @@ from train.model.mlps._parts import Width, width
 Config = Width
 
 
+def hidden(model: ModelConfig, config: Config) -> int:
+    """Its width inside."""
+    return width(model, config.dim, 8 / 3)
+
+
 class MLP(mlps.MLP):
     """out(SiLU(gate) ⊙ up), gate and up in one projection."""
 
     def __init__(self, model: ModelConfig, config: Config, layer: int) -> None:
         super().__init__(model, config, layer)
-        hidden = width(model, config.dim, 8 / 3)
-        self.up = nn.Linear(model.dim, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, model.dim, bias=False)
+        inner = hidden(model, config)
+        self.up = nn.Linear(model.dim, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, model.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.up(x).chunk(2, dim=-1)  # (…, 2 · hidden) -> two of (…, hidden)
