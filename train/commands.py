@@ -112,32 +112,47 @@ def import_(arguments: list[str]) -> int:
 
 
 def convert(arguments: list[str]) -> int:
-    """Make a hybrid of a pretrained Transformer, for a run to start from."""
+    """Make a hybrid of a pretrained Transformer, or one with experts, for a run to start from."""
     parser = argparse.ArgumentParser(
         prog="python -m train convert",
         description="Make a hybrid of a pretrained Transformer in Hugging Face's format, for a "
         "run to start from. Its attention becomes liger, which needs nothing, or hedgehog, whose "
-        "feature maps are learned first: on the text of a run's file, in batches as it says.",
+        "feature maps are learned first: on the text of a run's file, in batches as it says. Its "
+        "MLPs become experts, which begin as copies.",
     )
     _add_model(parser)
-    parser.add_argument(
-        "--pattern", required=True, help="mixers of the layers, as in '[liger, liger, attention]'"
-    )
+    parser.add_argument("--pattern", help="mixers of the layers, as in '[liger, liger, attention]'")
     parser.add_argument("--text", metavar="RUN.yaml", help="for hedgehog: the text to learn on")
     parser.add_argument("--steps", type=int, default=200, help="batches to learn from (200)")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of the maps (0.01)")
+    parser.add_argument("--experts", type=int, help="experts that each MLP becomes")
+    parser.add_argument("--chosen", type=int, default=2, help="experts of a token (2)")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="added to every expert's copy, in standard deviations of its matrices (0)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, with --text")
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 1:
         raise ConfigError(f"--steps is {options.steps}; it must be at least 1")
-    pattern = [name.strip() for name in options.pattern.strip(" []").split(",") if name.strip()]
+    if options.pattern is None and options.experts is None:
+        raise ConfigError("convert needs --pattern, for its layers, or --experts, for its MLPs")
+    pattern = None
+    if options.pattern is not None:
+        pattern = [name.strip() for name in options.pattern.strip(" []").split(",") if name.strip()]
     text = read(options.text, options.overrides) if options.text else None
 
     from train.pretrained.convert import convert as make
     from train.pretrained.distil import Distillation
+    from train.pretrained.upcycle import Upcycling
 
+    upcycling = None
+    if options.experts is not None:
+        upcycling = Upcycling(options.experts, options.chosen, options.noise)
     how = Distillation(text, options.steps, options.lr) if text else None
-    make(Path(options.model), _to(options), pattern, how, print)
+    make(Path(options.model), _to(options), pattern, how, upcycling, print)
     return 0
 
 

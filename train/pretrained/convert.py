@@ -1,4 +1,5 @@
-"""`python -m train convert HF_DIR --to DIR --pattern …`: a hybrid of a pretrained Transformer.
+"""`python -m train convert HF_DIR --to DIR …`: a hybrid of a pretrained Transformer (`--pattern`),
+or one with experts (`--experts`), or both.
 
 The layers that the pattern names `liger` or `hedgehog` take over the projections of the
 attention layers in their places; all others stay as they are.
@@ -7,6 +8,8 @@ attention layers in their places; all others stay as they are.
   lacks, training on brings.
 - hedgehog (Zhang et al. 2024, arXiv 2402.04347) has maps of queries and keys. They are learned
   here, on text, so that its weights of the tokens before become those of the attention layer.
+
+How MLPs become experts is said in `upcycle`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from train.model.mixers import hedgehog, liger
 from train.model.transformer import check_settings
 from train.pretrained import adopt, families, weights
 from train.pretrained.distil import Distillation, distil
+from train.pretrained.upcycle import Upcycling
 from train.pretrained.weights import Say
 
 # Layers that have taken over another's projections have more to learn than a model that goes on.
@@ -36,20 +40,26 @@ RECIPES = {"liger": liger, "hedgehog": hedgehog}
 
 
 def convert(
-    source: Path, to: Path, pattern: list[str], distillation: Distillation | None, say: Say
+    source: Path,
+    to: Path,
+    pattern: list[str] | None,
+    distillation: Distillation | None,
+    upcycling: Upcycling | None,
+    say: Say,
 ) -> None:
     """Write the hybrid as a folder that a run can start from.
 
     Args:
-        pattern: as model.pattern; repeated over the depth.
+        pattern: as model.pattern; repeated over the depth. None leaves all layers as they are.
         distillation: for patterns with `hedgehog`.
+        upcycling: what becomes of the MLPs; None leaves them as they are.
 
     Raises:
         ConfigError: the model cannot be read, or the pattern asks for what it cannot become.
     """
     with weights.making(to) as folder:
         pretrained = adopt.read(source)
-        config = hybrid(pretrained.config, pattern)
+        config = pretrained.config if pattern is None else hybrid(pretrained.config, pattern)
         maps: dict[str, Tensor] = {}
         if "hedgehog" in config.blocks:
             if distillation is None:
@@ -62,8 +72,13 @@ def convert(
             yield from pretrained.named_weights()
             yield from maps.items()
 
-        adopt.write(config, named(), source, folder, to, say)
-    say(f"{source} as {', '.join(config.blocks)} in {to}")
+        written = named()
+        if upcycling is not None:
+            config = upcycling.settings(config)
+            rows = pretrained.model.embedding.num_embeddings
+            written = upcycling.named_weights(config, rows, written)
+        adopt.write(config, written, source, folder, to, say)
+    say(f"{source} as {', '.join(config.block_kinds)} in {to}")
     say(f"to train on: {adopt.onward(to, TAKEN_OVER)}")
     say(f"optim.lr={TAKEN_OVER} {WHY}")
 
