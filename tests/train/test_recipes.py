@@ -13,6 +13,7 @@ from torch import nn
 from data.settings import ConfigError
 from train.config import Config, read
 from train.model.config import ModelConfig
+from train.model.linear import met
 from train.model.transformer import Model, check_settings
 from train.pretrained.convert import hybrid
 
@@ -63,15 +64,17 @@ def test_the_study_is_six_mixers_at_five_ratios_and_two_sizes() -> None:
     assert len({read(ROOT / file, rest).run.name for file, *rest in SWEEP}) == len(SWEEP) == 60
 
 
-def test_the_qwen_recipe_has_as_many_weights_as_transformers_qwen() -> None:
+def test_the_qwen_recipe_is_qwen3_next_80b_a3b() -> None:
     transformers: Any = pytest.importorskip("transformers")
     config = read(ROOT / "configs/recipes/qwen3_next.yaml")
-    published = transformers.Qwen3NextConfig(
-        vocab_size=config.data.vocab_size, mlp_only_layers=list(range(48))
-    )
+    published = transformers.Qwen3NextConfig(vocab_size=config.data.vocab_size)
     with torch.device("meta"):
         theirs = transformers.Qwen3NextForCausalLM(published)
     assert size(model(config)) == size(theirs)
+    # With the published vocabulary, which is larger, it is of the published size.
+    whole = model(read(ROOT / "configs/recipes/qwen3_next.yaml", ["data.vocab_size=151936"]))
+    assert size(whole) == pytest.approx(80e9, rel=0.01)
+    assert sum(met(block) for block in whole.blocks) == pytest.approx(3e9, rel=0.1)
 
 
 def test_the_kimi_recipe_has_the_published_linear_layers() -> None:
@@ -83,6 +86,20 @@ def test_the_kimi_recipe_has_the_published_linear_layers() -> None:
         published = configuration_kimi_linear.KimiLinearConfig()
         theirs = modeling_kimi_linear.KimiLinearDeltaAttention(published, layer_idx=0)
     assert size(ours) == size(theirs)
+
+
+def test_the_kimi_recipe_has_the_published_experts() -> None:
+    pytest.importorskip("transformers")
+    from transformers.models.kimi_linear import configuration_kimi_linear, modeling_kimi_linear
+
+    first, *others = model(read(ROOT / "configs/recipes/kimi_linear.yaml")).blocks
+    published = configuration_kimi_linear.KimiLinearConfig()
+    with torch.device("meta"):
+        theirs = modeling_kimi_linear.KimiLinearMoE(published)
+        dense = modeling_kimi_linear.KimiLinearMLP(published)
+    assert size(first.mlp) == size(dense)
+    for block in others:
+        assert size(block.mlp) == size(theirs)
 
 
 def test_a_lightning_layer_has_the_published_weights() -> None:
