@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from parallel.planning.heads import Waves
     from parallel.planning.planner import FullAttention, Planner
     from parallel.stream import distribute, shard
+    from parallel.travel.sequences import sum_of_sequences
     from parallel.travel.view import Shard
     from parallel.world import World, join
 
@@ -70,6 +71,7 @@ __all__ = [
     "shard",
     "short_convolution",
     "softmax_attention",
+    "sum_of_sequences",
 ]
 
 _HOMES = {
@@ -85,6 +87,7 @@ _HOMES = {
     "parallel.peers": ["LostRankError", "at_step"],
     "parallel.planning.planner": ["FullAttention", "Planner"],
     "parallel.stream": ["Shard", "distribute", "shard"],
+    "parallel.travel.sequences": ["sum_of_sequences"],
     "parallel.world": ["World", "join"],
 }
 

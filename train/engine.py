@@ -144,9 +144,11 @@ class Engine:
                 clipping, on all ranks together. If it says no, weights and optimiser stay
                 as they are, to the last bit; the gradients are gone.
         """
+        self.model.balance.add()
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
+        self.model.balance.reduce(self.world)  # before what this step waits for the device
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["multiplier"]
         self._good, self._verdict = good, None
@@ -156,7 +158,7 @@ class Engine:
             self._norm = float(torch.nn.utils.get_total_norm(grads))
         self._engine.step()
         # DeepSpeed itself gives up most of the steps whose norm is not finite.
-        self._may_update()
+        self.model.balance.end(self._may_update())
         return self._norm
 
     def eval(self) -> None:

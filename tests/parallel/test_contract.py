@@ -18,6 +18,7 @@ from torch import Tensor
 
 from parallel import ParallelConfig, World, distribute
 from parallel.config import Attention
+from tests.balance import Layer
 from tests.parallel.across import lopsided_shards, plans_in_waves
 from tests.streams import Stream, streams
 from train.config import ZeroConfig
@@ -55,6 +56,11 @@ ROUTED = {
         "groups": 3, "chosen_groups": 2, "scaling": 2.5, "activation": "relu2", "latent": 8,
     },
 }  # fmt: skip
+# What balances them, by block.
+BALANCED = {
+    1: {"aux_loss": 0.5, "z_loss": 0.01, "sequence_loss": 0.3},
+    2: {"bias_update": "proportional", "bias_rate": 0.05, "sequence_loss": 0.2},
+}
 # Lengths of batches of one stream after the other, two a step at most.
 STREAMS = [
     [101],  # one sequence over all ranks
@@ -85,31 +91,40 @@ def steps(accumulate: int) -> list[list[Stream]]:
     return [every[s * accumulate : (s + 1) * accumulate] for s in range(STEPS)]
 
 
-def model(family: str | None, recompute: bool = False) -> Model:
+def model(family: str | None, recompute: bool = False, balanced: bool = True) -> Model:
     torch.manual_seed(0)
     config = MODEL
     if family == "experts":
+        on = dict(zip(ROUTED, BALANCED.values(), strict=True)) if balanced else {}
+        off = {"experts": {}, "grouped": {"bias_update": "none"}}
+        mlps = {name: made | (on or off)[name] for name, made in ROUTED.items()}
         config = dataclasses.replace(
-            MODEL, mlp_first=["swiglu"], mlp_pattern=list(ROUTED), mlps=ROUTED
+            MODEL, mlp_first=["swiglu", "experts", "grouped"], mlp_pattern=["none"], mlps=mlps
         )
     elif family is not None:
         mixers = FAMILIES[family]
         config = ModelConfig(pattern=list(mixers), layers=len(mixers), dim=24, mixers=mixers)
-    return Model(dataclasses.replace(config, checkpoint_activations=recompute), VOCABULARY)
+    made = Model(dataclasses.replace(config, checkpoint_activations=recompute), VOCABULARY)
+    for name, buffer in made.named_buffers():
+        if name.endswith("load"):  # of a step before, in which it was uneven
+            buffer.copy_(torch.arange(len(buffer)) / torch.arange(len(buffer)).sum())
+    return made
 
 
 def targets(group: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> int:
     return sum(int((labels >= 0).sum()) for _, labels, _ in group)
 
 
-# Losses and norms by step, and every parameter's gradient in the first step.
+# Losses and norms by step; every parameter's gradient in the first step, and buffers at the end.
 Course = tuple[list[float], list[float], dict[str, Tensor]]
 
 
 @functools.cache
 def plain(accumulate: int, family: str | None) -> Course:
     """The definition: the gradient of the mean over a step's targets, clipped, and AdamW."""
-    net, alone = model(family), World(0, 1, 0, torch.device("cpu"))
+    net, alone = model(family, balanced=False), World(0, 1, 0, torch.device("cpu"))
+    routed = BALANCED if family == "experts" else {}
+    layers = [Layer(net.blocks[block].mlp.router, on) for block, on in routed.items()]
     matrices = [p for n, p in net.named_parameters() if p.dim() >= 2 and n.endswith(".weight")]
     rest = [p for n, p in net.named_parameters() if not (p.dim() >= 2 and n.endswith(".weight"))]
     adamw = torch.optim.AdamW(
@@ -120,14 +135,21 @@ def plain(accumulate: int, family: str | None) -> Course:
     )
     losses, norms, gradients = [], [], {}
     for group in steps(accumulate):
-        loss = sum(net(*distribute(*batch, alone))[0] for batch in group) / targets(group)
-        loss.backward()
+        loss = 0.0
+        for batch in group:
+            nats, _ = net(*distribute(*batch, alone))
+            loss += float(nats.detach()) / targets(group)
+            balance = sum(layer.losses(batch.labels, batch.cu_seqlens) for layer in layers)
+            ((nats + balance) / targets(group)).backward()
         gradients = gradients or {n: p.grad.clone() for n, p in net.named_parameters()}
         norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)))
         adamw.step()
         adamw.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, norms, gradients
+        losses.append(loss)
+        with torch.no_grad():
+            for layer in layers:
+                layer.end()
+    return losses, norms, gradients | dict(net.named_buffers())
 
 
 def shared(world: World, setting: Setting) -> Course:
@@ -158,7 +180,7 @@ def course(world: World, config: ParallelConfig, setting: Setting) -> Course:
             norm = engine.step(RATE)
         losses.append(float(world.sum(total)) / count)
         norms.append(norm)
-    return losses, norms, gradients
+    return losses, norms, gradients | dict(engine.model.named_buffers())
 
 
 def gradient(parameter: torch.nn.Parameter, setting: Setting) -> Tensor:
@@ -201,6 +223,7 @@ CASES += [
     (size, Setting("balanced", stage, 1 + stage % 2, stage > 1, "experts", each=2))
     for stage, size in enumerate((3, 4, 2, 4))
 ]
+CASES += [(4, Setting("balanced", 1, 2, family="experts", lopsided=True))]
 CASES += [(size, setting) for size in (2, 3) for setting in SETTINGS[size - 2 :: 5]]
 
 

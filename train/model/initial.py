@@ -7,8 +7,8 @@ A module declares what a parameter begins as where it makes it:
 
     self.A_log = declared(Uniform(1, 16, then=torch.log), heads)
 
-Parameters and buffers that declare nothing are matrices, which `Model` gives a normal distribution,
-or biases, which begin at 0.
+A buffer has its first value in its attribute `first`. Parameters and buffers that declare nothing
+are matrices, which `Model` gives a normal distribution, or biases, which begin at 0.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ def declared(first: First, *shape: int) -> nn.Parameter:
 
 
 def declarations(module: nn.Module) -> dict[str, First]:
-    """What parameters of a module declare, by name."""
+    """What parameters and buffers of a module declare, by name."""
     return {
-        name: parameter.first
-        for name, parameter in module.named_parameters()
-        if hasattr(parameter, "first")
+        name: tensor.first
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        if hasattr(tensor, "first")
     }
 
 

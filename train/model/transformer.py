@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from parallel import Shard
 from train.model import mixers, mlps
+from train.model.balance import Balance
 from train.model.config import ModelConfig
 from train.model.initial import Constant, First, Normal, Undrawn, declarations, fill
 from train.model.linear import Stacked, met
@@ -111,6 +112,7 @@ class Model(nn.Module):
 
     Attributes:
         firsts: what each parameter and buffer begins as, by name.
+        balance: of its experts, over an optimiser step.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
@@ -124,6 +126,7 @@ class Model(nn.Module):
         self.head = Head(vocab_size, config.dim, config.z_loss)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.balance = Balance(self)
         self.firsts = self._firsts()
         if not self.embedding.weight.is_meta:
             fill(self, self.firsts, seed)
@@ -197,10 +200,12 @@ class Model(nn.Module):
 
         Returns:
             Without labels, the logits (t, V). With labels, in training (loss, cross_entropy), fp32
-            sums over the targets, the z-loss in the first one only; in evaluation (cross_entropy,
+            sums over the targets, the z-loss and those that balance experts in the first one only;
+            in evaluation (cross_entropy,
             likeliest), (t,) fp32 and (t,) bool: each token's cross-entropy, and whether its label
             is the likeliest token; 0 and false without a label.
         """
+        self.balance.begin(labels if self.training else None, shard)
         x = self.embedding(tokens).unsqueeze(0)  # (t,) -> (1, t, dim)
         for layer, block in enumerate(self.blocks):
             if self.config.checkpoint_activations and torch.is_grad_enabled():
@@ -208,7 +213,11 @@ class Model(nn.Module):
             else:
                 x = block(x, shard, None if cache is None else cache[layer])
         hidden = self.norm(x).squeeze(0)  # (1, t, dim) -> (t, dim)
-        return self.head(hidden if self.width == 1 else hidden / self.width, labels)
+        result = self.head(hidden if self.width == 1 else hidden / self.width, labels)
+        if labels is None or not self.training:
+            return result
+        loss, cross_entropy = result
+        return loss + self.balance.loss(shard), cross_entropy
 
     def new_cache(self) -> Cache:
         return [{} for _ in self.blocks]

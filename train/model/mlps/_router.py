@@ -23,12 +23,14 @@ from torch.nn import functional as F
 
 from data.settings import ConfigError, setting
 from kernels.packing import accumulation_dtype
+from train.model.initial import Constant
+from train.model.mlps._balance import Balancing, Counted, Tally, tally
 
 MOST_EXPERTS = 4096
 
 
 @dataclass
-class Routing:
+class Routing(Balancing):
     """Settings of a router."""
 
     experts: int = setting(8, "number of experts", least=1, most=MOST_EXPERTS)
@@ -42,9 +44,6 @@ class Routing:
     normalise: bool = setting(True, "divide the weights of the chosen by their sum")
     normalise_eps: float = setting(1e-20, "added to that sum", least=0, most=1)
     scaling: float = setting(1.0, "factor on the weights", above=0, most=1e6)
-    bias: bool = setting(
-        False, "a bias on the scores, for the choice only, which balances the experts"
-    )
     groups: int = setting(1, "groups of experts, a divisor of experts", least=1, most=MOST_EXPERTS)
     chosen_groups: int = setting(
         1, "groups that a token's experts are from", least=1, most=MOST_EXPERTS
@@ -54,6 +53,7 @@ class Routing:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.chosen > self.experts:
             raise ConfigError(
                 f"chosen is {self.chosen}; it must be at most experts, {self.experts}"
@@ -81,15 +81,27 @@ class Routing:
 class Router(nn.Linear):
     """Logits and choice. The products are fp32, whatever the dtype of the model.
 
-    The bias on the choice is no parameter: no gradient reaches it, and no optimiser. It stays fp32.
+    The bias on the choice is no parameter: no gradient reaches it, and no optimiser. It and `load`,
+    the experts' shares of the last step's choices, stay fp32 and are updated by
+    `train.model.balance`.
+
+    Attributes:
+        batch: which tokens the next forward pass counts, for the balance; None for none.
+        tally: what it has counted.
     """
 
     choice_bias: Tensor | None
+    load: Tensor
 
     def __init__(self, dim: int, config: Routing) -> None:
         super().__init__(dim, config.experts, bias=False)
         self.config = config
         self.register_buffer("choice_bias", torch.zeros(config.experts) if config.bias else None)
+        even = 1 / config.experts
+        self.register_buffer("load", torch.full((config.experts,), even))
+        self.load.first = Constant(even)  # type: ignore[attr-defined]
+        self.batch: Counted | None = None
+        self.tally: Tally | None = None
 
     def forward(self, x: Tensor) -> Any:
         """x (t, dim) -> experts (t, chosen) int64, best first, and their weights (t, chosen) fp32
@@ -109,14 +121,26 @@ class Router(nn.Linear):
             weights = scores.gather(1, experts)
             if self.config.normalise:
                 weights = weights / (weights.sum(-1, keepdim=True) + self.config.normalise_eps)
+        if self.batch is not None:
+            seen = self._counted(self.batch, logits, scores, experts)
+            # Activation checkpointing runs this again, and what it makes then would hold the
+            # activations that it makes.
+            self.tally = self.tally or seen
         return experts, weights * self.config.scaling
 
+    def _counted(self, batch: Counted, logits: Tensor, scores: Tensor, experts: Tensor) -> Tally:
+        by_score = experts
+        if self.config.sequence_loss and (self.config.bias or self.config.groups > 1):
+            by_score = best(scores.detach(), self.config.chosen)
+        return tally(batch, self.config, logits, scores, experts, by_score)
+
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        kept = self.choice_bias
+        kept = dict(self._buffers)
         super()._apply(fn, recurse)
-        moved = self.choice_bias
-        if kept is not None and moved is not None and moved.dtype != kept.dtype:
-            self.choice_bias = kept.to(moved.device)
+        for name, old in kept.items():
+            moved = self._buffers[name]
+            if old is not None and moved is not None and moved.dtype != old.dtype:
+                self._buffers[name] = old.to(moved.device)
         return self
 
 
