@@ -41,7 +41,7 @@ ROOMS = {
     "train.model": set(),
     "train.optimiser": set(),
     "train.survival": {"train.config", "train.engine"},
-    "train.monitor": {"train.config", "train.model.config"},
+    "train.monitor": {"train.config", "train.model.balance", "train.model.config"},
     "train.pretrained": {
         "train.config",
         "train.engine",

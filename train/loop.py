@@ -15,7 +15,7 @@ from data.ordering.order import mixed
 from data.settings import ConfigError
 from parallel import World, distribute
 from train import memory, planning
-from train.config import Config, differences, due
+from train.config import Config, due
 from train.engine import Engine, dtype_of
 from train.evaluation.evaluate import evaluate
 from train.evaluation.generate import generate
@@ -26,7 +26,7 @@ from train.monitor.metrics import Recorder, peak_flops, peak_memory
 from train.monitor.summary import blocks_in_words, summarise, surroundings
 from train.monitor.trace import Trace
 from train.optimiser.optim import learning_rate
-from train.start import begin_from, rate_jump
+from train.start import begin_from, goes_on
 from train.survival import checkpoint, faults, manifest
 from train.survival.lookout import GivenUpError, Lookout
 from train.survival.stop import START_AGAIN, Cause, Watch
@@ -165,8 +165,10 @@ class Trainer:
             if row is not None:
                 self.watch.step_done()
                 if self.recorder:
+                    drawn = last or due(self.step, config.eval.every)
                     self.recorder.step(row)
-                    self.recorder.times(self.clock, last or due(self.step, config.eval.every))
+                    self.recorder.times(self.clock, drawn)
+                    self.recorder.loads(self.engine.model.balance.loads(), self.step, drawn)
                 self._validate()
                 self._saved(self.saver.poll())
             if self.lookout.cause or last or due(self.step, config.checkpoint.every):
@@ -256,24 +258,10 @@ class Trainer:
             self.recorder.say(line)
 
     def _resume(self, path: Path, saved: manifest.Progress) -> None:
-        changed = differences(saved.config, self.config.to_dict())
-        self.say(f"going on from {path}" + (f" with {'; '.join(changed)}" if changed else ""))
-        if self.stream.promised != saved.next_batch:
-            raise ConfigError(
-                f"{path}: the next batch is not the one that was promised; restore "
-                f"{', '.join(line.split(':')[0] for line in changed) or 'the corpus'}, "
-                "or set another run.name"
-            )
-        if self.stream.passed_over:
-            self.say(
-                f"a stage of data.stages begins inside a window that is packed already: its last "
-                f"{self.stream.passed_over:,} tokens are passed over"
-            )
+        for line in goes_on(path, saved, self.config, self.stream):
+            self.say(line)
         checkpoint.load(path, self.engine)
         self.judge.resume(saved.judge)
-        jump = rate_jump(saved.config, self.config, self.step)
-        if jump:
-            self.say(jump)
         self.watch.save_seconds = manifest.read(path).get("seconds", self.watch.save_seconds)
 
     def _save(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data.material import Stream
 from data.settings import ConfigError
-from train.config import Config
+from train.config import Config, differences
 from train.engine import WEIGHT, Engine
 from train.optimiser.optim import OptimConfig, learning_rate
 from train.pretrained import weights
@@ -50,6 +51,32 @@ def begin_from(folder: Path, engine: Engine, say: Callable[[str], None]) -> None
     # The first of a table's rows are the first of its numbers.
     engine.scatter(lambda name, _, *part: tensors.read(name).flatten()[slice(*part)], {WEIGHT})
     say(f"beginning with the weights of {folder}")
+
+
+def goes_on(path: Path, saved: manifest.Progress, config: Config, stream: Stream) -> Iterator[str]:
+    """Lines for the log about a run that goes on from the checkpoint `path`.
+
+    Args:
+        stream: of training batches, where the checkpoint's cursor is.
+
+    Raises:
+        ConfigError: the next batch is not the one that was promised.
+    """
+    changed = differences(saved.config, config.to_dict())
+    yield f"going on from {path}" + (f" with {'; '.join(changed)}" if changed else "")
+    if stream.promised != saved.next_batch:
+        raise ConfigError(
+            f"{path}: the next batch is not the one that was promised; restore "
+            f"{', '.join(line.split(':')[0] for line in changed) or 'the corpus'}, "
+            "or set another run.name"
+        )
+    if stream.passed_over:
+        yield (
+            f"a stage of data.stages begins inside a window that is packed already: its last "
+            f"{stream.passed_over:,} tokens are passed over"
+        )
+    if jump := rate_jump(saved.config, config, saved.step):
+        yield jump
 
 
 def rate_jump(before: dict[str, Any], config: Config, step: int) -> str | None:

@@ -91,3 +91,30 @@ def grid(
         if not np.isnan(value):
             axes.text(at_column, at_row, f"{value:.0%}", ha="center", va="center")
     return drawn
+
+
+def heat(values: np.ndarray, rows: Sequence[Any], column: str, row: str, what: str) -> Any:
+    """A heat map as a matplotlib figure, for any number of rows and columns.
+
+    Args:
+        values: (rows, columns), 1 in white, 0 in full blue, 2 and above in full red; NaN is empty.
+        rows: their names. Columns are numbered from 0.
+        column, row, what: what columns, rows and values are.
+    """
+    from matplotlib.figure import Figure
+
+    count, across = values.shape
+    width, height = min(16.0, 5.0 + 0.02 * across), min(16.0, 1.4 + 0.25 * count)
+    margins = {"left": 0.8 / width, "right": 1 - 1.1 / width}
+    margins |= {"bottom": 0.6 / height, "top": 1 - 0.2 / height}
+    drawn = Figure(figsize=(width, height))
+    axes = drawn.subplots(gridspec_kw=margins)
+    image = axes.imshow(values, vmin=0, vmax=2, cmap="bwr", aspect="auto")
+    places = range(0, count, -(-count // 30))
+    axes.set_yticks(places, [str(rows[place]) for place in places])
+    axes.set_xticks(range(0, across, -(-across // 16)))
+    axes.set(xlabel=column, ylabel=row)
+    tall = margins["top"] - margins["bottom"]
+    beside = drawn.add_axes((1 - 0.9 / width, margins["bottom"], 0.15 / width, tall))
+    drawn.colorbar(image, cax=beside, label=what, extend="max")
+    return drawn

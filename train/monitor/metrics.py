@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from train.monitor import figures
+from train.model.balance import Load
+from train.monitor import experts, figures
 from train.monitor.clock import TRAVELLING, Clock
 from train.monitor.lines import METRICS, Lines, Rows
 
@@ -63,6 +64,7 @@ class Recorder:
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step: it will be made again."""
+        self._experts = experts.Experts()
         self._evaluations.clear()
         with self.harmless("metrics.jsonl"):
             self._evaluations = self._rows.rewind(step)
@@ -114,6 +116,16 @@ class Recorder:
                 parts = {name: 1e3 * seconds for name, seconds in means.items()}
                 said = f"ms of a step, and {travelling:.1f} under way beside it"
                 self.figure("time/step", figures.stacked({"rank 0": parts}, said), step)
+
+    def loads(self, loads: Mapping[int, Load], step: int, drawn: bool) -> None:
+        """How even a step's experts were, by block; `drawn` block by block and as a figure too."""
+        if dead := self._experts.died(loads):
+            self.say(f"step {step}: {dead}")
+        for name, value in experts.scalars(loads, each=drawn).items():
+            self.scalar(f"experts/{name}", value, step)
+        if loads and drawn:
+            with self.harmless("a figure"):
+                self.figure("experts/load", experts.figure(loads), step)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """An evaluation's row: `step` and what `train.evaluation.evaluate.evaluate` gives."""
