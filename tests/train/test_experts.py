@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,3 +62,74 @@ def test_the_bias_on_the_choice_stays_fp32_and_is_saved(ranks) -> None:
     moved = (saved[BIAS] - torch.linspace(0, 1e-3, 5)) / 1e-3  # a step of the rate, or none
     torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-4)
     assert moved.abs().max() == pytest.approx(1, abs=1e-4)
+
+
+LOAD = "blocks.0.mlp.router.load"
+# Two batches a step.
+STEPS = [[[40, 3, 21], [9, 30]], [[25], [2, 2, 50]], [[7, 7, 7], [61]], [[33, 5], [1, 48]]]
+
+
+def balanced(world: World, stage: int, dtype: torch.dtype) -> Engine:
+    torch.manual_seed(0)
+    on = MODEL.mlps["experts"] | {"aux_loss": 0.5, "sequence_loss": 0.1, "bias_rate": 0.01}
+    config = dataclasses.replace(MODEL, mlps={"experts": on})
+    return Engine(Model(config, VOCABULARY), OPTIM, ZeroConfig(stage=stage), world, dtype, 2)
+
+
+def goes(world: World, engine: Engine, number: int, factor: float = 1.0) -> None:
+    """A step; it is bad if `factor` is not finite."""
+    group = streams(STEPS[number], VOCABULARY)
+    targets = sum(int((batch.labels >= 0).sum()) for batch in group)
+    for batch in group:
+        loss, _ = engine(*distribute(*batch, world))
+        engine.backward(loss * (factor * world.size * 2 / targets))
+        engine.step(1e-2, math.isfinite)
+
+
+def everything(engine: Engine) -> dict[tuple[str, str], Tensor]:
+    return {(name, key): full.clone() for name, key, full in engine.gather()}
+
+
+def with_a_bad_step(world: World, stage: int, dtype: torch.dtype) -> bool:
+    """Whether a bad step between two others leaves no trace; and both move bias and load."""
+    ends = []
+    for bad in (False, True):
+        engine = balanced(world, stage, dtype)
+        goes(world, engine, 0)
+        before = everything(engine)
+        if bad:
+            goes(world, engine, 1, math.nan)
+            assert all(torch.equal(one, before[key]) for key, one in everything(engine).items())
+        goes(world, engine, 2)
+        ends.append(everything(engine))
+        for name in (BIAS, LOAD):
+            assert not torch.equal(before[name, "weight"], ends[-1][name, "weight"])
+    return all(torch.equal(ends[0][key], one) for key, one in ends[1].items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_step_leaves_no_trace_in_the_balance(ranks, stage: int, dtype: torch.dtype) -> None:
+    assert all(ranks(2).run(with_a_bad_step, stage, dtype))
+
+
+def resumed(world: World, stage: int, dtype: torch.dtype) -> bool:
+    """Whether four steps are two, what is saved of them, and two more: to the last bit."""
+    first, second = (balanced(world, stage, dtype) for _ in range(2))
+    for number in (0, 1):
+        goes(world, first, number)
+    saved = everything(first)
+    second.scatter(lambda name, key, *part: saved[name, key].flatten()[slice(*part)])
+    second.set_optimizer_step(2)
+    for number in (2, 3):
+        goes(world, first, number)
+        goes(world, second, number)
+    wanted, got = everything(first), everything(second)
+    assert not torch.equal(wanted[LOAD, "weight"], saved[LOAD, "weight"])
+    assert first.model.balance.loads() == second.model.balance.loads()
+    return all(torch.equal(one, got[key]) for key, one in wanted.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_balance_goes_on_where_it_was_saved(ranks, dtype: torch.dtype) -> None:
+    assert all(ranks(2).run(resumed, 2, dtype))

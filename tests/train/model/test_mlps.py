@@ -108,6 +108,9 @@ def test_a_token_pays_for_the_experts_that_it_chooses() -> None:
         ({"groups": 4, "chosen": 3}, "1 groups of 2 experts have only 2"),
         ({"of_chosen": True, "router": "sigmoid"}, "router must be softmax"),
         ({"shared_gate": True}, "there is no shared expert"),
+        ({"bias_update": "sign"}, "bias_update is sign, but bias is false"),
+        ({"bias_update": "signs"}, "bias_update is signs; it must be one of sign, proportional"),
+        ({"bias": True, "bias_rate": -1}, "bias_rate is -1"),
         ({"chose": 1}, "did you mean chosen"),
     ],
 )
