@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel import World, distribute
+from parallel import World, distribute, shard
 from tests.balance import Layer
 from tests.streams import Stream, streams
 from train.model.config import ModelConfig
+from train.model.mlps._balance import Counted
 from train.model.mlps._router import Router
 from train.model.transformer import Model
 
@@ -102,9 +103,9 @@ def test_the_auxiliary_loss_is_that_of_transformers() -> None:
 
     model = make({"aux_loss": 1.0})
     (router, _), k = routers(model), 2
-    (_, labels, shard), x = distribute(*batches()[1], ALONE), torch.randn(19, 16)
+    (_, labels, here), x = distribute(*batches()[1], ALONE), torch.randn(19, 16)
     labels[3:9] = -100
-    model.balance.begin(labels, shard)
+    model.balance.begin(labels, here)
     experts, _ = router(x)
     logits = x @ router.weight.T
     theirs = load_balancing_loss_func((logits,), 6, k, (labels >= 0).long().view(1, -1))
@@ -112,9 +113,9 @@ def test_the_auxiliary_loss_is_that_of_transformers() -> None:
 
     router.load.copy_(torch.bincount(experts[labels >= 0].flatten(), minlength=6))
     router.load.div_(router.load.sum())
-    model.balance.begin(labels, shard)
+    model.balance.begin(labels, here)
     router(x)
-    mean = model.balance.loss(shard) / int((labels >= 0).sum())
+    mean = model.balance.loss(here) / int((labels >= 0).sum())
     (mine,) = torch.autograd.grad(mean, router.weight)
     assert float(mean.detach()) * k == pytest.approx(float(theirs.detach()), rel=1e-5)
     torch.testing.assert_close(mine * k, wanted, rtol=1e-4, atol=1e-7)
@@ -162,6 +163,20 @@ def test_a_step_without_a_target_changes_nothing(update: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
     assert all(not np.any(load.counts) for load in model.balance.loads().values())
     assert all(not any(load.losses.values()) for load in model.balance.loads().values())
+
+
+def test_sums_of_fragments_of_any_length() -> None:
+    lengths = [1, 700, 256, 3, 257]
+    labels, here = torch.zeros(sum(lengths), dtype=torch.int64), shard(lengths, "cpu")
+    labels[5:300] = -100
+    values = torch.randn(len(labels), 3, dtype=torch.float64, requires_grad=True)
+    got = Counted(labels, here).of_fragments(values)
+    counted = (values * (labels >= 0).unsqueeze(1)).split(lengths)
+    wanted = torch.stack([rows.sum(0) for rows in counted])
+    torch.testing.assert_close(got, wanted)
+    weight = torch.randn_like(wanted)
+    mine, theirs = (torch.autograd.grad((x * weight).sum(), values)[0] for x in (got, wanted))
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_evaluation_counts_nothing() -> None:

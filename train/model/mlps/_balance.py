@@ -26,13 +26,18 @@ reported has the step's own f_e.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.settings import ConfigError, setting
 from parallel import Shard
+from parallel.travel.exchange import to_device
+
+_PIECE = 256  # tokens
 
 
 @dataclass
@@ -78,9 +83,26 @@ class Counted:
         return self.mask.to(values.dtype) @ values
 
     def of_fragments(self, values: Tensor) -> Tensor:
-        """values (t, n) -> (fragments, n), in an order that is always the same."""
-        counted = values * self.mask.unsqueeze(1)
-        return torch.segment_reduce(counted, "sum", offsets=self.shard.cu_seqlens, unsafe=True)
+        """values (t, n) -> (fragments, n), added up in an order that is always the same."""
+        found = values * self.mask.unsqueeze(1)
+        for bounds in self._bounds:
+            found = torch.segment_reduce(found, "sum", offsets=bounds, unsafe=True)
+        return found
+
+    @cached_property
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """Bounds of pieces of fragments in tokens, and of fragments in pieces.
+
+        One thread of a GPU adds up the rows of a segment, one after the other. So long fragments
+        are cut into pieces that are added up at the same time: 128 K tokens into 512.
+        """
+        lengths = np.array(self.shard.lengths, dtype=np.int64)
+        ends = lengths.cumsum()
+        starts = [np.arange(end - n, end, _PIECE) for n, end in zip(lengths, ends, strict=True)]
+        in_tokens = np.append(np.concatenate(starts), ends[-1])
+        in_pieces = np.append(0, np.cumsum([len(each) for each in starts]))
+        device = self.mask.device
+        return to_device(in_tokens, device), to_device(in_pieces, device)
 
     def choices(self, experts: Tensor, count: int) -> Tensor:
         """experts (t, K) -> (count,) int64: tokens of each. Waits for no device."""
