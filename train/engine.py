@@ -69,7 +69,8 @@ class Engine:
         accumulate: int,
     ) -> None:
         self.world, self.stage = world, zero.stage
-        given = {name: x.detach() for name, x in model.kept_tensors() if not x.is_meta}
+        held = [*model.named_parameters(), *model.named_buffers()]
+        given = {name: x.detach() for name, x in held if not x.is_meta}
 
         def make(_: str, old: Tensor) -> Tensor:
             if not isinstance(old, nn.Parameter):
@@ -180,8 +181,11 @@ class Engine:
 
     def begin(self, seed: int) -> None:
         """Set the weights to the model's first values; the optimiser stays as new."""
-        firsts = self.model.firsts
-        self.scatter(lambda name, _, *part: values(firsts[name], seed, name, *part), {WEIGHT})
+        self.scatter(lambda name, _, *part: self.first(name, seed, *part), {WEIGHT})
+
+    def first(self, name: str, seed: int, begin: int, end: int) -> Tensor:
+        """(end − begin,) fp32: what these elements of a parameter or buffer begin as."""
+        return values(self.model.firsts[name], seed, name, begin, end)
 
     def scatter(self, read: Read, keys: Collection[str] = _ADAMW) -> None:
         """Set what `keys` name, on all ranks together. Each reads its own part only, in pieces."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from data.material import Stream
 from data.settings import ConfigError
 from train.config import Config, differences
@@ -35,7 +37,8 @@ def begin_from(folder: Path, engine: Engine, say: Callable[[str], None]) -> None
         if wrong:
             raise ConfigError(f"run.start_from is {folder}: {wrong}; name another checkpoint")
     tensors = weights.of_ours(folder)
-    shapes = {name: list(shape) for name, shape in engine.shapes.items()}
+    anew = engine.model.of_training
+    shapes = {name: list(shape) for name, shape in engine.shapes.items() if name not in anew}
     for name, wanted in shapes.items():
         held = tensors.shape(name) if name in tensors else None
         if held == wanted:
@@ -48,8 +51,13 @@ def begin_from(folder: Path, engine: Engine, say: Callable[[str], None]) -> None
             "here; take model.* and data.tokenizer from the config.yaml there"
         )
 
-    # The first of a table's rows are the first of its numbers.
-    engine.scatter(lambda name, _, *part: tensors.read(name).flatten()[slice(*part)], {WEIGHT})
+    def read(name: str, _: str, begin: int, end: int) -> Tensor:
+        if name in anew:
+            return engine.first(name, 0, begin, end)
+        # The first of a table's rows are the first of its numbers.
+        return tensors.read(name).flatten()[begin:end]
+
+    engine.scatter(read, {WEIGHT})
     say(f"beginning with the weights of {folder}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.optimiser.muon import orthogonal
 from train.optimiser.optim import OptimConfig
+from train.start import begin_from
+from train.survival import checkpoint
+from train.survival.manifest import Progress
 
 VOCABULARY = 61
 OPTIM = OptimConfig(name="muon", lr=1e-2, warmup_steps=0)
@@ -133,3 +138,43 @@ def resumed(world: World, stage: int, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_balance_goes_on_where_it_was_saved(ranks, dtype: torch.dtype) -> None:
     assert all(ranks(2).run(resumed, 2, dtype))
+
+
+def save(world: World, engine: Engine, folder: Path) -> Path:
+    saver = checkpoint.Saver(folder, world)
+    saver.start(engine, Progress(1, 0, {}, "", {}))
+    done = saver.finish()
+    assert done is not None
+    assert done.error is None
+    return done.path
+
+
+def begun(world: World, folder: Path) -> None:
+    """From a checkpoint, one without `load`, and the weights of a model: what is not there begins
+    even, the rest as saved."""
+    engine = balanced(world, 1, torch.float32)
+    goes(world, engine, 0)
+    wanted = everything(engine)
+    kept = dict(engine.model.kept_tensors())
+    assert BIAS in kept
+    assert LOAD not in kept
+    whole = save(world, engine, folder / "whole")
+    held = [(*key, full) for key, full in wanted.items() if key[0] != LOAD]
+    with mock.patch.object(engine, "gather", return_value=held):
+        part = save(world, engine, folder / "part")
+    even = torch.full((5,), 0.2)
+    for path, begin, load in (
+        (whole, checkpoint.load, wanted[LOAD, "weight"]),
+        (part, checkpoint.load, even),
+        (part, lambda path, fresh: begin_from(path, fresh, print), even),
+    ):
+        fresh = balanced(world, 3, torch.float32)
+        begin(path, fresh)
+        got = everything(fresh)
+        assert torch.equal(got.pop((LOAD, "weight")), load)
+        for key, one in got.items():
+            assert key[1] != "weight" or torch.equal(one, wanted[key]), key
+
+
+def test_a_start_needs_no_load_of_before(ranks, tmp_path: Path) -> None:
+    ranks(2).run(begun, tmp_path)

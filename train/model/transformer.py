@@ -183,9 +183,19 @@ class Model(nn.Module):
         }
 
     def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What makes the model what it is, by name: parameters and buffers."""
+        """What makes the model what it is, by name: parameters and persistent buffers."""
         yield from self.named_parameters()
-        yield from self.named_buffers()
+        of_training = self.of_training
+        yield from ((name, x) for name, x in self.named_buffers() if name not in of_training)
+
+    @property
+    def of_training(self) -> set[str]:
+        """Names of buffers that only training needs: they are in checkpoints, and in no export."""
+        return {
+            f"{path}.{key}"
+            for path, module in self.named_modules()
+            for key in module._non_persistent_buffers_set
+        }
 
     def forward(
         self, tokens: Tensor, labels: Tensor | None, shard: Shard, cache: Cache | None = None

@@ -83,7 +83,7 @@ class Router(nn.Linear):
 
     The bias on the choice is no parameter: no gradient reaches it, and no optimiser. It and `load`,
     the experts' shares of the last step's choices, stay fp32 and are updated by
-    `train.model.balance`.
+    `train.model.balance`. `load` is of the training, not of the model: it is no persistent buffer.
 
     Attributes:
         batch: which tokens the next forward pass counts, for the balance; None for none.
@@ -98,7 +98,7 @@ class Router(nn.Linear):
         self.config = config
         self.register_buffer("choice_bias", torch.zeros(config.experts) if config.bias else None)
         even = 1 / config.experts
-        self.register_buffer("load", torch.full((config.experts,), even))
+        self.register_buffer("load", torch.full((config.experts,), even), persistent=False)
         self.load.first = Constant(even)  # type: ignore[attr-defined]
         self.batch: Counted | None = None
         self.tally: Tally | None = None
