@@ -6,6 +6,7 @@ Read in this order:
     transformer    the model itself: embedding, blocks, head
     mixers/        what mixes the tokens of a sequence: a file each, found by its name
     mlps/          what a block does with each token by itself
+    balance        how even a model's experts are over a step: losses, updates of biases
     initial        what a parameter begins as: a function of seed, name and position
     norm           the RMSNorm of blocks, mixers and the model's end
     linear         a linear layer that can be applied in parts, while other parts travel

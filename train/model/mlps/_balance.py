@@ -139,21 +139,19 @@ class Tally:
 
 
 def tally(
-    batch: Counted, config: Balancing, logits: Tensor, scores: Tensor, experts: Tensor, by: Tensor
+    batch: Counted, config: Balancing, logits: Tensor, p: Tensor, experts: Tensor, by: Tensor
 ) -> Tally:
     """Count a batch.
 
     Args:
-        logits, scores: (t, E); experts: (t, K), the chosen; by: (t, K), the best by score alone.
+        logits, p: (t, E); experts: (t, K), the chosen; by: (t, K), the best by score alone.
     """
-    count = scores.shape[1]
+    count = logits.shape[1]
     shares = z = within = None
-    if config.aux_loss or config.sequence_loss:
-        p = scores / scores.sum(-1, keepdim=True)
-        if config.aux_loss:
-            shares = batch.sums(p)
-        if config.sequence_loss:
-            within = batch.of_fragments(p), batch.choices_of_fragments(by, count)
+    if config.aux_loss:
+        shares = batch.sums(p)
+    if config.sequence_loss:
+        within = batch.of_fragments(p), batch.choices_of_fragments(by, count)
     if config.z_loss:
         z = batch.sums(logits.logsumexp(-1, keepdim=True).square()).squeeze(0)
     return Tally(batch.choices(experts, count), shares, z, within)

@@ -132,7 +132,10 @@ class Router(nn.Linear):
         by_score = experts
         if self.config.sequence_loss and (self.config.bias or self.config.groups > 1):
             by_score = best(scores.detach(), self.config.chosen)
-        return tally(batch, self.config, logits, scores, experts, by_score)
+        of_all = scores
+        if self.config.router != "softmax" and (self.config.aux_loss or self.config.sequence_loss):
+            of_all = scores / scores.sum(-1, keepdim=True)
+        return tally(batch, self.config, logits, of_all, experts, by_score)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         kept = dict(self._buffers)
