@@ -112,6 +112,31 @@ def test_experts_of_many_tiles_and_pieces(backend, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_matrices_of_experts_without_rows_are_not_read(backend):
+    """So few tokens cost the chosen experts' weights; the gradients of the others are 0."""
+    torch.manual_seed(0)
+    counts = [0, 2, 0, 3, 0]
+    rows, ends = routed(counts, 3)
+    device = device_of(backend)
+    x, weights = (torch.randn(shape, device=device) for shape in ((3, 8), (len(rows),)))
+    up, out = (torch.randn(shape, device=device) for shape in ((5, 8, 8), (5, 8, 4)))
+    empty = torch.tensor(counts, device=device) == 0
+    given = [x, weights, up, out]
+    poisoned = [x, weights, *(w.masked_fill(empty.view(-1, 1, 1), torch.nan) for w in (up, out))]
+
+    def made(tensors: list[Tensor]) -> list[Tensor]:
+        x, weights, up, out = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        y = expert_mlp(x, rows.to(device), weights, ends.to(device), up, out, backend=backend)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    got = made(poisoned)
+    for one, other in zip(got, made(given), strict=True):
+        assert torch.equal(one, other)
+    for of_matrices in got[3:]:
+        assert not of_matrices[empty].any()
+
+
 def test_a_row_keeps_what_the_docstring_says():
     """Beside x and the weights of the experts: U numbers, the token, the factor."""
     tokens, chosen, wide = 64, 2, 2 * INNER
