@@ -1,0 +1,209 @@
+"""Rows of tokens that travel to the homes of their experts, against every expert in one process.
+
+The definition is written out: y_t = Σ_e w_te · out_e (silu(gate_e x_t) ⊙ up_e x_t). fp64, to 1e-12.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels
+from parallel import World
+from parallel.planning.layout import Topology
+from parallel.travel import rows as travel
+from parallel.travel.exchange import sent_bytes
+from parallel.travel.homes import Homes
+from parallel.travel.rows import Rows
+
+D, INNER = 6, 5
+
+
+def chosen_experts(how: str, tokens: list[int], experts: int, k: int) -> Tensor:
+    """(Σ tokens, k): different experts for each token."""
+    t = sum(tokens)
+    score = torch.rand(t, experts, generator=torch.Generator().manual_seed(2))
+    number = torch.arange(experts)
+    if how == "one expert":  # all tokens meet the last one
+        score[:, -1] = 2
+    elif how == "one rank":
+        score[:, :k] = 2
+    elif how == "none to a rank":  # nor to any of the first experts
+        score[:, : max(experts // 3, 1)] = -1
+    elif how == "ties":
+        score = number.flip(0).expand(t, -1)
+    else:
+        assert how == "even"
+    return score.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def given(tokens: list[int], experts: int, k: int, how: str, dtype: torch.dtype) -> list[Tensor]:
+    """x, experts, weights, up, out and a gradient of y, of all ranks."""
+    draw = torch.Generator().manual_seed(1)
+    t = sum(tokens)
+    x, dy = (torch.randn(t, D, generator=draw, dtype=torch.float64) for _ in range(2))
+    weights = torch.rand(t, k, generator=draw, dtype=torch.float64)
+    up = torch.randn(experts, 2 * INNER, D, generator=draw, dtype=torch.float64)
+    out = torch.randn(experts, D, INNER, generator=draw, dtype=torch.float64)
+    x, weights, up, out, dy = (one.to(dtype) for one in (x, weights, up, out, dy))
+    return [x, chosen_experts(how, tokens, experts, k), weights, up, out, dy]
+
+
+def definition(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    y = []
+    for row, mine, factors in zip(x, experts.tolist(), weights, strict=True):
+        parts = []
+        for expert, factor in zip(mine, factors, strict=True):
+            gate, above = (up[expert] @ row).chunk(2)
+            parts.append(factor * (out[expert] @ (F.silu(gate) * above)))
+        y.append(torch.stack(parts).sum(0))
+    return torch.stack(y)
+
+
+Case = tuple[list[int], int, int, str]
+
+
+def worst(world: World, case: Case, spread: float, dtype: torch.dtype) -> tuple[float, int, int]:
+    """The largest error of this rank's rows and gradients, in units of their scale, waves, and most
+    rows at a time."""
+    tokens, experts, k, how = case
+    every = given(tokens, experts, k, how, dtype)
+    begin, size = sum(tokens[: world.rank]), tokens[world.rank]
+    x, choice, weights, up, out, dy = every
+    homes = Homes(experts, world.topology)
+    first, end = homes.run(world.rank)
+    x, weights = (one[begin : begin + size].clone().requires_grad_() for one in (x, weights))
+    up, out = (one[first:end].clone().requires_grad_() for one in (up, out))
+    most = 0
+
+    def local(x: Tensor, rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
+        nonlocal most
+        most = max(most, len(rows))
+        return kernels.expert_mlp(x, rows, factors, ends, up, out)
+
+    rows = Rows(homes, world.rank, world.group, world.device, spread)
+    y = rows(x, choice[begin : begin + size], weights, local)
+    y.backward(dy[begin : begin + size])
+
+    leaves = [one.clone().requires_grad_() for one in (every[0], *every[2:5])]
+    wanted = definition(leaves[0], choice, *leaves[1:])
+    grads = torch.autograd.grad(wanted, leaves, dy)
+    mine = slice(begin, begin + size)
+    pairs = [(y, wanted[mine]), (x.grad, grads[0][mine]), (weights.grad, grads[1][mine])]
+    for part, whole in zip((up, out), grads[2:], strict=True):
+        full = torch.zeros_like(whole)
+        full[first:end] = part.grad
+        pairs.append((world.sum(full), whole))  # replicas have parts of an expert's gradient
+    error = max(
+        float((got - want).detach().abs().max() / max(1, want.abs().max())) if want.numel() else 0.0
+        for got, want in pairs
+    )
+    return error, rows.waves, most
+
+
+CASES: dict[int, list[Case]] = {
+    1: [([7], 4, 2, "even")],
+    2: [([9, 4], 5, 3, "even"), ([0, 6], 4, 2, "one rank"), ([5, 5], 1, 1, "even")],
+    3: [
+        ([11, 7, 9], 64, 8, "even"),
+        ([4, 0, 9], 64, 8, "one rank"),
+        ([8, 8, 8], 64, 1, "one expert"),
+        ([8, 8, 8], 6, 2, "none to a rank"),
+        ([6, 6, 6], 6, 3, "ties"),
+        ([5, 1, 3], 2, 1, "one expert"),
+    ],
+    4: [
+        ([5, 6, 1, 8], 2, 2, "even"),
+        ([5, 6, 1, 8], 2, 1, "one expert"),
+        ([0, 0, 0, 8], 3, 2, "even"),
+        ([12, 12, 12, 12], 16, 4, "one rank"),
+    ],
+}
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_rows_travel_exactly(ranks, size: int) -> None:
+    for case in CASES[size]:
+        for error, *_ in ranks(size).run(worst, case, travel.SPREAD, torch.float64):
+            assert error < 1e-12, case
+
+
+@pytest.mark.parametrize("how", ["even", "one rank", "one expert"])
+def test_rows_beyond_the_bound_take_turns(ranks, how: str) -> None:
+    """In fp32 too, to 1e-5. No home has more rows at a time than `spread` times the mean."""
+    case = [40, 41, 30], 9, 2, how
+    mean = 111 * 2 / 3
+    for spread, dtype, tolerance in [
+        (0.5, torch.float64, 1e-12),
+        (2.0, torch.float64, 1e-12),
+        (0.2, torch.float32, 1e-5),
+    ]:
+        results = ranks(3).run(worst, case, spread, dtype)
+        for error, waves, most in results:
+            assert error < tolerance
+            assert most <= spread * mean
+            assert (waves > 1) == (spread < 1 or how == "one rank")
+        assert len({waves for _, waves, _ in results}) == 1
+
+
+def counted(world: World, case: Case) -> tuple[int, int]:
+    """Bytes of rows that this rank sent and got in a forward pass, and host reads."""
+    tokens, experts, k, how = case
+    x, choice, weights, up, out, _ = given(tokens, experts, k, how, torch.float32)
+    begin, size = sum(tokens[: world.rank]), tokens[world.rank]
+    mine = slice(begin, begin + size)
+    homes = Homes(experts, world.topology)
+    first, end = homes.run(world.rank)
+    rows = Rows(homes, world.rank, world.group, world.device)
+    before, told = sum(sent_bytes.values()), 0
+    real = rows._told
+
+    def once(counts: Tensor) -> object:
+        nonlocal told
+        told += 1
+        return real(counts)
+
+    with mock.patch.object(rows, "_told", once):
+        rows(
+            x[mine],
+            choice[mine],
+            weights[mine],
+            lambda *given: kernels.expert_mlp(*given, up[first:end], out[first:end]),
+        )
+    return sum(sent_bytes.values()) - before, told
+
+
+def test_a_row_goes_once_to_a_rank_and_back(ranks) -> None:
+    """Bytes: of each pair of a token and another rank with an expert of it a row there, one back,
+    and 6 bytes for each expert of the token."""
+    case = [20, 30, 10], 6, 3, "even"
+    tokens, experts, k, how = case
+    home = torch.arange(experts) // 2
+    target = home[chosen_experts(how, tokens, experts, k)]
+    owner = torch.arange(3).repeat_interleave(torch.tensor(tokens))
+    pairs = sum(int(((target == rank).any(1) & (owner != rank)).sum()) for rank in range(3))
+    results = ranks(3).run(counted, case)
+    assert sum(sent for sent, _ in results) == pairs * (2 * 4 * D + 6 * k)
+    assert [told for _, told in results] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("ranks_of_a_node", [1, 3, 8])
+@pytest.mark.parametrize(("experts", "size"), [(64, 3), (2, 4), (5, 5), (3, 8), (1, 7), (7, 20)])
+def test_every_expert_has_homes(experts: int, size: int, ranks_of_a_node: int) -> None:
+    homes = Homes(experts, Topology(size, min(ranks_of_a_node, size)))
+    held = [range(*homes.run(rank)) for rank in range(size)]
+    assert sorted({expert for run in held for expert in run}) == list(range(experts))
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+    node = homes.topology.node
+    for rank in range(size):
+        assert homes.replicas(rank) == [other for other in range(size) if held[other] == held[rank]]
+        seen = homes.seen_from(rank)
+        assert len(seen) == experts
+        for expert, home in enumerate(seen.tolist()):
+            assert expert in held[home]
+            near = [r for r in range(size) if expert in held[r] and node(r) == node(rank)]
+            assert not near or home in near
