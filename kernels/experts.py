@@ -86,7 +86,7 @@ def expert_mlp(
         )
     if limit is not None and (activation != "swiglu" or limit <= 0):
         raise ValueError(f"limit is {limit}; only swiglu has one, and it must be above 0")
-    if use_triton(backend, x):
+    if use_triton(backend, x) and len(rows):
         from kernels.triton import experts as compiled
 
         if E <= compiled.MOST_EXPERTS:

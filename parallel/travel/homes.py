@@ -21,6 +21,11 @@ class Homes:
     experts: int
     topology: Topology
 
+    @property
+    def replicated(self) -> bool:
+        """Whether a rank has one expert, and others may have it too."""
+        return self.topology.ranks > self.experts
+
     @cached_property
     def bounds(self) -> np.ndarray:
         """int64 (ranks, 2): rank r has experts [bounds[r, 0], bounds[r, 1])."""
@@ -39,13 +44,19 @@ class Homes:
         same = (self.bounds == self.bounds[rank]).all(axis=1)
         return [int(one) for one in np.flatnonzero(same)]
 
+    @property
+    def groups(self) -> list[list[int]]:
+        """The ranks that hold the same, for every run of experts."""
+        ranks = range(self.topology.ranks)
+        return [group for rank in ranks if (group := self.replicas(rank))[0] == rank]
+
     def seen_from(self, rank: int) -> np.ndarray:
         """int64 (experts,): the home to which `rank` sends rows of each expert.
 
         Of several one on the rank's own node, if there is any, and ranks spread over them.
         """
         firsts, lasts = self.bounds.T
-        if self.topology.ranks <= self.experts:
+        if not self.replicated:
             return np.repeat(np.arange(len(firsts)), lasts - firsts)
         node, number = self.topology.node(np.arange(len(firsts))), self._numbers[rank]
         homes = []

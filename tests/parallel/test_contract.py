@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from parallel import ParallelConfig, World, distribute
-from parallel.config import Attention
+from parallel.config import Attention, Experts
 from tests.parallel.across import lopsided_shards, plans_in_waves
 from tests.streams import Stream, streams
 from train.config import ZeroConfig
 from train.engine import Engine
+from train.experts import GRADIENT
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.optimiser.optim import OptimConfig
@@ -55,6 +56,11 @@ ROUTED = {
         "groups": 3, "chosen_groups": 2, "scaling": 2.5, "activation": "relu2", "latent": 8,
     },
 }  # fmt: skip
+# Fewer experts than ranks: they have replicas.
+FEW = {
+    "experts": {"experts": 3, "chosen": 2, "dim": 10, "shared_dim": 8},
+    "two": {"kind": "experts", "experts": 2, "chosen": 1, "dim": 10, "normalise": False},
+}
 # Lengths of batches of one stream after the other, two a step at most.
 STREAMS = [
     [101],  # one sequence over all ranks
@@ -76,6 +82,7 @@ class Setting:
     each: int | None = None  # ranks a node, if not all are on one
     waves: int = 1  # of heads
     lopsided: bool = False  # shards are anything but even
+    experts: Experts = "weights"  # what travels for them
 
 
 def steps(accumulate: int) -> list[list[Stream]]:
@@ -88,10 +95,9 @@ def steps(accumulate: int) -> list[list[Stream]]:
 def model(family: str | None, recompute: bool = False) -> Model:
     torch.manual_seed(0)
     config = MODEL
-    if family == "experts":
-        config = dataclasses.replace(
-            MODEL, mlp_first=["swiglu"], mlp_pattern=list(ROUTED), mlps=ROUTED
-        )
+    if family in ("experts", "few experts"):
+        mlps = ROUTED if family == "experts" else FEW
+        config = dataclasses.replace(MODEL, mlp_first=["swiglu"], mlp_pattern=list(mlps), mlps=mlps)
     elif family is not None:
         mixers = FAMILIES[family]
         config = ModelConfig(pattern=list(mixers), layers=len(mixers), dim=24, mixers=mixers)
@@ -145,8 +151,15 @@ def course(world: World, config: ParallelConfig, setting: Setting) -> Course:
         world,
         torch.float32,
         setting.accumulate,
+        setting.experts,
     )
     losses, norms, gradients = [], [], {}
+
+    def look(_: float) -> bool:
+        for name in engine.at_home.stacks:
+            gradients.setdefault(name, engine.at_home.full(name, GRADIENT).clone())
+        return True
+
     for group in steps(setting.accumulate):
         count, total = targets(group), torch.zeros((), dtype=torch.float64)
         for batch in group:
@@ -155,7 +168,7 @@ def course(world: World, config: ParallelConfig, setting: Setting) -> Course:
             total += cross_entropy
             if batch is group[-1] and not gradients:
                 gradients = {name: gradient(p, setting) for p, name in engine.names.items()}
-            norm = engine.step(RATE)
+            norm = engine.step(RATE, look)
         losses.append(float(world.sum(total)) / count)
         norms.append(norm)
     return losses, norms, gradients
@@ -200,6 +213,20 @@ CASES += [
 CASES += [
     (size, Setting("balanced", stage, 1 + stage % 2, stage > 1, "experts", each=2))
     for stage, size in enumerate((3, 4, 2, 4))
+]
+CASES += [
+    (
+        size,
+        Setting("balanced", stage, 1 + (stage + size) % 2, i % 2 == 0, family, 2, experts="rows"),
+    )
+    for i, (size, stage, family) in enumerate(
+        [
+            *((2, stage, "experts") for stage in (0, 1, 2, 3)),
+            *((3, stage, "experts") for stage in (1, 3)),
+            *((4, stage, "few experts") for stage in (0, 1, 2, 3)),
+            *((3, stage, "few experts") for stage in (0, 2)),
+        ]
+    )
 ]
 CASES += [(size, setting) for size in (2, 3) for setting in SETTINGS[size - 2 :: 5]]
 

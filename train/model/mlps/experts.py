@@ -2,7 +2,7 @@
 
 No expert has a capacity and no token is dropped, so what a token gets depends on that token alone.
 Every rank has the weights of all experts, or gathers them under ZeRO 3, and applies them to its own
-tokens: it is the weights that travel. `_applied` is where rows would.
+tokens; or a rank has the weights of some, and tokens' rows travel to them (`MLP.rows`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import kernels
 from data.settings import ConfigError, setting
+from parallel.travel.rows import Rows
 from train.model import mlps
 from train.model.config import MOST_INNER, MOST_WIDTH, ModelConfig
 from train.model.linear import Stacked
@@ -109,6 +110,7 @@ class MLP(mlps.MLP):
         self.up = Stacked(config.experts, config.chosen, taken, wide)
         self.out = Stacked(config.experts, config.chosen, inner, taken)
         self.shared = Shared(model.dim, config) if config.shared_dim else None
+        self.rows: Rows | None = None  # set where experts live on some ranks each (`train.experts`)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # (1, t, dim) -> (t, dim)
@@ -123,12 +125,17 @@ class MLP(mlps.MLP):
 
     def _applied(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (t, D), experts and weights (t, chosen) -> the weighted sum of each token's experts."""
+        if self.rows is not None:
+            return self.rows(x, experts, weights, self._here)
         count = self.router.out_features
         # int16 is sorted in half the time on a CPU; (t · chosen,), a token's places adjacent.
         by_expert, order = experts.flatten().to(torch.int16).sort(stable=True)
         each = torch.arange(count, dtype=torch.int16, device=x.device)
         ends = torch.searchsorted(by_expert, each, right=True, out_int32=True)
-        rows, factors = order // self.chosen, weights.flatten()[order]
+        return self._here(x, order // self.chosen, weights.flatten()[order], ends)
+
+    def _here(self, x: Tensor, rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
+        """As `kernels.expert_mlp`, with the experts of this rank."""
         return self.up(
             x,
             lambda x, up: self.out(
