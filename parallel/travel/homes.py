@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -51,21 +52,44 @@ class Homes:
         return [group for rank in ranks if (group := self.replicas(rank))[0] == rank]
 
     def seen_from(self, rank: int) -> np.ndarray:
-        """int64 (experts,): the home to which `rank` sends rows of each expert.
+        """int64 (experts,): the home to which rows of each expert go from `rank`.
 
-        Of several one on the rank's own node, if there is any, and ranks spread over them.
+        Of several one on the rank's own node, if there is any; if not, one that its proxy on
+        another node sends to. Ranks spread over them.
         """
         firsts, lasts = self.bounds.T
         if not self.replicated:
             return np.repeat(np.arange(len(firsts)), lasts - firsts)
-        node, number = self.topology.node(np.arange(len(firsts))), self._numbers[rank]
+        node = self.topology.node(np.arange(len(firsts)))
         homes = []
         for expert in range(self.experts):
             every = np.flatnonzero(firsts == expert)
-            near = every[node[every] == node[rank]]
-            among = near if len(near) else every
+            nodes = np.unique(node[every])
+            number = self._numbers[rank]
+            if node[rank] not in nodes:
+                there = nodes[number % len(nodes)]
+                number = self._numbers[self.proxy(rank, self.topology.first[there])]
+            else:
+                there = node[rank]
+            among = every[node[every] == there]
             homes.append(among[number % len(among)])
         return np.array(homes)
+
+    def proxy(self, rank: Any, home: Any) -> Any:
+        """The rank on the node of `home` that gets what `rank` sends there: of the same number on
+        its node, round again where nodes have fewer ranks. Of arrays, of each pair."""
+        node = self.topology.node(home)
+        sizes = np.array(self.topology.sizes)
+        return self.topology.first[node] + self._numbers[rank] % sizes[node]
+
+    def inside(self, pairs: np.ndarray) -> np.ndarray:
+        """(ranks, ranks): what each proxy sends to each home on its node, if `pairs` (ranks,
+        ranks) are what each rank has for each home."""
+        ranks = np.arange(self.topology.ranks)
+        proxies = self.proxy(ranks[:, None], ranks[None, :])  # (ranks, homes)
+        found = np.zeros_like(pairs)
+        np.add.at(found, (proxies, np.broadcast_to(ranks, proxies.shape)), pairs)
+        return found
 
     @cached_property
     def _numbers(self) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 A token's row x_t goes once to each rank that is the home of an expert it has chosen, with the
 numbers of those experts and their weights; that rank sends back one row, the weighted sum over its
-own experts; the token's rank adds up what came. Gradients take the same ways from the other end.
+own experts; the token's rank adds up what came. Between nodes a row goes once to each node: to its
+proxy, the rank of the sender's own number there, which sends it on to the homes on that node, adds
+up what they make of it, and sends back one row. Gradients take the same ways from the other end.
 
 What travels depends on the tokens, so ranks first tell each other how much it is. That is the one
 time that the host waits for the device: `Rows._told`, once a layer and pass.
@@ -10,13 +12,15 @@ time that the host waits for the device: `Rows._told`, once a layer and pass.
 A home works on a bounded number of rows, a row being a token at an expert: `SPREAD` times the mean
 of all homes. Where routing is so uneven that one would get more, all ranks send in `waves`, an even
 part of every message in each, and nothing but the inputs is kept for the backward pass, which sends
-and computes each wave again.
+and computes each wave again. Waves go straight to the homes; so does everything where a proxy would
+get more tokens than that.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +38,10 @@ SPREAD = 2.0
 # x (n, D), rows (R,) int64, weights (R,), ends (experts here,) int32 -> y (n, D), as
 # `kernels.expert_mlp`, with this rank's matrices.
 Local = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+# x (n, D), experts (n, k) int64, weights (n, k) -> y (n, D): sums over the experts that are here.
+_Use = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Rows:
@@ -56,7 +64,11 @@ class Rows:
         self.ranks = homes.topology.ranks
         self.first, end = homes.run(rank)
         self.here = end - self.first  # experts of this rank
-        self._home = to_device(homes.seen_from(rank), device)  # (experts,) int64
+        # A rank that stands for nobody follows the last one, as an expert that no token wants does.
+        self._home = to_device(np.append(homes.seen_from(rank), self.ranks), device)
+        between = np.append(homes.proxy(rank, np.arange(self.ranks)), self.ranks)
+        self._proxy = to_device(between, device)  # of each home, as `_home` names it
+        self._by_node = 1 < homes.topology.nodes < self.ranks
         self.waves = 1  # of the last call
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, local: Local) -> Tensor:
@@ -70,36 +82,40 @@ class Rows:
             y, (t, D) in the dtype of x; sums over homes are fp32 (fp64 for fp64).
         """
         target = self._home[experts]  # (t, k)
-        tokens, counts = _by_target(target, self.ranks)
-        each = torch.zeros_like(counts)  # (ranks,): rows for each home
+        route = _route(target, self.ranks)
+        each = torch.zeros_like(route.counts)  # (ranks,): rows for each home
         each.scatter_add_(0, target.flatten(), torch.ones_like(target).flatten())
-        pairs, rows = self._told(torch.stack([counts, each]))
-        self.waves = waves = self._waves(pairs, rows, experts.shape[1])
+        over = _route(self._proxy[target], self.ranks) if self._by_node else route
+        pairs, rows, between = self._told(torch.stack([route.counts, each, over.counts]))
+        most = self.spread * rows.sum() / self.ranks
+        self.waves = waves = self._waves(pairs, rows, most, experts.shape[1])
+        use = self._at_home(local, int(rows[:, self.rank].sum()) if waves == 1 else None)
+        if waves == 1 and self._by_node and between.sum(0).max() <= most:
+            inside = self._inside(use, self.homes.inside(pairs))
+            return self._sent(x, experts, weights, over, between, inside).to(x.dtype)
         if waves == 1:
-            bound = int(rows[:, self.rank].sum())
-            y = self._wave(x, experts, weights, local, tokens, pairs, 0, 1, bound)
-        else:
-            y = x.new_zeros(x.shape, dtype=accumulation_dtype(x.dtype))
-            for wave in range(waves):
-                y = y + checkpoint(
-                    self._wave, x, experts, weights, local, tokens, pairs, wave, waves, None,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
+            return self._sent(x, experts, weights, route, pairs, use).to(x.dtype)
+        y = x.new_zeros(x.shape, dtype=accumulation_dtype(x.dtype))
+        for wave in range(waves):
+            y = y + checkpoint(
+                self._sent, x, experts, weights, route, pairs, use, wave, waves,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
         return y.to(x.dtype)
 
-    def _told(self, mine: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """What every rank sends to every other: `mine` (2, ranks) -> two of (ranks, ranks).
+    def _told(self, mine: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What every rank sends to every other: `mine` (3, ranks) -> three of (ranks, ranks).
 
         The host waits here for the device, and nowhere else.
         """
         every = mine.new_empty((self.ranks, *mine.shape), dtype=torch.int32)
         with waiting_for(None):
             dist.all_gather(list(every), mine.to(torch.int32), group=self.group)
-        pairs, rows = every.cpu().numpy().astype(np.int64).swapaxes(0, 1)
-        return pairs, rows
+        pairs, rows, between = every.cpu().numpy().astype(np.int64).swapaxes(0, 1)
+        return pairs, rows, between
 
-    def _waves(self, pairs: np.ndarray, rows: np.ndarray, chosen: int) -> int:
-        """In how many waves no home gets more rows than `spread` allows.
+    def _waves(self, pairs: np.ndarray, rows: np.ndarray, most: float, chosen: int) -> int:
+        """In how many waves no home gets more than `most` rows at a time.
 
         A wave's messages have an even share of the tokens, of which each may have all its experts
         there; with one token of each rank it is as small as it can be.
@@ -107,7 +123,6 @@ class Rows:
         Args:
             pairs: (ranks, ranks), tokens that each rank sends to each; rows: (ranks, ranks), rows.
         """
-        most = self.spread * rows.sum() / self.ranks
         if (rows.sum(0) <= most).all():
             return 1
         experts = np.diff(self.homes.bounds)[:, 0]
@@ -118,47 +133,83 @@ class Rows:
 
         return 1 + bisect_left(range(1, int(pairs.max())), True, key=fits)
 
-    def _wave(
+    def _at_home(self, local: Local, rows: int | None) -> _Use:
+        """What this rank's experts make of tokens; rows: how many they are, if that is known."""
+
+        def use(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+            here = experts - self.first
+            here = here.masked_fill((here < 0) | (here >= self.here), self.here).to(torch.int16)
+            by_expert, order = here.flatten().sort(stable=True)  # (n · k,)
+            each = torch.arange(self.here, dtype=here.dtype, device=x.device)
+            ends = torch.searchsorted(by_expert, each, right=True, out_int32=True)
+            order = order[:rows]
+            return local(x, order // experts.shape[1], weights.flatten()[order], ends)
+
+        return use
+
+    def _inside(self, use: _Use, pairs: np.ndarray) -> _Use:
+        """What a proxy does: send tokens on to the homes on its node, where `use` is made of them.
+
+        Args:
+            pairs: (ranks, ranks), tokens that each proxy sends to each home.
+        """
+
+        def on(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+            route = _route(self._home[experts], self.ranks)
+            return self._sent(x, experts, weights, route, pairs, use).to(x.dtype)
+
+        return on
+
+    def _sent(
         self,
         x: Tensor,
         experts: Tensor,
         weights: Tensor,
-        local: Local,
-        tokens: Tensor,
+        route: _Route,
         pairs: np.ndarray,
-        wave: int,
-        waves: int,
-        rows: int | None,
+        use: _Use,
+        wave: int = 0,
+        waves: int = 1,
     ) -> Tensor:
-        """One of `waves` even parts of the exchange: (t, D) in the dtype of sums.
+        """Send tokens along a route, `use` them there, and send back what comes of it.
 
         Args:
-            tokens: of `_by_target`. rows: how many this rank gets, if that is known.
+            pairs: (ranks, ranks), tokens that each rank sends to each. Of each message goes the
+                part that is number `wave` of `waves`.
+
+        Returns:
+            (t, D), sums over the ranks that a token went to, in the dtype of sums.
         """
         lows, highs = pairs * wave // waves, pairs * (wave + 1) // waves
         begins = np.cumsum(pairs[self.rank]) - pairs[self.rank]
-        gives = _gives(tokens, begins, lows[self.rank], highs[self.rank])
-        takes = _takes(lows[:, self.rank], highs[:, self.rank], x.device)
+        at = [
+            (b + low, b + high)
+            for b, low, high in zip(begins, lows[self.rank], highs[self.rank], strict=True)
+        ]
+        counts = _counts(highs[self.rank] - lows[self.rank])
+        tokens, peers = torch.cat([route.sends[:, a:b] for a, b in at], dim=1)
+        gives = PeerRows(counts, tokens)
+        counts = _counts((highs - lows)[:, self.rank])
+        takes = PeerRows(counts, torch.arange(sum(counts.values()), device=x.device))
         there = Table(gives, takes, len(takes.rows))
-        wanted, arrived = self._begin_numbers(experts, there)
+
+        # Of a token's experts those that it goes to this rank for.
+        wanted = experts[tokens].masked_fill(
+            route.target[tokens] != peers.unsqueeze(1), self.homes.experts
+        )
+        wanted, arrived = self._begin_numbers(wanted.to(torch.int16), there)
         transfer = begin_move([x, weights], [there, there], self.rank, self.group)
         arrived()
         here, factors = transfer.arrive()  # (n, D), (n, k)
-        by_expert, order = wanted.flatten().sort(stable=True)  # (n · k,)
-        each = torch.arange(self.here, dtype=wanted.dtype, device=x.device)
-        ends = torch.searchsorted(by_expert, each, right=True, out_int32=True)
-        order = order[:rows]
-        y = local(here, order // experts.shape[1], factors.flatten()[order], ends)
+        y = use(here, wanted.long(), factors)
         back = Table(takes, gives, len(x), wide=True)
         return begin_move([y], [back], self.rank, self.group).arrive()[0]
 
-    def _begin_numbers(self, experts: Tensor, table: Table) -> tuple[Tensor, Callable[[], None]]:
-        """Begin to send which of its experts each token wants: (n, k) int16, counted from this
-        rank's first; those of other ranks come after its last. To be read after the wait."""
-        chosen = experts.shape[1]
-        leaving = experts.index_select(0, table.gives.rows).to(torch.int16)
-        wanted = leaving.new_empty(table.rows, chosen)
-        sends, receives = table.gives.split(leaving), table.takes.split(wanted)
+    def _begin_numbers(self, leaving: Tensor, table: Table) -> tuple[Tensor, Callable[[], None]]:
+        """Begin to send rows of numbers, (n, k) int16, by a table: what comes, and the wait before
+        which it may not be read."""
+        came = leaving.new_empty(table.rows, leaving.shape[1])
+        sends, receives = table.gives.split(leaving), table.takes.split(came)
         if self.rank in sends:
             receives.pop(self.rank).copy_(sends.pop(self.rank))
         # gloo sends no int16.
@@ -167,46 +218,37 @@ class Rows:
             {peer: [part.view(torch.uint8)] for peer, part in receives.items()},
             self.group,
         )
-
-        def arrived() -> None:
-            wait()
-            wanted.sub_(self.first)
-            wanted.masked_fill_((wanted < 0) | (wanted >= self.here), self.here)
-
-        return wanted, arrived
+        return came, wait
 
 
-def _by_target(target: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
-    """Which tokens go to each rank, a token once whatever number of its experts lives there.
+class _Route(NamedTuple):
+    """Which tokens go to which ranks, each once to a rank.
 
-    Args:
-        target: (t, k) int64, the home of each of a token's experts.
-
-    Returns:
-        tokens, (t · k,) int64, rank after rank and in order; what is left over is unset. counts,
-        (ranks,) int64, of each rank.
+    Attributes:
+        target: (t, k) int64, the rank for each of a token's experts; one past the last for none.
+        sends: (2, t · k) int64, tokens and the ranks they go to, rank after rank and in order; what
+            is left over at the end is unset.
+        counts: (ranks,) int64, tokens for each rank.
     """
-    t = len(target)
-    key = target * t + torch.arange(t, device=target.device).unsqueeze(1)
+
+    target: Tensor
+    sends: Tensor
+    counts: Tensor
+
+
+def _route(target: Tensor, ranks: int) -> _Route:
+    t = max(len(target), 1)
+    key = target * t + torch.arange(len(target), device=target.device).unsqueeze(1)
     key = key.flatten().sort().values
     first = torch.ones_like(key, dtype=torch.bool)
     first[1:] = key[1:] != key[:-1]
     place = torch.where(first, first.cumsum(0) - 1, len(key))
-    tokens = key.new_zeros(len(key) + 1).scatter_(0, place, key % max(t, 1))[:-1]
-    counts = key.new_zeros(ranks).scatter_add_(0, key // max(t, 1), first.long())
-    return tokens, counts
+    sends = key.new_zeros(2, len(key) + 1)
+    sends.scatter_(1, place.expand(2, -1), torch.stack([key % t, key // t]))
+    counts = key.new_zeros(ranks + 1).scatter_add_(0, key // t, first.long())
+    return _Route(target, sends[:, :-1], counts[:-1])
 
 
-def _gives(tokens: Tensor, begins: np.ndarray, lows: np.ndarray, highs: np.ndarray) -> PeerRows:
-    """Of each rank's run of `tokens`, which begins at `begins`, the part from low to high."""
-    counts = {int(peer): int(highs[peer] - lows[peer]) for peer in np.flatnonzero(highs > lows)}
-    parts = [tokens[begins[peer] + lows[peer] : begins[peer] + highs[peer]] for peer in counts] or [
-        tokens[:0]
-    ]
-    return PeerRows(counts, torch.cat(parts))
-
-
-def _takes(lows: np.ndarray, highs: np.ndarray, device: torch.device) -> PeerRows:
-    """What comes from each rank, one after the other."""
-    counts = {int(peer): int(highs[peer] - lows[peer]) for peer in np.flatnonzero(highs > lows)}
-    return PeerRows(counts, torch.arange(sum(counts.values()), device=device))
+def _counts(each: np.ndarray) -> dict[int, int]:
+    """Of the ranks that have any."""
+    return {int(peer): int(each[peer]) for peer in np.flatnonzero(each)}

@@ -5,6 +5,7 @@ The definition is written out: y_t = Σ_e w_te · out_e (silu(gate_e x_t) ⊙ up
 
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -67,9 +68,12 @@ def definition(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, out: Ten
 Case = tuple[list[int], int, int, str]
 
 
-def worst(world: World, case: Case, spread: float, dtype: torch.dtype) -> tuple[float, int, int]:
+def worst(
+    world: World, case: Case, spread: float, dtype: torch.dtype, each: int
+) -> tuple[float, int, int]:
     """The largest error of this rank's rows and gradients, in units of their scale, waves, and most
     rows at a time."""
+    world = dataclasses.replace(world, ranks_per_node=each)
     tokens, experts, k, how = case
     every = given(tokens, experts, k, how, dtype)
     begin, size = sum(tokens[: world.rank]), tokens[world.rank]
@@ -125,10 +129,13 @@ CASES: dict[int, list[Case]] = {
 }
 
 
-@pytest.mark.parametrize("size", CASES)
-def test_rows_travel_exactly(ranks, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "each"), [(1, 1), (2, 2), (2, 1), (3, 3), (3, 2), (4, 4), (4, 2), (4, 3)]
+)
+def test_rows_travel_exactly(ranks, size: int, each: int) -> None:
+    """On nodes of `each` ranks, and a last one of what is left."""
     for case in CASES[size]:
-        for error, *_ in ranks(size).run(worst, case, travel.SPREAD, torch.float64):
+        for error, *_ in ranks(size).run(worst, case, travel.SPREAD, torch.float64, each):
             assert error < 1e-12, case
 
 
@@ -142,7 +149,7 @@ def test_rows_beyond_the_bound_take_turns(ranks, how: str) -> None:
         (2.0, torch.float64, 1e-12),
         (0.2, torch.float32, 1e-5),
     ]:
-        results = ranks(3).run(worst, case, spread, dtype)
+        results = ranks(3).run(worst, case, spread, dtype, 2)
         for error, waves, most in results:
             assert error < tolerance
             assert most <= spread * mean
@@ -150,8 +157,9 @@ def test_rows_beyond_the_bound_take_turns(ranks, how: str) -> None:
         assert len({waves for _, waves, _ in results}) == 1
 
 
-def counted(world: World, case: Case) -> tuple[int, int]:
-    """Bytes of rows that this rank sent and got in a forward pass, and host reads."""
+def counted(world: World, case: Case, each: int) -> tuple[dict[int, int], int]:
+    """Bytes that this rank sent to each other in a forward pass, and how often the host waited."""
+    world = dataclasses.replace(world, ranks_per_node=each)
     tokens, experts, k, how = case
     x, choice, weights, up, out, _ = given(tokens, experts, k, how, torch.float32)
     begin, size = sum(tokens[: world.rank]), tokens[world.rank]
@@ -159,36 +167,51 @@ def counted(world: World, case: Case) -> tuple[int, int]:
     homes = Homes(experts, world.topology)
     first, end = homes.run(world.rank)
     rows = Rows(homes, world.rank, world.group, world.device)
-    before, told = sum(sent_bytes.values()), 0
-    real = rows._told
-
-    def once(counts: Tensor) -> object:
-        nonlocal told
-        told += 1
-        return real(counts)
-
-    with mock.patch.object(rows, "_told", once):
+    before = sent_bytes.copy()
+    with mock.patch.object(rows, "_told", wraps=rows._told) as told:
         rows(
             x[mine],
             choice[mine],
             weights[mine],
             lambda *given: kernels.expert_mlp(*given, up[first:end], out[first:end]),
         )
-    return sum(sent_bytes.values()) - before, told
+    return dict(sent_bytes - before), told.call_count
 
 
-def test_a_row_goes_once_to_a_rank_and_back(ranks) -> None:
-    """Bytes: of each pair of a token and another rank with an expert of it a row there, one back,
-    and 6 bytes for each expert of the token."""
-    case = [20, 30, 10], 6, 3, "even"
-    tokens, experts, k, how = case
+@pytest.mark.parametrize("each", [4, 2])
+def test_a_row_goes_once_to_a_rank_and_once_to_a_node(ranks, each: int) -> None:
+    """Bytes between ranks, or between nodes of two ranks: a row there for each pair of a token and
+    another rank (node) with an expert of it, one back, and 6 bytes for each expert of the token.
+    On nodes the same for ranks of the node, of rows from elsewhere too. Never more rows than an
+    all-to-all of all rows has, which sends each one for itself."""
+    tokens, experts, k, how = case = [20, 30, 10, 25], 8, 3, "even"
     home = torch.arange(experts) // 2
-    target = home[chosen_experts(how, tokens, experts, k)]
-    owner = torch.arange(3).repeat_interleave(torch.tensor(tokens))
-    pairs = sum(int(((target == rank).any(1) & (owner != rank)).sum()) for rank in range(3))
-    results = ranks(3).run(counted, case)
-    assert sum(sent for sent, _ in results) == pairs * (2 * 4 * D + 6 * k)
-    assert [told for _, told in results] == [1, 1, 1]
+    target = home[chosen_experts(how, tokens, experts, k)]  # (t, k)
+    owner = torch.arange(4).repeat_interleave(torch.tensor(tokens))
+    row = 2 * 4 * D + 6 * k
+
+    def pairs(target: Tensor, owner: Tensor, size: int) -> int:
+        return sum(int(((target == one).any(1) & (owner != one)).sum()) for one in range(size))
+
+    results = ranks(4).run(counted, case, each)
+    assert [told for _, told in results] == [1, 1, 1, 1]
+    between = sum(
+        count
+        for rank, (sent, _) in enumerate(results)
+        for peer, count in sent.items()
+        if rank // each != peer // each or each == 4
+    )
+    everywhere = sum(count for sent, _ in results for count in sent.values())
+    if each == 4:
+        assert everywhere == between == pairs(target, owner, 4) * row
+        assert pairs(target, owner, 4) < int((target != owner[:, None]).sum())
+    else:
+        assert between == pairs(target // 2, owner // 2, 2) * row
+        # The proxy has the number of the owner on its node.
+        inside = sum(
+            int(((target == rank).any(1) & (owner % 2 != rank % 2)).sum()) for rank in range(4)
+        )
+        assert everywhere - between == inside * row
 
 
 @pytest.mark.parametrize("ranks_of_a_node", [1, 3, 8])
