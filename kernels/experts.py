@@ -165,6 +165,8 @@ def _pieces(ends: Tensor, count: int) -> Iterator[tuple[int, slice]]:
 
     Of tensors without numbers, as if every expert had as many rows as the others.
     """
+    if not count:
+        return  # without a look at `ends`
     experts = len(ends)
     even = [count * (i + 1) // experts for i in range(experts)]
     bounds = [0, *(even if ends.is_meta else ends.tolist())]

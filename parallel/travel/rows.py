@@ -9,7 +9,7 @@ up what they make of it, and sends back one row. Gradients take the same ways fr
 What travels depends on the tokens, so ranks first tell each other how much it is. That is the one
 time that the host waits for the device: `Rows._told`, once a layer and pass.
 
-A home works on a bounded number of rows, a row being a token at an expert: `SPREAD` times the mean
+A home works on a bounded number of rows, a row being a token at an expert: `spread` times the mean
 of all homes. Where routing is so uneven that one would get more, all ranks send in `waves`, an even
 part of every message in each, and nothing but the inputs is kept for the backward pass, which sends
 and computes each wave again. Waves go straight to the homes; so does everything where a proxy would
@@ -33,8 +33,6 @@ from parallel.peers import waiting_for
 from parallel.travel.exchange import PeerRows, Table, begin_move, post, to_device
 from parallel.travel.homes import Homes
 
-SPREAD = 2.0
-
 # x (n, D), rows (R,) int64, weights (R,), ends (experts here,) int32 -> y (n, D), as
 # `kernels.expert_mlp`, with this rank's matrices.
 Local = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -49,18 +47,19 @@ class Rows:
 
     Args:
         group: all ranks, for the messages of layers.
+
+    Attributes:
         spread: most rows of a home at a time, in units of the mean over all homes.
+        waves: of the last call.
     """
 
+    spread = 2.0
+    waves = 1
+
     def __init__(
-        self,
-        homes: Homes,
-        rank: int,
-        group: dist.ProcessGroup | None,
-        device: torch.device,
-        spread: float = SPREAD,
+        self, homes: Homes, rank: int, group: dist.ProcessGroup | None, device: torch.device
     ) -> None:
-        self.homes, self.rank, self.group, self.spread = homes, rank, group, spread
+        self.homes, self.rank, self.group = homes, rank, group
         self.ranks = homes.topology.ranks
         self.first, end = homes.run(rank)
         self.here = end - self.first  # experts of this rank
@@ -69,17 +68,19 @@ class Rows:
         between = np.append(homes.proxy(rank, np.arange(self.ranks)), self.ranks)
         self._proxy = to_device(between, device)  # of each home, as `_home` names it
         self._by_node = 1 < homes.topology.nodes < self.ranks
-        self.waves = 1  # of the last call
 
-    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, local: Local) -> Tensor:
-        """The weighted sum of each token's experts, wherever they live. All ranks call it.
+    def begin(self, x: Tensor, experts: Tensor, weights: Tensor) -> Callable[[Local], Tensor]:
+        """Send tokens on their way. All ranks call it, and then what it returns, which waits for
+        those that come, and takes what this rank's experts make of tokens. Work in between overlaps
+        the transfer, in the backward pass too.
 
         Args:
             x: (t, D), this rank's tokens, which may be none.
             experts: (t, k) int64, different ones for each token. weights: (t, k) fp32 or fp64.
 
         Returns:
-            y, (t, D) in the dtype of x; sums over homes are fp32 (fp64 for fp64).
+            a function of `Local`, which returns y, (t, D) in the dtype of x: the weighted sum of
+            each token's experts, wherever they live. Sums over homes are fp32 (fp64 for fp64).
         """
         target = self._home[experts]  # (t, k)
         route = _route(target, self.ranks)
@@ -89,18 +90,36 @@ class Rows:
         pairs, rows, between = self._told(torch.stack([route.counts, each, over.counts]))
         most = self.spread * rows.sum() / self.ranks
         self.waves = waves = self._waves(pairs, rows, most, experts.shape[1])
-        use = self._at_home(local, int(rows[:, self.rank].sum()) if waves == 1 else None)
-        if waves == 1 and self._by_node and between.sum(0).max() <= most:
-            inside = self._inside(use, self.homes.inside(pairs))
-            return self._sent(x, experts, weights, over, between, inside).to(x.dtype)
-        if waves == 1:
-            return self._sent(x, experts, weights, route, pairs, use).to(x.dtype)
+        here = int(rows[:, self.rank].sum())
+        if waves > 1:
+            return lambda local: self._in_turns(x, experts, weights, route, pairs, local, waves)
+        if not self._by_node or between.sum(0).max() > most:
+            sent = self._send(x, experts, weights, route, pairs)
+            return lambda local: sent(self._at_home(local, here)).to(x.dtype)
+        sent, inside = self._send(x, experts, weights, over, between), self.homes.inside(pairs)
+        return lambda local: sent(self._inside(self._at_home(local, here), inside)).to(x.dtype)
+
+    def _in_turns(
+        self,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        route: _Route,
+        pairs: np.ndarray,
+        local: Local,
+        waves: int,
+    ) -> Tensor:
+        """All waves, one after the other."""
         y = x.new_zeros(x.shape, dtype=accumulation_dtype(x.dtype))
+        use = self._at_home(local, None)
+
+        def turn(x: Tensor, weights: Tensor, wave: int) -> Tensor:
+            return self._send(x, experts, weights, route, pairs, wave, waves)(use)
+
         for wave in range(waves):
             y = y + checkpoint(
-                self._sent, x, experts, weights, route, pairs, use, wave, waves,
-                use_reentrant=False, preserve_rng_state=False,
-            )  # fmt: skip
+                turn, x, weights, wave, use_reentrant=False, preserve_rng_state=False
+            )
         return y.to(x.dtype)
 
     def _told(self, mine: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -156,29 +175,30 @@ class Rows:
 
         def on(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
             route = _route(self._home[experts], self.ranks)
-            return self._sent(x, experts, weights, route, pairs, use).to(x.dtype)
+            return self._send(x, experts, weights, route, pairs)(use).to(x.dtype)
 
         return on
 
-    def _sent(
+    def _send(
         self,
         x: Tensor,
         experts: Tensor,
         weights: Tensor,
         route: _Route,
         pairs: np.ndarray,
-        use: _Use,
         wave: int = 0,
         waves: int = 1,
-    ) -> Tensor:
-        """Send tokens along a route, `use` them there, and send back what comes of it.
+    ) -> Callable[[_Use], Tensor]:
+        """Begin to send tokens along a route; the function returned makes something of those that
+        come and sends it back.
 
         Args:
             pairs: (ranks, ranks), tokens that each rank sends to each. Of each message goes the
                 part that is number `wave` of `waves`.
 
         Returns:
-            (t, D), sums over the ranks that a token went to, in the dtype of sums.
+            a function whose result is (t, D), sums over the ranks that a token went to, in the
+            dtype of sums.
         """
         lows, highs = pairs * wave // waves, pairs * (wave + 1) // waves
         begins = np.cumsum(pairs[self.rank]) - pairs[self.rank]
@@ -199,11 +219,15 @@ class Rows:
         )
         wanted, arrived = self._begin_numbers(wanted.to(torch.int16), there)
         transfer = begin_move([x, weights], [there, there], self.rank, self.group)
-        arrived()
-        here, factors = transfer.arrive()  # (n, D), (n, k)
-        y = use(here, wanted.long(), factors)
-        back = Table(takes, gives, len(x), wide=True)
-        return begin_move([y], [back], self.rank, self.group).arrive()[0]
+
+        def finish(use: _Use) -> Tensor:
+            arrived()
+            here, factors = transfer.arrive()  # (n, D), (n, k)
+            y = use(here, wanted.long(), factors)
+            back = Table(takes, gives, len(x), wide=True)
+            return begin_move([y], [back], self.rank, self.group).arrive()[0]
+
+        return finish
 
     def _begin_numbers(self, leaving: Tensor, table: Table) -> tuple[Tensor, Callable[[], None]]:
         """Begin to send rows of numbers, (n, k) int16, by a table: what comes, and the wait before

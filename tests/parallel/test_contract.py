@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 from contextlib import nullcontext
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from parallel import ParallelConfig, World, distribute
 from parallel.config import Attention, Experts
+from parallel.travel.rows import Rows
 from tests.parallel.across import lopsided_shards, plans_in_waves
 from tests.streams import Stream, streams
 from train.config import ZeroConfig
@@ -83,6 +85,7 @@ class Setting:
     waves: int = 1  # of heads
     lopsided: bool = False  # shards are anything but even
     experts: Experts = "weights"  # what travels for them
+    spread: float = 2.0  # of rows, over which they take turns
 
 
 def steps(accumulate: int) -> list[list[Stream]]:
@@ -139,7 +142,11 @@ def plain(accumulate: int, family: str | None) -> Course:
 def shared(world: World, setting: Setting) -> Course:
     world = dataclasses.replace(world, ranks_per_node=setting.each or world.size)
     config = ParallelConfig(attention=setting.attention)
-    with plans_in_waves(setting.waves), lopsided_shards() if setting.lopsided else nullcontext():
+    with (
+        plans_in_waves(setting.waves),
+        lopsided_shards() if setting.lopsided else nullcontext(),
+        mock.patch.object(Rows, "spread", setting.spread),
+    ):
         return course(world, config, setting)
 
 
@@ -227,6 +234,10 @@ CASES += [
             *((3, stage, "few experts") for stage in (0, 2)),
         ]
     )
+]
+CASES += [
+    (4, Setting("balanced", 3, 2, True, "experts", 2, experts="rows", spread=0.3)),
+    (3, Setting("balanced", 1, 1, False, "few experts", 2, experts="rows", spread=0.5)),
 ]
 CASES += [(size, setting) for size in (2, 3) for setting in SETTINGS[size - 2 :: 5]]
 

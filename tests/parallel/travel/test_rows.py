@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import kernels
 from parallel import World
 from parallel.planning.layout import Topology
-from parallel.travel import rows as travel
 from parallel.travel.exchange import sent_bytes
 from parallel.travel.homes import Homes
 from parallel.travel.rows import Rows
@@ -89,8 +88,9 @@ def worst(
         most = max(most, len(rows))
         return kernels.expert_mlp(x, rows, factors, ends, up, out)
 
-    rows = Rows(homes, world.rank, world.group, world.device, spread)
-    y = rows(x, choice[begin : begin + size], weights, local)
+    rows = Rows(homes, world.rank, world.group, world.device)
+    rows.spread = spread
+    y = rows.begin(x, choice[begin : begin + size], weights)(local)
     y.backward(dy[begin : begin + size])
 
     leaves = [one.clone().requires_grad_() for one in (every[0], *every[2:5])]
@@ -135,7 +135,7 @@ CASES: dict[int, list[Case]] = {
 def test_rows_travel_exactly(ranks, size: int, each: int) -> None:
     """On nodes of `each` ranks, and a last one of what is left."""
     for case in CASES[size]:
-        for error, *_ in ranks(size).run(worst, case, travel.SPREAD, torch.float64, each):
+        for error, *_ in ranks(size).run(worst, case, Rows.spread, torch.float64, each):
             assert error < 1e-12, case
 
 
@@ -169,12 +169,8 @@ def counted(world: World, case: Case, each: int) -> tuple[dict[int, int], int]:
     rows = Rows(homes, world.rank, world.group, world.device)
     before = sent_bytes.copy()
     with mock.patch.object(rows, "_told", wraps=rows._told) as told:
-        rows(
-            x[mine],
-            choice[mine],
-            weights[mine],
-            lambda *given: kernels.expert_mlp(*given, up[first:end], out[first:end]),
-        )
+        finish = rows.begin(x[mine], choice[mine], weights[mine])
+        finish(lambda *given: kernels.expert_mlp(*given, up[first:end], out[first:end]))
     return dict(sent_bytes - before), told.call_count
 
 

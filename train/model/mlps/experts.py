@@ -116,17 +116,17 @@ class MLP(mlps.MLP):
         tokens = x.flatten(0, -2)  # (1, t, dim) -> (t, dim)
         experts, weights = self.router(tokens)
         given = tokens if self.latent is None else self.latent.down(tokens)
-        y = self._applied(given, experts, weights)
+        begun = None if self.rows is None else self.rows.begin(given, experts, weights)
+        shared = None if self.shared is None else self.shared(tokens)  # while rows travel
+        y = self._every(given, experts, weights) if begun is None else begun(self._here)
         if self.latent is not None:
             y = self.latent.out(y)
-        if self.shared is not None:
-            y = y + self.shared(tokens)
+        if shared is not None:
+            y = y + shared
         return y.view_as(x)
 
-    def _applied(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    def _every(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (t, D), experts and weights (t, chosen) -> the weighted sum of each token's experts."""
-        if self.rows is not None:
-            return self.rows(x, experts, weights, self._here)
         count = self.router.out_features
         # int16 is sorted in half the time on a CPU; (t · chosen,), a token's places adjacent.
         by_expert, order = experts.flatten().to(torch.int16).sort(stable=True)
