@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Attention = Literal["balanced", "ring", "ulysses", "allgather"]
-Experts = Literal["weights", "rows"]
+Experts = Literal["weights", "rows", "auto"]
 
 
 @dataclass
@@ -23,7 +23,8 @@ class ParallelConfig:
         default="weights",
         metadata={
             "help": "what travels where MLPs are experts: weights, as ZeRO shares out any others, "
-            "or rows, tokens' inputs to the ranks that hold their experts, and results back"
+            "or rows, tokens' inputs to the ranks that hold their experts, and results back; auto: "
+            "in each layer what should be fewer bytes"
         },
     )
     routing: bool = field(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from parallel import World
-from parallel.config import Experts
 from train.config import TrainConfig, ZeroConfig
 from train.experts import AtHome
 from train.model.initial import values
@@ -50,7 +49,7 @@ class Engine:
             begins with them, and is whole on every rank.
         accumulate: batches of one optimiser step.
         dtype: of weights and activations; with bf16 the optimiser keeps fp32 weights.
-        experts: whether experts' weights travel, as any others, or rows (`train.experts`).
+        by_rows: the MLPs to whose experts rows travel (`train.experts`), by name.
     """
 
     def __init__(
@@ -61,11 +60,11 @@ class Engine:
         world: World,
         dtype: torch.dtype,
         accumulate: int,
-        experts: Experts = "weights",
+        by_rows: Collection[str] = (),
     ) -> None:
         self.world, self.stage, self._clip = world, zero.stage, optim.clip
         given = {name: x.detach() for name, x in model.kept_tensors() if not x.is_meta}
-        self.at_home = AtHome(model, optim, world, dtype, experts == "rows")
+        self.at_home = AtHome(model, optim, world, dtype, by_rows)
 
         def make(_: str, old: Tensor) -> Tensor:
             if not isinstance(old, nn.Parameter):

@@ -71,23 +71,33 @@ class Stack:
         }
 
 
+def layers_of(model: nn.Module) -> dict[str, MLP]:
+    """The MLPs of experts of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MLP)}
+
+
 class AtHome:
     """The experts' matrices of a model, taken out of it and given to their homes.
 
     Args:
-        model: on `meta` or with weights that are not kept. Its experts' matrices are no parameters
-            of it any more.
-        travel: whether rows travel. Unless they do, and on one rank, nothing is taken out.
+        model: on `meta` or with weights that are not kept.
+        layers: names of the MLPs to whose experts rows travel; their matrices are no parameters of
+            the model any more. On one rank none are taken out.
     """
 
     def __init__(
-        self, model: Model, optim: OptimConfig, world: World, dtype: torch.dtype, travel: bool
+        self,
+        model: Model,
+        optim: OptimConfig,
+        world: World,
+        dtype: torch.dtype,
+        layers: Collection[str],
     ) -> None:
         self.world = world
         self.stacks: dict[str, Stack] = {}
-        for path, layer in model.named_modules():
-            if travel and world.size > 1 and isinstance(layer, MLP):
-                self._settle(path, layer, dtype)
+        for name, layer in layers_of(model).items():
+            if name in layers and world.size > 1:
+                self._settle(name, layer, dtype)
         of_weight = {nn.Parameter(stack.weight): name for name, stack in self.stacks.items()}
         named = [(name, parameter) for parameter, name in of_weight.items()]
         groups = parameter_groups(named, optim, model.lr_multipliers())
@@ -124,7 +134,8 @@ class AtHome:
         exchange.post(sends, receives, world.group)()
         square = torch.zeros((), dtype=torch.float64, device=world.device)
         for stack, terms in sums:
-            total = torch.stack([terms[peer] for peer in sorted(terms)]).sum(0)
+            first, *others = (terms[peer] for peer in sorted(terms))
+            total = torch.stack([first, *others]).sum(0) if others else first
             stack.master.grad = total.view(stack.master.shape)
             stack.gradient = None
             square += torch.linalg.vector_norm(total, dtype=torch.float64).square()

@@ -78,8 +78,9 @@ class Trainer:
         model = skeleton(config.model, self.material.tokenizer.vocab_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model: {blocks_in_words(config.model.block_kinds)}; {parameters:,} parameters")
-        accumulate, travel = config.train.accumulate, config.parallel.experts
-        self.engine = Engine(model, config.optim, config.zero, world, dtype, accumulate, travel)
+        accumulate = config.train.accumulate
+        by_rows = planning.by_rows(config, model, world.topology, dtype, self.say)
+        self.engine = Engine(model, config.optim, config.zero, world, dtype, accumulate, by_rows)
         self.planner = planning.planner_of(
             model, config.parallel, world, dtype, config.zero.stage, accumulate
         )

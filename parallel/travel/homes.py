@@ -60,20 +60,16 @@ class Homes:
         firsts, lasts = self.bounds.T
         if not self.replicated:
             return np.repeat(np.arange(len(firsts)), lasts - firsts)
-        node = self.topology.node(np.arange(len(firsts)))
-        homes = []
-        for expert in range(self.experts):
-            every = np.flatnonzero(firsts == expert)
-            nodes = np.unique(node[every])
-            number = self._numbers[rank]
-            if node[rank] not in nodes:
-                there = nodes[number % len(nodes)]
-                number = self._numbers[self.proxy(rank, self.topology.first[there])]
-            else:
-                there = node[rank]
-            among = every[node[every] == there]
-            homes.append(among[number % len(among)])
-        return np.array(homes)
+        topology, node = self.topology, self.topology.node(rank)
+        experts = np.arange(self.experts)
+        # (experts,): replicas are one rank after the other, and so are the nodes that they are on.
+        low, high = (np.searchsorted(firsts, experts, side) for side in ("left", "right"))
+        first, last = topology.node(low), topology.node(high - 1)
+        near = (first <= node) & (node <= last)
+        there = np.where(near, node, first + self._numbers[rank] % (last - first + 1))
+        begin, size = topology.first[there], np.array(topology.sizes)[there]
+        low, high = np.maximum(low, begin), np.minimum(high, begin + size)
+        return low + self._numbers[self.proxy(rank, low)] % (high - low)
 
     def proxy(self, rank: Any, home: Any) -> Any:
         """The rank on the node of `home` that gets what `rank` sends there: of the same number on
@@ -90,6 +86,29 @@ class Homes:
         found = np.zeros_like(pairs)
         np.add.at(found, (proxies, np.broadcast_to(ranks, proxies.shape)), pairs)
         return found
+
+    def visits(self, chosen: int) -> tuple[float, float]:
+        """How often a token's row goes to another node, and how often to another rank inside of a
+        node, in the mean over ranks, if any `chosen` experts are as likely as others."""
+        topology = self.topology
+        ranks = np.arange(topology.ranks)
+        nodes = topology.node(ranks)
+        seen = self.seen_from(0)
+        between = inside = 0.0
+        for source in range(topology.ranks):
+            seen = self.seen_from(source) if self.replicated else seen
+            held = np.bincount(seen, minlength=len(ranks))  # experts for which a row goes to a rank
+            of_nodes = np.bincount(nodes, held).astype(np.int64)
+            others = np.arange(topology.nodes) != nodes[source]
+            between += self._chance(of_nodes, chosen)[others].sum()
+            inside += self._chance(held, chosen)[self.proxy(source, ranks) != ranks].sum()
+        return float(between / topology.ranks), float(inside / topology.ranks)
+
+    def _chance(self, held: np.ndarray, chosen: int) -> np.ndarray:
+        """The chance that one of `held` experts is among `chosen`."""
+        left = self.experts - np.arange(chosen)  # (chosen,)
+        missed = np.maximum(left - held[:, None], 0) / left
+        return 1 - missed.prod(axis=1)
 
     @cached_property
     def _numbers(self) -> np.ndarray:

@@ -24,7 +24,7 @@ from tests.parallel.across import lopsided_shards, plans_in_waves
 from tests.streams import Stream, streams
 from train.config import ZeroConfig
 from train.engine import Engine
-from train.experts import GRADIENT
+from train.experts import GRADIENT, layers_of
 from train.model.config import ModelConfig
 from train.model.transformer import Model
 from train.optimiser.optim import OptimConfig
@@ -151,14 +151,15 @@ def shared(world: World, setting: Setting) -> Course:
 
 
 def course(world: World, config: ParallelConfig, setting: Setting) -> Course:
+    net = model(setting.family, setting.recompute)
     engine = Engine(
-        model(setting.family, setting.recompute),
+        net,
         OPTIM,
         ZeroConfig(stage=setting.stage),
         world,
         torch.float32,
         setting.accumulate,
-        setting.experts,
+        layers_of(net) if setting.experts == "rows" else (),
     )
     losses, norms, gradients = [], [], {}
 

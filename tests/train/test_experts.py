@@ -33,6 +33,8 @@ MODEL = ModelConfig(
     mlps={"experts": {"experts": 5, "chosen": 2, "dim": 10, "router": "sigmoid", "bias": True}},
 )  # fmt: skip
 BIAS = "blocks.0.mlp.router.choice_bias"
+# What travels: to whose experts it is rows.
+BY: dict[Experts, list[str]] = {"weights": [], "rows": ["blocks.0.mlp"]}
 # Fewer experts than ranks: they have replicas.
 PAIR = dataclasses.replace(MODEL, mlps={"experts": {"experts": 2, "chosen": 1, "dim": 10}})
 
@@ -55,7 +57,7 @@ def trained(
     net = Model(config, VOCABULARY)
     if config is MODEL:
         net.get_buffer(BIAS).copy_(torch.linspace(0, 1e-3, 5))
-    engine = Engine(net, OPTIM, ZeroConfig(stage=stage), world, dtype, 1, travel)
+    engine = Engine(net, OPTIM, ZeroConfig(stage=stage), world, dtype, 1, BY[travel])
     (batch,) = streams([[40, 3, 21]], VOCABULARY)
     loss, _ = engine(*distribute(*batch, world))
     engine.backward(loss * (world.size / int((batch.labels >= 0).sum())))
@@ -111,7 +113,7 @@ def held(world: World, config: ModelConfig, stage: int) -> tuple[set[str], int, 
         world,
         torch.float32,
         1,
-        "rows",
+        BY["rows"],
     )
     engine.begin(3)
     numbers = sum(stack.weight.numel() for stack in engine.at_home.stacks.values())
@@ -140,7 +142,7 @@ def test_a_rank_has_the_matrices_of_its_own_experts_alone(
 def parted(world: World) -> tuple[str | None, str | None]:
     """What is said of copies, before and after rank 1 changes a bit of an expert."""
     engine = Engine(
-        skeleton(PAIR, VOCABULARY), OPTIM, ZeroConfig(stage=3), world, torch.float32, 1, "rows"
+        skeleton(PAIR, VOCABULARY), OPTIM, ZeroConfig(stage=3), world, torch.float32, 1, BY["rows"]
     )
     engine.begin(3)
     before = diverged(engine, world)
@@ -162,7 +164,13 @@ def refused(world: World, stage: int) -> tuple[dict[str, bool], list[float]]:
     """What a step that is not good leaves as it was, and the norms of three steps on one batch."""
     adamw = OptimConfig(lr=1e-2, warmup_steps=0, clip=0.1)
     engine = Engine(
-        skeleton(PAIR, VOCABULARY), adamw, ZeroConfig(stage=stage), world, torch.float32, 1, "rows"
+        skeleton(PAIR, VOCABULARY),
+        adamw,
+        ZeroConfig(stage=stage),
+        world,
+        torch.float32,
+        1,
+        BY["rows"],
     )
     engine.begin(3)
     (batch,) = streams([[40, 3, 21]], VOCABULARY)
@@ -199,7 +207,7 @@ def leg(
     adamw = OptimConfig(lr=1e-2, warmup_steps=0)
     engine = Engine(
         skeleton(config, VOCABULARY), adamw, ZeroConfig(stage=stage), world, torch.float32, 1,
-        travel,
+        BY[travel],
     )  # fmt: skip
     if path is None:
         engine.begin(1)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import ParallelConfig, World, distribute
 from tests.parallel.test_contract import FAMILIES, OPTIM, VOCABULARY, model
-from train.experts import AtHome
+from train.experts import AtHome, layers_of
 
 ROOT = Path(__file__).parents[3]
 READ_BY_THE_HOST = {
@@ -118,7 +118,7 @@ def test_no_step_of_any_mixer_waits(ranks, family: str) -> None:
 def waits_of_experts(world: World, recompute: bool) -> list[str]:
     world = dataclasses.replace(world, ranks_per_node=2)
     net = model("experts", recompute)
-    AtHome(net, OPTIM, world, torch.float32, travel=True)
+    AtHome(net, OPTIM, world, torch.float32, layers_of(net))
     tokens = np.arange(101) % VOCABULARY
     with Watch() as watch:
         net(*distribute(tokens, tokens, np.array([0, 61, 64, 101]), world))[0].backward()

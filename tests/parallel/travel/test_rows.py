@@ -6,6 +6,7 @@ The definition is written out: y_t = Σ_e w_te · out_e (silu(gate_e x_t) ⊙ up
 from __future__ import annotations
 
 import dataclasses
+from itertools import combinations
 from unittest import mock
 
 import pytest
@@ -226,3 +227,21 @@ def test_every_expert_has_homes(experts: int, size: int, ranks_of_a_node: int) -
             assert expert in held[home]
             near = [r for r in range(size) if expert in held[r] and node(r) == node(rank)]
             assert not near or home in near
+
+
+@pytest.mark.parametrize(("size", "each"), [(4, 4), (4, 2), (3, 2), (6, 2), (4, 1)])
+@pytest.mark.parametrize(("experts", "chosen"), [(6, 2), (5, 3), (2, 1)])
+def test_the_visits_expected_are_the_mean_over_all_choices(
+    size: int, each: int, experts: int, chosen: int
+) -> None:
+    homes = Homes(experts, Topology(size, each))
+    node = homes.topology.node
+    between, inside = [], []
+    for rank in range(size):
+        seen = homes.seen_from(rank)
+        for choice in combinations(range(experts), chosen):
+            met = {int(seen[expert]) for expert in choice}
+            between.append(len({node(home) for home in met} - {node(rank)}))
+            inside.append(sum(int(homes.proxy(rank, home)) != home for home in met))
+    wanted = sum(between) / len(between), sum(inside) / len(inside)
+    assert homes.visits(chosen) == pytest.approx(wanted, abs=1e-12)
