@@ -75,7 +75,7 @@ def by_rows(
         weights = zero_bytes(numbers, dtype.itemsize, config.zero.stage, config.train.accumulate)
         if tokens * visits * row < weights * (1 - 1 / topology.ranks):
             found.append(name)
-    if layers:
+    if layers and topology.ranks > 1:
         say(
             f"rows travel to experts in {len(found)} of {len(layers)} layers, weights in the others"
         )
