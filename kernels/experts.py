@@ -29,6 +29,23 @@ Activation = Literal["swiglu", "relu2"]
 PIECE = 2048
 
 
+def by_expert(experts: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, weights and ends as `expert_mlp` takes them, of tokens and the experts they chose.
+
+    Args:
+        experts: (T, k) int, `count` or more for none; those come after the last end.
+        weights: (T, k).
+
+    Returns:
+        (T · k,) int64, (T · k,) and (count,) int32. A token's rows at one expert stay in order.
+    """
+    # int16 is sorted in half the time on a CPU.
+    sorted_, order = experts.flatten().to(torch.int16).sort(stable=True)
+    each = torch.arange(count, dtype=torch.int16, device=experts.device)
+    ends = torch.searchsorted(sorted_, each, right=True, out_int32=True)
+    return order // experts.shape[1], weights.flatten()[order], ends
+
+
 def expert_mlp(
     x: Tensor,
     rows: Tensor,

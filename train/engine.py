@@ -8,7 +8,7 @@ of ranks or stages.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -49,7 +49,7 @@ class Engine:
             begins with them, and is whole on every rank.
         accumulate: batches of one optimiser step.
         dtype: of weights and activations; with bf16 the optimiser keeps fp32 weights.
-        by_rows: the MLPs to whose experts rows travel (`train.experts`), by name.
+        by_rows: the MLPs to whose experts rows travel, by name (`train.experts.AtHome`).
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Engine:
         world: World,
         dtype: torch.dtype,
         accumulate: int,
-        by_rows: Collection[str] = (),
+        by_rows: Mapping[str, bool] | None = None,
     ) -> None:
         self.world, self.stage, self._clip = world, zero.stage, optim.clip
         given = {name: x.detach() for name, x in model.kept_tensors() if not x.is_meta}
-        self.at_home = AtHome(model, optim, world, dtype, by_rows)
+        self.at_home = AtHome(model, optim, world, dtype, by_rows or {})
 
         def make(_: str, old: Tensor) -> Tensor:
             if not isinstance(old, nn.Parameter):

@@ -8,7 +8,7 @@ shared out over these. What leaves for a checkpoint are full tensors by name, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -82,7 +82,8 @@ class AtHome:
     Args:
         model: on `meta` or with weights that are not kept.
         layers: names of the MLPs to whose experts rows travel; their matrices are no parameters of
-            the model any more. On one rank none are taken out.
+            the model any more. On one rank none are taken out. Of each, whether they travel
+            instead for a batch of which that is fewer bytes.
     """
 
     def __init__(
@@ -91,13 +92,13 @@ class AtHome:
         optim: OptimConfig,
         world: World,
         dtype: torch.dtype,
-        layers: Collection[str],
+        layers: Mapping[str, bool],
     ) -> None:
         self.world = world
         self.stacks: dict[str, Stack] = {}
         for name, layer in layers_of(model).items():
             if name in layers and world.size > 1:
-                self._settle(name, layer, dtype)
+                self._settle(name, layer, dtype, layers[name])
         of_weight = {nn.Parameter(stack.weight): name for name, stack in self.stacks.items()}
         named = [(name, parameter) for parameter, name in of_weight.items()]
         groups = parameter_groups(named, optim, model.lr_multipliers())
@@ -187,11 +188,11 @@ class AtHome:
             if "step" in state:
                 state["step"].fill_(step)
 
-    def _settle(self, path: str, layer: MLP, dtype: torch.dtype) -> None:
+    def _settle(self, path: str, layer: MLP, dtype: torch.dtype, either: bool) -> None:
         """Give a layer's matrices to their homes."""
         world = self.world
         homes = Homes(layer.up.weight.shape[0], world.topology)
-        layer.rows = Rows(homes, world.rank, world.group, world.device)
+        layer.rows = Rows(homes, world.rank, world.group, world.device, either)
         first, end = homes.run(world.rank)
         for name, module in layer.named_children():
             if not isinstance(module, Stacked):

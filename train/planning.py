@@ -53,8 +53,9 @@ def by_rows(
     topology: Topology,
     dtype: torch.dtype,
     say: Callable[[str], None] = lambda _: None,
-) -> list[str]:
-    """The MLPs to whose experts rows travel, by name, as `parallel.experts` says.
+) -> dict[str, bool]:
+    """The MLPs to whose experts rows travel, by name, as `parallel.experts` says, and whether the
+    counts of a batch may overrule that ("auto").
 
     "auto" compares what a rank should get in a forward and backward pass over its even share of a
     batch, if all experts are as likely: of rows, each to another node or rank and back, in both
@@ -63,10 +64,10 @@ def by_rows(
     """
     layers = layers_of(model)
     if config.parallel.experts != "auto":
-        return list(layers) if config.parallel.experts == "rows" else []
+        return dict.fromkeys(layers, False) if config.parallel.experts == "rows" else {}
     tokens = config.train.batch_tokens / topology.ranks
     passes = 3 if config.model.checkpoint_activations else 2
-    found = []
+    found = {}
     for name, layer in layers.items():
         experts, _, width = layer.up.weight.shape
         visits = sum(Homes(experts, topology).visits(layer.chosen))
@@ -74,7 +75,7 @@ def by_rows(
         numbers = layer.up.weight.numel() + layer.out.weight.numel()
         weights = zero_bytes(numbers, dtype.itemsize, config.zero.stage, config.train.accumulate)
         if tokens * visits * row < weights * (1 - 1 / topology.ranks):
-            found.append(name)
+            found[name] = True
     if layers and topology.ranks > 1:
         say(
             f"rows travel to experts in {len(found)} of {len(layers)} layers, weights in the others"

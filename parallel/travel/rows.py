@@ -19,8 +19,9 @@ get more tokens than that.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,14 +29,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.experts import by_expert
 from kernels.packing import accumulation_dtype
 from parallel.peers import waiting_for
 from parallel.travel.exchange import PeerRows, Table, begin_move, post, to_device
 from parallel.travel.homes import Homes
 
-# x (n, D), rows (R,) int64, weights (R,), ends (experts here,) int32 -> y (n, D), as
-# `kernels.expert_mlp`, with this rank's matrices.
-Local = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# x (n, D), rows (R,) int64, weights (R,), ends (experts,) int32, and these experts' matrices ->
+# y (n, D), as `kernels.expert_mlp`.
+Local = Callable[..., Tensor]
 
 
 # x (n, D), experts (n, k) int64, weights (n, k) -> y (n, D): sums over the experts that are here.
@@ -47,19 +49,26 @@ class Rows:
 
     Args:
         group: all ranks, for the messages of layers.
+        either: let the experts' matrices travel to the tokens instead, for a batch of which that is
+            fewer bytes.
 
     Attributes:
         spread: most rows of a home at a time, in units of the mean over all homes.
-        waves: of the last call.
+        waves: of the last batch; 0 where matrices travelled.
     """
 
     spread = 2.0
     waves = 1
 
     def __init__(
-        self, homes: Homes, rank: int, group: dist.ProcessGroup | None, device: torch.device
+        self,
+        homes: Homes,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        either: bool = False,
     ) -> None:
-        self.homes, self.rank, self.group = homes, rank, group
+        self.homes, self.rank, self.group, self.either = homes, rank, group, either
         self.ranks = homes.topology.ranks
         self.first, end = homes.run(rank)
         self.here = end - self.first  # experts of this rank
@@ -69,7 +78,9 @@ class Rows:
         self._proxy = to_device(between, device)  # of each home, as `_home` names it
         self._by_node = 1 < homes.topology.nodes < self.ranks
 
-    def begin(self, x: Tensor, experts: Tensor, weights: Tensor) -> Callable[[Local], Tensor]:
+    def begin(
+        self, x: Tensor, experts: Tensor, weights: Tensor, matrices: Sequence[Tensor]
+    ) -> Callable[[Local], Tensor]:
         """Send tokens on their way. All ranks call it, and then what it returns, which waits for
         those that come, and takes what this rank's experts make of tokens. Work in between overlaps
         the transfer, in the backward pass too.
@@ -77,6 +88,7 @@ class Rows:
         Args:
             x: (t, D), this rank's tokens, which may be none.
             experts: (t, k) int64, different ones for each token. weights: (t, k) fp32 or fp64.
+            matrices: (experts here, …) each, what `Local` needs of experts.
 
         Returns:
             a function of `Local`, which returns y, (t, D) in the dtype of x: the weighted sum of
@@ -90,37 +102,78 @@ class Rows:
         pairs, rows, between = self._told(torch.stack([route.counts, each, over.counts]))
         most = self.spread * rows.sum() / self.ranks
         self.waves = waves = self._waves(pairs, rows, most, experts.shape[1])
-        here = int(rows[:, self.rank].sum())
+        by_node = self._by_node and waves == 1 and between.sum(0).max() <= most
+        inside = self.homes.inside(pairs)
+        moved = [between, inside] if by_node else [pairs]
+        passes = 2 if waves == 1 else 3
+        row = 2 * x.shape[1] * x.element_size() + 6 * experts.shape[1]
+        if self.either and passes * row * sum(map(_moved, moved)) > self._bytes(matrices):
+            self.waves = 0
+            return lambda local: self._fetching(x, experts, weights, matrices, local)
         if waves > 1:
-            return lambda local: self._in_turns(x, experts, weights, route, pairs, local, waves)
-        if not self._by_node or between.sum(0).max() > most:
-            sent = self._send(x, experts, weights, route, pairs)
-            return lambda local: sent(self._at_home(local, here)).to(x.dtype)
-        sent, inside = self._send(x, experts, weights, over, between), self.homes.inside(pairs)
-        return lambda local: sent(self._inside(self._at_home(local, here), inside)).to(x.dtype)
+            here = self._at_home(matrices, None)
+            return lambda local: self._in_turns(
+                x, weights, waves, partial(self._send, experts, route, pairs), here(local)
+            )
+        here = self._at_home(matrices, int(rows[:, self.rank].sum()))
+        if by_node:
+            sent = self._send(experts, over, between, x, weights)
+            return lambda local: sent(self._inside(here(local), inside)).to(x.dtype)
+        sent = self._send(experts, route, pairs, x, weights)
+        return lambda local: sent(here(local)).to(x.dtype)
 
     def _in_turns(
+        self, x: Tensor, weights: Tensor, waves: int, send: Callable[..., Any], use: _Use
+    ) -> Tensor:
+        """All waves, one after the other."""
+        y = x.new_zeros(x.shape, dtype=accumulation_dtype(x.dtype))
+        for wave in range(waves):
+            y = y + checkpoint(
+                lambda x, weights, wave: send(x, weights, wave, waves)(use), x, weights, wave,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+        return y.to(x.dtype)
+
+    def _fetching(
         self,
         x: Tensor,
         experts: Tensor,
         weights: Tensor,
-        route: _Route,
-        pairs: np.ndarray,
+        matrices: Sequence[Tensor],
         local: Local,
-        waves: int,
     ) -> Tensor:
-        """All waves, one after the other."""
-        y = x.new_zeros(x.shape, dtype=accumulation_dtype(x.dtype))
-        use = self._at_home(local, None)
+        """Every expert's matrices come here; for the backward pass they come again."""
 
-        def turn(x: Tensor, weights: Tensor, wave: int) -> Tensor:
-            return self._send(x, experts, weights, route, pairs, wave, waves)(use)
+        def fetched(x: Tensor, weights: Tensor, *matrices: Tensor) -> Tensor:
+            flat = [matrix.flatten(1) for matrix in matrices]  # (experts here, …)
+            came = begin_move(flat, [self._fetch] * len(flat), self.rank, self.group).arrive()
+            every = [a.unflatten(1, b.shape[1:]) for a, b in zip(came, matrices, strict=True)]
+            return local(x, *by_expert(experts, weights, self.homes.experts), *every)
 
-        for wave in range(waves):
-            y = y + checkpoint(
-                turn, x, weights, wave, use_reentrant=False, preserve_rng_state=False
-            )
-        return y.to(x.dtype)
+        y: Tensor = checkpoint(
+            fetched, x, weights, *matrices, use_reentrant=False, preserve_rng_state=False
+        )
+        return y
+
+    @cached_property
+    def _fetch(self) -> Table:
+        """How matrices travel to all ranks: an expert's comes from its home as seen from there."""
+        ranks = range(self.ranks)
+        mine = slice(self.first, self.first + self.here)
+        to = [r for r in ranks if (self.homes.seen_from(r)[mine] == self.rank).all()]
+        device = self._home.device
+        gives = PeerRows(
+            dict.fromkeys(to, self.here), torch.arange(self.here, device=device).repeat(len(to))
+        )
+        came = _counts(np.bincount(self.homes.seen_from(self.rank), minlength=self.ranks))
+        takes = PeerRows(came, torch.arange(self.homes.experts, device=device))
+        return Table(gives, takes, self.homes.experts)
+
+    def _bytes(self, matrices: Sequence[Tensor]) -> int:
+        """What all ranks get if matrices travel: in both passes, and their gradients back."""
+        an_expert = sum(m[0].numel() * m.element_size() for m in matrices)
+        held = int(np.diff(self.homes.bounds).sum())
+        return 3 * an_expert * (self.ranks * self.homes.experts - held)
 
     def _told(self, mine: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What every rank sends to every other: `mine` (3, ranks) -> three of (ranks, ranks).
@@ -152,19 +205,19 @@ class Rows:
 
         return 1 + bisect_left(range(1, int(pairs.max())), True, key=fits)
 
-    def _at_home(self, local: Local, rows: int | None) -> _Use:
+    def _at_home(self, matrices: Sequence[Tensor], rows: int | None) -> Callable[[Local], _Use]:
         """What this rank's experts make of tokens; rows: how many they are, if that is known."""
 
-        def use(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-            here = experts - self.first
-            here = here.masked_fill((here < 0) | (here >= self.here), self.here).to(torch.int16)
-            by_expert, order = here.flatten().sort(stable=True)  # (n · k,)
-            each = torch.arange(self.here, dtype=here.dtype, device=x.device)
-            ends = torch.searchsorted(by_expert, each, right=True, out_int32=True)
-            order = order[:rows]
-            return local(x, order // experts.shape[1], weights.flatten()[order], ends)
+        def of(local: Local) -> _Use:
+            def use(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+                here = experts - self.first
+                here = here.masked_fill((here < 0) | (here >= self.here), self.here)
+                tokens, factors, ends = by_expert(here, weights, self.here)
+                return local(x, tokens[:rows], factors[:rows], ends, *matrices)
 
-        return use
+            return use
+
+        return of
 
     def _inside(self, use: _Use, pairs: np.ndarray) -> _Use:
         """What a proxy does: send tokens on to the homes on its node, where `use` is made of them.
@@ -175,17 +228,17 @@ class Rows:
 
         def on(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
             route = _route(self._home[experts], self.ranks)
-            return self._send(x, experts, weights, route, pairs)(use).to(x.dtype)
+            return self._send(experts, route, pairs, x, weights)(use).to(x.dtype)
 
         return on
 
     def _send(
         self,
-        x: Tensor,
         experts: Tensor,
-        weights: Tensor,
         route: _Route,
         pairs: np.ndarray,
+        x: Tensor,
+        weights: Tensor,
         wave: int = 0,
         waves: int = 1,
     ) -> Callable[[_Use], Tensor]:
@@ -276,3 +329,8 @@ def _route(target: Tensor, ranks: int) -> _Route:
 def _counts(each: np.ndarray) -> dict[int, int]:
     """Of the ranks that have any."""
     return {int(peer): int(each[peer]) for peer in np.flatnonzero(each)}
+
+
+def _moved(pairs: np.ndarray) -> int:
+    """Of what each rank has for each other and itself, what leaves it."""
+    return int(pairs.sum() - pairs.trace())

@@ -34,7 +34,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 BIAS = "blocks.0.mlp.router.choice_bias"
 # What travels: to whose experts it is rows.
-BY: dict[Experts, list[str]] = {"weights": [], "rows": ["blocks.0.mlp"]}
+BY: dict[Experts, dict[str, bool]] = {"weights": {}, "rows": {"blocks.0.mlp": False}}
 # Fewer experts than ranks: they have replicas.
 PAIR = dataclasses.replace(MODEL, mlps={"experts": {"experts": 2, "chosen": 1, "dim": 10}})
 

@@ -153,7 +153,9 @@ def test_rows_travel_in_the_layers_where_they_should_be_fewer_bytes(
 
     def layers(batch: float) -> list[str]:
         config.train.batch_tokens = int(batch)
-        return by_rows(config, model, Topology(4, 4), torch.bfloat16, said.append)
+        found = by_rows(config, model, Topology(4, 4), torch.bfloat16, said.append)
+        assert set(found.values()) <= {config.parallel.experts == "auto"}
+        return list(found)
 
     said: list[str] = []
     assert layers(0.99 * tokens[16]) == ["blocks.1.mlp", "blocks.2.mlp"]

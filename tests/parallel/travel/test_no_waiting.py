@@ -118,7 +118,7 @@ def test_no_step_of_any_mixer_waits(ranks, family: str) -> None:
 def waits_of_experts(world: World, recompute: bool) -> list[str]:
     world = dataclasses.replace(world, ranks_per_node=2)
     net = model("experts", recompute)
-    AtHome(net, OPTIM, world, torch.float32, layers_of(net))
+    AtHome(net, OPTIM, world, torch.float32, dict.fromkeys(layers_of(net), True))
     tokens = np.arange(101) % VOCABULARY
     with Watch() as watch:
         net(*distribute(tokens, tokens, np.array([0, 61, 64, 101]), world))[0].backward()

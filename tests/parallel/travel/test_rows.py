@@ -69,7 +69,7 @@ Case = tuple[list[int], int, int, str]
 
 
 def worst(
-    world: World, case: Case, spread: float, dtype: torch.dtype, each: int
+    world: World, case: Case, spread: float, dtype: torch.dtype, each: int, fetch: bool = False
 ) -> tuple[float, int, int]:
     """The largest error of this rank's rows and gradients, in units of their scale, waves, and most
     rows at a time."""
@@ -84,14 +84,16 @@ def worst(
     up, out = (one[first:end].clone().requires_grad_() for one in (up, out))
     most = 0
 
-    def local(x: Tensor, rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
+    def local(x: Tensor, rows: Tensor, *more: Tensor) -> Tensor:
         nonlocal most
         most = max(most, len(rows))
-        return kernels.expert_mlp(x, rows, factors, ends, up, out)
+        return kernels.expert_mlp(x, rows, *more)
 
-    rows = Rows(homes, world.rank, world.group, world.device)
+    rows = Rows(homes, world.rank, world.group, world.device, either=fetch)
     rows.spread = spread
-    y = rows.begin(x, choice[begin : begin + size], weights)(local)
+    if fetch:  # whatever it is in bytes
+        rows._bytes = lambda _: -1  # type: ignore[method-assign]
+    y = rows.begin(x, choice[begin : begin + size], weights, (up, out))(local)
     y.backward(dy[begin : begin + size])
 
     leaves = [one.clone().requires_grad_() for one in (every[0], *every[2:5])]
@@ -140,6 +142,17 @@ def test_rows_travel_exactly(ranks, size: int, each: int) -> None:
             assert error < 1e-12, case
 
 
+@pytest.mark.parametrize(("size", "each"), [(2, 2), (3, 2), (4, 2)])
+def test_matrices_travel_exactly_instead(ranks, size: int, each: int) -> None:
+    for case in CASES[size]:
+        for error, waves, most in ranks(size).run(
+            worst, case, Rows.spread, torch.float64, each, True
+        ):
+            assert error < 1e-12, case
+            assert waves == 0
+            assert most <= max(case[0]) * case[2]
+
+
 @pytest.mark.parametrize("how", ["even", "one rank", "one expert"])
 def test_rows_beyond_the_bound_take_turns(ranks, how: str) -> None:
     """In fp32 too, to 1e-5. No home has more rows at a time than `spread` times the mean."""
@@ -158,8 +171,11 @@ def test_rows_beyond_the_bound_take_turns(ranks, how: str) -> None:
         assert len({waves for _, waves, _ in results}) == 1
 
 
-def counted(world: World, case: Case, each: int) -> tuple[dict[int, int], int]:
-    """Bytes that this rank sent to each other in a forward pass, and how often the host waited."""
+def counted(
+    world: World, case: Case, each: int, either: bool = False
+) -> tuple[dict[int, int], int]:
+    """Bytes that this rank sent to each other in a forward and backward pass, forward alone unless
+    `either`, and how often the host waited."""
     world = dataclasses.replace(world, ranks_per_node=each)
     tokens, experts, k, how = case
     x, choice, weights, up, out, _ = given(tokens, experts, k, how, torch.float32)
@@ -167,11 +183,14 @@ def counted(world: World, case: Case, each: int) -> tuple[dict[int, int], int]:
     mine = slice(begin, begin + size)
     homes = Homes(experts, world.topology)
     first, end = homes.run(world.rank)
-    rows = Rows(homes, world.rank, world.group, world.device)
+    rows = Rows(homes, world.rank, world.group, world.device, either)
     before = sent_bytes.copy()
     with mock.patch.object(rows, "_told", wraps=rows._told) as told:
-        finish = rows.begin(x[mine], choice[mine], weights[mine])
-        finish(lambda *given: kernels.expert_mlp(*given, up[first:end], out[first:end]))
+        matrices = up[first:end].requires_grad_(either), out[first:end].requires_grad_(either)
+        x, weights = (one[mine].requires_grad_(either) for one in (x, weights))
+        y = rows.begin(x, choice[mine], weights, matrices)(kernels.expert_mlp)
+        if either:
+            y.sum().backward()
     return dict(sent_bytes - before), told.call_count
 
 
@@ -209,6 +228,20 @@ def test_a_row_goes_once_to_a_rank_and_once_to_a_node(ranks, each: int) -> None:
             int(((target == rank).any(1) & (owner % 2 != rank % 2)).sum()) for rank in range(4)
         )
         assert everywhere - between == inside * row
+
+
+@pytest.mark.parametrize("each", [4, 2])
+def test_the_counts_of_a_batch_choose_what_is_fewer_bytes(ranks, each: int) -> None:
+    """Tokens of one rank that want its own experts send nothing; many of all ranks send matrices,
+    three times each; a few send rows, at most as many bytes as matrices would be."""
+    experts, matrices = 8, 3 * 3 * 8 * 4 * (2 * INNER * D + D * INNER)
+    for tokens, k, how, expected in [
+        ([0, 0, 0, 9], 1, "one expert", [0]),
+        ([60, 60, 60, 60], 3, "even", [matrices]),
+        ([3, 1, 2, 1], 1, "even", range(1, matrices)),
+    ]:
+        results = ranks(4).run(counted, (tokens, experts, k, how), each, True)
+        assert sum(sum(sent.values()) for sent, _ in results) in expected
 
 
 @pytest.mark.parametrize("ranks_of_a_node", [1, 3, 8])

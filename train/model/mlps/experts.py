@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,9 +115,11 @@ class MLP(mlps.MLP):
         tokens = x.flatten(0, -2)  # (1, t, dim) -> (t, dim)
         experts, weights = self.router(tokens)
         given = tokens if self.latent is None else self.latent.down(tokens)
-        begun = None if self.rows is None else self.rows.begin(given, experts, weights)
+        begun = self.rows and self.rows.begin(
+            given, experts, weights, (self.up.weight, self.out.weight)
+        )
         shared = None if self.shared is None else self.shared(tokens)  # while rows travel
-        y = self._every(given, experts, weights) if begun is None else begun(self._here)
+        y = begun(self._applied) if begun else self._every(given, experts, weights)
         if self.latent is not None:
             y = self.latent.out(y)
         if shared is not None:
@@ -127,23 +128,16 @@ class MLP(mlps.MLP):
 
     def _every(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (t, D), experts and weights (t, chosen) -> the weighted sum of each token's experts."""
-        count = self.router.out_features
-        # int16 is sorted in half the time on a CPU; (t · chosen,), a token's places adjacent.
-        by_expert, order = experts.flatten().to(torch.int16).sort(stable=True)
-        each = torch.arange(count, dtype=torch.int16, device=x.device)
-        ends = torch.searchsorted(by_expert, each, right=True, out_int32=True)
-        return self._here(x, order // self.chosen, weights.flatten()[order], ends)
-
-    def _here(self, x: Tensor, rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
-        """As `kernels.expert_mlp`, with the experts of this rank."""
+        told = kernels.by_expert(experts, weights, self.router.out_features)
         return self.up(
-            x,
-            lambda x, up: self.out(
-                x,
-                lambda x, out: kernels.expert_mlp(
-                    x, rows, factors, ends, up, out, activation=self.activation, limit=self.limit
-                ),
-            ),
+            x, lambda x, up: self.out(x, lambda x, out: self._applied(x, *told, up, out))
+        )
+
+    def _applied(
+        self, x: Tensor, rows: Tensor, factors: Tensor, ends: Tensor, up: Tensor, out: Tensor
+    ) -> Tensor:
+        return kernels.expert_mlp(
+            x, rows, factors, ends, up, out, activation=self.activation, limit=self.limit
         )
 
     @property
