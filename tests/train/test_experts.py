@@ -195,6 +195,33 @@ def test_a_step_that_is_not_good_changes_no_expert(ranks, stage: int) -> None:
         assert first == again != after
 
 
+def means(world: World, travel: Experts, stage: int) -> dict[str, Tensor]:
+    """The mean gradients after a step that is clipped to a norm of 0.01."""
+    adamw = OptimConfig(lr=1e-2, warmup_steps=0, clip=0.01)
+    engine = Engine(
+        skeleton(PAIR, VOCABULARY), adamw, ZeroConfig(stage=stage), world, torch.float32, 1,
+        BY[travel],
+    )  # fmt: skip
+    engine.begin(3)
+    (batch,) = streams([[40, 3, 21]], VOCABULARY)
+    loss, _ = engine(*distribute(*batch, world))
+    engine.backward(loss * (world.size / int((batch.labels >= 0).sum())))
+    assert engine.step(1e-2) > 0.1
+    return {name: full.clone() for name, key, full in engine.gather() if key == "exp_avg"}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_all_gradients_are_clipped_by_one_norm(ranks, stage: int) -> None:
+    """Their norm is 0.01 then, of which the mean has a tenth, to 1e-4; each one's to 1e-5 of it."""
+    (wanted,) = ranks(1).run(means, "weights", 0)
+    norm = sum(float(one.square().sum()) for one in wanted.values()) ** 0.5
+    assert norm == pytest.approx(0.001, rel=1e-4)
+    for got in ranks(3).run(means, "rows", stage):
+        assert got.keys() == wanted.keys()
+        for name, one in wanted.items():
+            torch.testing.assert_close(got[name], one, rtol=0, atol=1e-5 * norm, msg=name)
+
+
 Leg = tuple[list[float], dict[str, Tensor]]
 
 

@@ -171,6 +171,25 @@ def test_rows_beyond_the_bound_take_turns(ranks, how: str) -> None:
         assert len({waves for _, waves, _ in results}) == 1
 
 
+def added(world: World, each: int) -> Tensor:
+    """What comes back in bf16 of 256 from the first rank and 1 from each other."""
+    world = dataclasses.replace(world, ranks_per_node=each)
+    rows = Rows(Homes(4, world.topology), world.rank, world.group, world.device)
+    x = torch.zeros(3, D, dtype=torch.bfloat16)
+    experts = torch.arange(4).expand(3, 4)
+    value = 256.0 if world.rank == 0 else 1.0
+    finish = rows.begin(x, experts, torch.ones(3, 4), ())
+    return finish(lambda x, *_: torch.full_like(x, value))
+
+
+@pytest.mark.parametrize(("each", "wanted"), [(4, 260.0), (2, 258.0)])
+def test_sums_over_homes_are_fp32(ranks, each: int, wanted: float) -> None:
+    """259 becomes 260 in bf16. On two nodes 257 becomes 256, and 256 + 2 is left. Sums in bf16
+    would be 256 on one node."""
+    for got in ranks(4).run(added, each):
+        assert (got.float() == wanted).all()
+
+
 def counted(
     world: World, case: Case, each: int, either: bool = False
 ) -> tuple[dict[int, int], int]:
