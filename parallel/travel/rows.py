@@ -38,8 +38,6 @@ from parallel.travel.homes import Homes
 # x (n, D), rows (R,) int64, weights (R,), ends (experts,) int32, and these experts' matrices ->
 # y (n, D), as `kernels.expert_mlp`.
 Local = Callable[..., Tensor]
-
-
 # x (n, D), experts (n, k) int64, weights (n, k) -> y (n, D): sums over the experts that are here.
 _Use = Callable[[Tensor, Tensor, Tensor], Tensor]
 
