@@ -13,6 +13,6 @@ Read in this order:
 
 Every table is made on the host before anything is sent, so both ends of a message know it, and no
 device is waited for; but for `rows`, whose tables hang on what tokens choose: once a layer and pass
-the host reads how much that is. May import `parallel.planning`, `parallel.config`, `parallel.peers` and the
-kernels; not the front (`layers`, `stream`, `world`), which imports this room.
+the host reads how much that is. May import `parallel.planning`, `parallel.config`, `parallel.peers`
+and the kernels; not the front (`layers`, `stream`, `world`), which imports this room.
 """
