@@ -22,7 +22,7 @@ chunk, W taps of a filter, V vocabulary.
 from kernels.convolution import short_convolution
 from kernels.cross_entropy import linear_cross_entropy, token_cross_entropy
 from kernels.diagonal_scan import diagonal_scan
-from kernels.experts import Activation, expert_mlp
+from kernels.experts import Activation, by_expert, expert_mlp
 from kernels.linear_attention import linear_attention
 from kernels.norm import rms_norm
 from kernels.rotary import rotary_embedding
@@ -32,6 +32,7 @@ from kernels.softmax_attention import softmax_attention, softmax_attention_backw
 __all__ = [
     "Activation",
     "apply_segment",
+    "by_expert",
     "compose_segments",
     "diagonal_scan",
     "expert_mlp",

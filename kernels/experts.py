@@ -29,6 +29,23 @@ Activation = Literal["swiglu", "relu2"]
 PIECE = 2048
 
 
+def by_expert(experts: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, weights and ends as `expert_mlp` takes them, of tokens and the experts they chose.
+
+    Args:
+        experts: (T, k) int, `count` or more for none; those come after the last end.
+        weights: (T, k).
+
+    Returns:
+        (T · k,) int64, (T · k,) and (count,) int32. A token's rows at one expert stay in order.
+    """
+    # int16 is sorted in half the time on a CPU.
+    sorted_, order = experts.flatten().to(torch.int16).sort(stable=True)
+    each = torch.arange(count, dtype=torch.int16, device=experts.device)
+    ends = torch.searchsorted(sorted_, each, right=True, out_int32=True)
+    return order // experts.shape[1], weights.flatten()[order], ends
+
+
 def expert_mlp(
     x: Tensor,
     rows: Tensor,
@@ -86,7 +103,7 @@ def expert_mlp(
         )
     if limit is not None and (activation != "swiglu" or limit <= 0):
         raise ValueError(f"limit is {limit}; only swiglu has one, and it must be above 0")
-    if use_triton(backend, x):
+    if use_triton(backend, x) and len(rows):
         from kernels.triton import experts as compiled
 
         if E <= compiled.MOST_EXPERTS:
@@ -165,6 +182,8 @@ def _pieces(ends: Tensor, count: int) -> Iterator[tuple[int, slice]]:
 
     Of tensors without numbers, as if every expert had as many rows as the others.
     """
+    if not count:
+        return  # without a look at `ends`
     experts = len(ends)
     even = [count * (i + 1) // experts for i in range(experts)]
     bounds = [0, *(even if ends.is_meta else ends.tolist())]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Attention = Literal["balanced", "ring", "ulysses", "allgather"]
+Experts = Literal["weights", "rows", "auto"]
 
 
 @dataclass
@@ -16,6 +17,14 @@ class ParallelConfig:
             "help": "how full attention is divided over ranks: balanced plans whole sequences and "
             "rings by length; ring takes the ranks that hold a sequence in order; ulysses divides "
             "heads; allgather fetches all earlier keys and values of a sequence"
+        },
+    )
+    experts: Experts = field(
+        default="weights",
+        metadata={
+            "help": "what travels where MLPs are experts: weights, as ZeRO shares out any others, "
+            "or rows, tokens' inputs to the ranks that hold their experts, and results back; auto: "
+            "in each layer what should be fewer bytes"
         },
     )
     routing: bool = field(

@@ -66,6 +66,16 @@ class World:
             with waiting_for(owner):
                 dist.broadcast(values, owner)
 
+    def all_gather(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` of every rank, of one shape and dtype: (…) -> (size, …)."""
+        every = values.new_empty((self.size, *values.shape))
+        if self.size == 1:
+            every[0] = values
+            return every
+        with waiting_for(None):
+            dist.all_gather(list(every), values)
+        return every
+
     def barrier(self) -> None:
         if self.size > 1:
             with waiting_for(None):

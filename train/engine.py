@@ -8,7 +8,7 @@ of ranks or stages.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -17,21 +17,13 @@ from torch import Tensor, nn
 
 from parallel import World
 from train.config import TrainConfig, ZeroConfig
+from train.experts import AtHome
 from train.model.initial import values
 from train.model.transformer import Model, place
-from train.optimiser.muon import Muon, Piece
+from train.optimiser.muon import Muon, Piece, muon
 from train.optimiser.optim import OptimConfig, parameter_groups
+from train.optimiser.state import ADAMW, WEIGHT, Read, create, keys_of, read_into
 from train.zero import quietly_initialise, stand_in
-
-# The fp32 tensors of one parameter: the weight itself and the optimiser's means.
-WEIGHT = "weight"
-_MUON = (WEIGHT, "exp_avg")
-_ADAMW = (WEIGHT, "exp_avg", "exp_avg_sq")
-
-
-# (parameter, state key, begin, end) -> elements begin to end of the flattened tensor.
-Read = Callable[[str, str, int, int], Tensor]
-_READ = 1 << 24  # most numbers that are read at a time: 67 MB in fp32
 
 # Most numbers that ZeRO's ranks reduce at a time, DeepSpeed's own default.
 BUCKET = 500_000_000
@@ -49,7 +41,7 @@ class Engine:
     with e bytes a weight, stage 0 holds all; stages 1 and 2 the N weights that the model computes
     with, and 1/P of the fp32 masters and the optimiser's means (stage 1 in bf16 also N fp32
     gradients); stage 3 holds 1/P of everything, gradients among it, and a bucket. What a start
-    takes beside it does not grow with the model: numbers are made or read `_READ` at a time.
+    takes beside it does not grow with the model: numbers are made or read piece by piece.
     Buffers are whole on every rank, and keep their dtype.
 
     Args:
@@ -57,6 +49,7 @@ class Engine:
             begins with them, and is whole on every rank.
         accumulate: batches of one optimiser step.
         dtype: of weights and activations; with bf16 the optimiser keeps fp32 weights.
+        by_rows: the MLPs to whose experts rows travel, by name (`train.experts.AtHome`).
     """
 
     def __init__(
@@ -67,10 +60,12 @@ class Engine:
         world: World,
         dtype: torch.dtype,
         accumulate: int,
+        by_rows: Mapping[str, bool] | None = None,
     ) -> None:
-        self.world, self.stage = world, zero.stage
+        self.world, self.stage, self._clip = world, zero.stage, optim.clip
         held = [*model.named_parameters(), *model.named_buffers()]
         given = {name: x.detach() for name, x in held if not x.is_meta}
+        self.at_home = AtHome(model, optim, world, dtype, by_rows or {})
 
         def make(_: str, old: Tensor) -> Tensor:
             if not isinstance(old, nn.Parameter):
@@ -83,24 +78,18 @@ class Engine:
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         groups = parameter_groups(model.named_parameters(), optim, model.lr_multipliers())
         self.state_keys = {
-            self.names[parameter]: _MUON if group["orthogonal"] else _ADAMW
+            self.names[parameter]: keys_of(group)
             for group in groups
             for parameter in group["params"]
-        } | {name: (WEIGHT,) for name, _ in model.named_buffers()}
-        optimizer = Muon(
-            groups,
-            optim.momentum,
-            world,
-            lr=0.0,  # until a step sets it
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            fused=True,
-        )
+        }
+        self.state_keys |= {name: stack.keys for name, stack in self.at_home.stacks.items()}
+        self.state_keys |= {name: (WEIGHT,) for name, _ in model.named_buffers()}
+        optimizer = muon(groups, optim, world)
         bf16 = dtype == torch.bfloat16
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulate,
-            "gradient_clipping": optim.clip,
+            "gradient_clipping": 0.0,  # done here, by the norm over all there is
             "zero_optimization": {
                 "stage": zero.stage,
                 "reduce_bucket_size": bucket(sum(p.numel() for p in model.parameters())),
@@ -117,7 +106,7 @@ class Engine:
         self._optimizer.step = self._if_good(self._optimizer.step)
         self._good: Callable[[float], bool] = lambda norm: True
         self._verdict: bool | None = None
-        self._norm = 0.0
+        self._norm = self._beside = 0.0  # _beside: squares of experts' gradients that live at home
         self._create_optimizer_state()
         self.set_optimizer_step(0)
         self._masters = self._unsharded_weights() if self.stage == 0 else {}
@@ -153,13 +142,19 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["multiplier"]
         self._good, self._verdict = good, None
+        self._beside = self.at_home.reduce()
         if self._weights_are_masters:
             # Nothing wraps the optimiser then, and DeepSpeed keeps no norm.
             grads = [p.grad for p in self.names if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))
         self._engine.step()
         # DeepSpeed itself gives up most of the steps whose norm is not finite.
-        self.model.balance.end(self._may_update())
+        updated = self._may_update()
+        self.model.balance.end(updated)
+        if updated:
+            self.at_home.step(learning_rate, self._factor)
+        else:
+            self.at_home.forget()
         return self._norm
 
     def eval(self) -> None:
@@ -176,8 +171,21 @@ class Engine:
         for parameter, name in self.names.items():
             for key in self.state_keys[name]:
                 yield name, key, self._full(parameter, key)
+        for name, stack in self.at_home.stacks.items():
+            for key in stack.keys:
+                yield name, key, self.at_home.full(name, key)
         for name, buffer in self.model.named_buffers():
             yield name, WEIGHT, buffer
+
+    def copies(self) -> Iterator[tuple[str, Tensor, list[list[int]]]]:
+        """(name, this rank's tensor, groups of ranks that have the same) of what several ranks have
+        whole: all of the model under ZeRO 0 to 2, experts that have replicas."""
+        if self.stage < 3:
+            for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+                yield name, tensor, [list(range(self.world.size))]
+        for name, stack in self.at_home.stacks.items():
+            if stack.homes.replicated:
+                yield name, stack.weight, stack.homes.groups
 
     def begin(self, seed: int) -> None:
         """Set the weights to the model's first values; the optimiser stays as new."""
@@ -187,12 +195,13 @@ class Engine:
         """(end − begin,) fp32: what these elements of a parameter or buffer begin as."""
         return values(self.model.firsts[name], seed, name, begin, end)
 
-    def scatter(self, read: Read, keys: Collection[str] = _ADAMW) -> None:
+    def scatter(self, read: Read, keys: Collection[str] = ADAMW) -> None:
         """Set what `keys` name, on all ranks together. Each reads its own part only, in pieces."""
         for parameter, name in self.names.items():
             for key in self.state_keys[name]:
                 if key in keys:
                     self._set(parameter, key, lambda *part, n=name, k=key: read(n, k, *part))
+        self.at_home.scatter(read, keys)
         if WEIGHT in keys:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(read(name, WEIGHT, 0, buffer.numel()).view(buffer.shape))
@@ -203,11 +212,13 @@ class Engine:
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(step)
+        self.at_home.set_step(step)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """The full shape of everything that is saved, by name: of parameters and buffers."""
         found = {name: self.shape(parameter) for parameter, name in self.names.items()}
+        found |= {name: stack.shape for name, stack in self.at_home.stacks.items()}
         return found | {name: buffer.shape for name, buffer in self.model.named_buffers()}
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
@@ -216,7 +227,18 @@ class Engine:
 
     def _if_good(self, update: Callable[[], Any]) -> Callable[[], Any]:
         """The optimiser's step, which DeepSpeed calls for each group of parameters."""
-        return lambda *_: update() if self._may_update() else None
+
+        def clipped(*_: Any) -> None:
+            if not self._may_update():
+                return
+            if self._factor < 1:
+                for group in self._optimizer.param_groups:
+                    for weights in group["params"]:
+                        if weights.grad is not None:
+                            weights.grad.mul_(self._factor)
+            update()
+
+        return clipped
 
     def _may_update(self) -> bool:
         if self._verdict is None:
@@ -224,8 +246,15 @@ class Engine:
                 norm = float(self._engine.optimizer._global_grad_norm)
                 # One that is not finite may come as -1.
                 self._norm = norm if norm >= 0 else math.nan
-            self._verdict = self._good(self._norm)
+            if self._beside:
+                self._norm = math.sqrt(self._norm**2 + self._beside)
+            self._verdict = self._good(self._norm) and math.isfinite(self._norm)
         return self._verdict
+
+    @property
+    def _factor(self) -> float:
+        """What clipping multiplies all gradients with."""
+        return min(1.0, self._clip / (self._norm + 1e-6)) if self._clip else 1.0
 
     @property
     def _weights_are_masters(self) -> bool:
@@ -237,10 +266,7 @@ class Engine:
         for flat, group, members in self._partitions():
             if group["orthogonal"] and self.stage > 0:
                 self._optimizer.pieces[flat] = self._pieces(members)
-            state[flat]["exp_avg"] = torch.zeros_like(flat)
-            if not group["orthogonal"]:
-                state[flat]["exp_avg_sq"] = torch.zeros_like(flat)
-                state[flat]["step"] = torch.zeros((), device=flat.device)
+            create(state, flat, group)
         wrapper = self._engine.optimizer
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             wrapper._lazy_init_hp_params_optimizer_state()
@@ -313,9 +339,7 @@ class Engine:
     def _set(self, parameter: nn.Parameter, key: str, read: Callable[[int, int], Tensor]) -> None:
         """Set this rank's part of a tensor from `read(begin, end)`."""
         part, begin = self._part(parameter, key)
-        for a in range(0, part.numel(), _READ):
-            b = min(a + _READ, part.numel())
-            part[a:b].copy_(read(begin + a, begin + b))
+        read_into(part, begin, read)
         if key != WEIGHT:
             return
         # The weights that the model computes with.

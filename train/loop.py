@@ -78,11 +78,11 @@ class Trainer:
         model = skeleton(config.model, self.material.tokenizer.vocab_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model: {blocks_in_words(config.model.block_kinds)}; {parameters:,} parameters")
-        self.engine = Engine(
-            model, config.optim, config.zero, world, dtype, config.train.accumulate
-        )
+        accumulate = config.train.accumulate
+        by_rows = planning.by_rows(config, model, world.topology, dtype, self.say)
+        self.engine = Engine(model, config.optim, config.zero, world, dtype, accumulate, by_rows)
         self.planner = planning.planner_of(
-            model, config.parallel, world, dtype, config.zero.stage, config.train.accumulate
+            model, config.parallel, world, dtype, config.zero.stage, accumulate
         )
         self.peak_flops = peak_flops(world.device)
         self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)

@@ -16,6 +16,7 @@ from data.settings import ConfigError
 from parallel import World
 from train.config import Config
 from train.model.initial import Undrawn
+from train.model.linear import Stacked
 from train.model.transformer import Block
 
 _FP32 = 4
@@ -26,7 +27,8 @@ _REFUSED = re.compile(r"can't allocate memory|out of memory|Storage size calcula
 def check(config: Config, world: World, dtype: torch.dtype) -> None:
     """Refuse a run that cannot fit, by what it needs at the very least.
 
-    A rank holds its weights in `dtype` (of ZeRO 3 a share), a share of gradients and of the
+    A rank holds its weights in `dtype` (of ZeRO 3, and of experts to which rows may travel, a
+    share), a share of gradients and of the
     optimiser's three fp32 numbers a parameter, its share of each block's input, and all tokens and
     labels of a step. A GPU's machine holds only the latter.
 
@@ -35,8 +37,11 @@ def check(config: Config, world: World, dtype: torch.dtype) -> None:
     """
     count = parameters(config)
     model, train = config.model, config.train
-    copies = world.size if config.zero.stage == 3 else 1
-    states = count * (dtype.itemsize / copies + 3 * _FP32 / world.size)
+    shared = count if config.zero.stage == 3 else 0
+    if shared == 0 and config.parallel.experts != "weights":
+        shared = _of_experts(config)
+    whole = count - shared + shared / world.size
+    states = whole * dtype.itemsize + count * 3 * _FP32 / world.size
     activations = train.batch_tokens / world.size * model.layers * model.dim * dtype.itemsize
     step = 2 * 8 * train.batch_tokens * train.accumulate
     on_gpu = world.device.type == "cuda"
@@ -88,8 +93,25 @@ def parameters(config: Config) -> int:
     model, source = config.model, config.data.source
     pieces = config.data.vocab_size if config.data.tokenizer is None and source != RECALL else 1
     total = pieces * model.dim * (1 if model.tie_embeddings else 2)
+    for count, block in _blocks(config):
+        total += count * sum(parameter.numel() for parameter in block.parameters())
+    return total
+
+
+def _of_experts(config: Config) -> int:
+    """How many of these are in experts' matrices."""
+    return sum(
+        count * part.weight.numel()
+        for count, block in _blocks(config)
+        for part in block.modules()
+        if isinstance(part, Stacked)
+    )
+
+
+def _blocks(config: Config) -> Iterator[tuple[int, Block]]:
+    """How many blocks there are of each kind, and the first one, on meta."""
+    model = config.model
     for name, count in Counter(model.block_kinds).items():
         with torch.device("meta"), Undrawn():
             block = Block(model, model.block_kinds.index(name))
-        total += count * sum(parameter.numel() for parameter in block.parameters())
-    return total
+        yield count, block

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -18,6 +20,9 @@ from parallel.planning.clusters import (
 )
 from parallel.planning.layout import Topology
 from parallel.planning.planner import with_speeds
+from parallel.travel.homes import Homes
+from train.config import Config
+from train.experts import layers_of
 from train.model.linear import Linear
 from train.model.mixers import attention
 from train.model.transformer import Block, Model
@@ -40,6 +45,42 @@ def check(config: ParallelConfig, ranks: int) -> None:
             load_cluster(config.cluster)
         except ValueError as error:
             raise ConfigError(f"parallel.cluster: {error}") from None
+
+
+def by_rows(
+    config: Config,
+    model: Model,
+    topology: Topology,
+    dtype: torch.dtype,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, bool]:
+    """The MLPs to whose experts rows travel, by name, as `parallel.experts` says, and whether the
+    counts of a batch may overrule that ("auto").
+
+    "auto" compares what a rank should get in a forward and backward pass over its even share of a
+    batch, if all experts are as likely: of rows, each to another node or rank and back, in both
+    passes, with their experts' numbers and weights, and once more where activations are made anew;
+    of weights what ZeRO brings. What replicas tell each other once a step is left out.
+    """
+    layers = layers_of(model)
+    if config.parallel.experts != "auto":
+        return dict.fromkeys(layers, False) if config.parallel.experts == "rows" else {}
+    tokens = config.train.batch_tokens / topology.ranks
+    passes = 3 if config.model.checkpoint_activations else 2
+    found = {}
+    for name, layer in layers.items():
+        experts, _, width = layer.up.weight.shape
+        visits = sum(Homes(experts, topology).visits(layer.chosen))
+        row = passes * (2 * width * dtype.itemsize + 4 * layer.chosen)
+        numbers = layer.up.weight.numel() + layer.out.weight.numel()
+        weights = zero_bytes(numbers, dtype.itemsize, config.zero.stage, config.train.accumulate)
+        if tokens * visits * row < weights * (1 - 1 / topology.ranks):
+            found[name] = True
+    if layers and topology.ranks > 1:
+        say(
+            f"rows travel to experts in {len(found)} of {len(layers)} layers, weights in the others"
+        )
+    return found
 
 
 def planner_of(

@@ -112,11 +112,14 @@ class Table:
         takes: rows of this rank's result, by the rank that they come from. Rows that come from
             nowhere are zero; rows that come more than once are summed.
         rows: number of rows of the result.
+        wide: the result has the dtype in which rows are summed, fp32 or fp64, and not that of the
+            tensor; what travels has the tensor's, gradients too.
     """
 
     gives: PeerRows
     takes: PeerRows
     rows: int
+    wide: bool = False
 
     def reversed(self, rows: int) -> Table:
         """The table that moves rows back, to a tensor of `rows` rows; each went to one place."""
@@ -137,7 +140,7 @@ def move(
         tensors: (rows, …) each.
 
     Returns:
-        (table.rows, …) each, in the dtype of its tensor.
+        (table.rows, …) each, in the dtype of its tensor unless the table is `wide`.
     """
     return begin_move(tensors, tables, rank, group).arrive()
 
@@ -164,6 +167,7 @@ class Transfer:
     def __init__(self, tables: tuple[Table, ...], rank: int, group: dist.ProcessGroup | None):
         self._tables, self._rank, self._group = tables, rank, group
         self._rows: list[int] = []
+        self._dtypes: list[torch.dtype] = []  # of the tensors
         self._finish: Callable[[], list[Tensor]] = list
         self.ticket: Tensor
 
@@ -175,22 +179,26 @@ class Transfer:
 
     def start(self, tensors: Sequence[Tensor]) -> None:
         self._rows = [len(tensor) for tensor in tensors]
-        results = [
-            tensor.new_zeros(table.rows, *tensor.shape[1:])
-            for tensor, table in zip(tensors, self._tables, strict=True)
+        self._dtypes = [tensor.dtype for tensor in tensors]
+        dtypes = [
+            accumulation_dtype(dtype) if table.wide else dtype
+            for dtype, table in zip(self._dtypes, self._tables, strict=True)
         ]
-        self._deliver(
-            tensors, [t.gives for t in self._tables], results, [t.takes for t in self._tables]
-        )
+        results = [
+            tensor.new_zeros(table.rows, *tensor.shape[1:], dtype=dtype)
+            for tensor, table, dtype in zip(tensors, self._tables, dtypes, strict=True)
+        ]
+        gives, takes = [t.gives for t in self._tables], [t.takes for t in self._tables]
+        self._deliver(tensors, gives, results, takes, dtypes)
 
     def start_back(self, gradients: Sequence[Tensor]) -> None:
+        gradients = [x.to(dtype) for x, dtype in zip(gradients, self._dtypes, strict=True)]
         sums = [
             gradient.new_zeros(rows, *gradient.shape[1:], dtype=accumulation_dtype(gradient.dtype))
             for gradient, rows in zip(gradients, self._rows, strict=True)
         ]
-        self._deliver(
-            gradients, [t.takes for t in self._tables], sums, [t.gives for t in self._tables]
-        )
+        gives, takes = [t.gives for t in self._tables], [t.takes for t in self._tables]
+        self._deliver(gradients, takes, sums, gives, self._dtypes)
 
     def finish(self) -> list[Tensor]:
         """Wait for what `start` or `start_back` began, and return it."""
@@ -203,12 +211,13 @@ class Transfer:
         gives: Sequence[PeerRows],
         targets: list[Tensor],
         takes: Sequence[PeerRows],
+        dtypes: Sequence[torch.dtype],
     ) -> None:
         arrived = _deliver(sources, gives, targets, takes, self._rank, self._group)
 
         def finish() -> list[Tensor]:
             arrived()
-            return [x.to(source.dtype) for x, source in zip(targets, sources, strict=True)]
+            return [x.to(dtype) for x, dtype in zip(targets, dtypes, strict=True)]
 
         self._finish = finish
 

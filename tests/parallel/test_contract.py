@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 from contextlib import nullcontext
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,13 +18,16 @@ import torch
 from torch import Tensor
 
 from parallel import ParallelConfig, World, distribute
-from parallel.config import Attention
+from parallel.config import Attention, Experts
+from parallel.travel.rows import Rows
 from tests.balance import Layer
 from tests.parallel.across import lopsided_shards, plans_in_waves
 from tests.streams import Stream, streams
 from train.config import ZeroConfig
 from train.engine import Engine
+from train.experts import GRADIENT, layers_of
 from train.model.config import ModelConfig
+from train.model.mlps.experts import MLP
 from train.model.transformer import Model
 from train.optimiser.optim import OptimConfig
 
@@ -61,6 +65,11 @@ BALANCED = {
     1: {"aux_loss": 0.5, "z_loss": 0.01, "sequence_loss": 0.3},
     2: {"bias_update": "proportional", "bias_rate": 0.05, "sequence_loss": 0.2},
 }
+# Fewer experts than ranks: they have replicas.
+FEW = {
+    "experts": {"experts": 3, "chosen": 2, "dim": 10, "shared_dim": 8},
+    "two": {"kind": "experts", "experts": 2, "chosen": 1, "dim": 10, "normalise": False},
+}
 # Lengths of batches of one stream after the other, two a step at most.
 STREAMS = [
     [101],  # one sequence over all ranks
@@ -82,6 +91,8 @@ class Setting:
     each: int | None = None  # ranks a node, if not all are on one
     waves: int = 1  # of heads
     lopsided: bool = False  # shards are anything but even
+    experts: Experts = "weights"  # what travels for them
+    spread: float = 2.0  # of rows, over which they take turns
 
 
 def steps(accumulate: int) -> list[list[Stream]]:
@@ -101,6 +112,8 @@ def model(family: str | None, recompute: bool = False, balanced: bool = True) ->
         config = dataclasses.replace(
             MODEL, mlp_first=["swiglu", "experts", "grouped"], mlp_pattern=["none"], mlps=mlps
         )
+    elif family == "few experts":
+        config = dataclasses.replace(MODEL, mlp_first=["swiglu"], mlp_pattern=list(FEW), mlps=FEW)
     elif family is not None:
         mixers = FAMILIES[family]
         config = ModelConfig(pattern=list(mixers), layers=len(mixers), dim=24, mixers=mixers)
@@ -123,8 +136,12 @@ Course = tuple[list[float], list[float], dict[str, Tensor]]
 def plain(accumulate: int, family: str | None) -> Course:
     """The definition: the gradient of the mean over a step's targets, clipped, and AdamW."""
     net, alone = model(family, balanced=False), World(0, 1, 0, torch.device("cpu"))
-    routed = BALANCED if family == "experts" else {}
-    layers = [Layer(net.blocks[block].mlp.router, on) for block, on in routed.items()]
+    on = BALANCED if family == "experts" else {}
+    layers = [
+        Layer(block.mlp.router, on.get(number, {}))
+        for number, block in enumerate(net.blocks)
+        if isinstance(block.mlp, MLP)
+    ]
     matrices = [p for n, p in net.named_parameters() if p.dim() >= 2 and n.endswith(".weight")]
     rest = [p for n, p in net.named_parameters() if not (p.dim() >= 2 and n.endswith(".weight"))]
     adamw = torch.optim.AdamW(
@@ -155,20 +172,34 @@ def plain(accumulate: int, family: str | None) -> Course:
 def shared(world: World, setting: Setting) -> Course:
     world = dataclasses.replace(world, ranks_per_node=setting.each or world.size)
     config = ParallelConfig(attention=setting.attention)
-    with plans_in_waves(setting.waves), lopsided_shards() if setting.lopsided else nullcontext():
+    with (
+        plans_in_waves(setting.waves),
+        lopsided_shards() if setting.lopsided else nullcontext(),
+        mock.patch.object(Rows, "spread", setting.spread),
+    ):
         return course(world, config, setting)
 
 
 def course(world: World, config: ParallelConfig, setting: Setting) -> Course:
+    net = model(setting.family, setting.recompute)
     engine = Engine(
-        model(setting.family, setting.recompute),
+        net,
         OPTIM,
         ZeroConfig(stage=setting.stage),
         world,
         torch.float32,
         setting.accumulate,
+        None
+        if setting.experts == "weights"
+        else dict.fromkeys(layers_of(net), setting.experts == "auto"),
     )
     losses, norms, gradients = [], [], {}
+
+    def look(_: float) -> bool:
+        for name in engine.at_home.stacks:
+            gradients.setdefault(name, engine.at_home.full(name, GRADIENT).clone())
+        return True
+
     for group in steps(setting.accumulate):
         count, total = targets(group), torch.zeros((), dtype=torch.float64)
         for batch in group:
@@ -177,7 +208,7 @@ def course(world: World, config: ParallelConfig, setting: Setting) -> Course:
             total += cross_entropy
             if batch is group[-1] and not gradients:
                 gradients = {name: gradient(p, setting) for p, name in engine.names.items()}
-            norm = engine.step(RATE)
+            norm = engine.step(RATE, look)
         losses.append(float(world.sum(total)) / count)
         norms.append(norm)
     return losses, norms, gradients | dict(engine.model.named_buffers())
@@ -224,6 +255,27 @@ CASES += [
     for stage, size in enumerate((3, 4, 2, 4))
 ]
 CASES += [(4, Setting("balanced", 1, 2, family="experts", lopsided=True))]
+CASES += [
+    (
+        size,
+        Setting("balanced", stage, 1 + (stage + size) % 2, i % 2 == 0, family, 2, experts="rows"),
+    )
+    for i, (size, stage, family) in enumerate(
+        [
+            *((2, stage, "experts") for stage in (0, 1, 2, 3)),
+            *((3, stage, "experts") for stage in (1, 3)),
+            *((4, stage, "few experts") for stage in (0, 1, 2, 3)),
+            *((3, stage, "few experts") for stage in (0, 2)),
+        ]
+    )
+]
+CASES += [
+    (4, Setting("balanced", 3, 2, True, "experts", 2, experts="rows", spread=0.3)),
+    (3, Setting("balanced", 1, 1, False, "few experts", 2, experts="rows", spread=0.5)),
+    # In these batches weights are fewer bytes; in the last one, of a handful of tokens, rows are.
+    (4, Setting("balanced", 2, 2, True, "few experts", 2, experts="auto")),
+    (3, Setting("balanced", 3, 1, False, "experts", 2, experts="auto")),
+]
 CASES += [(size, setting) for size in (2, 3) for setting in SETTINGS[size - 2 :: 5]]
 
 

@@ -45,6 +45,21 @@ def test_of_the_weights_a_share_is_counted_under_zero_3(monkeypatch: pytest.Monk
         memory.check(read(SMOKE, [*words, "zero.stage=2"]), four, torch.float32)
 
 
+def test_of_experts_to_which_rows_travel_a_share_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of four machines of 5 bytes a parameter, where nearly all are in experts: 16 / 4."""
+    four = World(0, 4, 0, torch.device("cpu"))
+    words = ["train.batch_tokens=256", "train.seq_len=256", "zero.stage=1"]
+    words.append("model.mlps.experts={experts: 512, dim: 512}")
+    experts = SMOKE.with_name("experts.yaml")
+    count = memory.parameters(read(experts, words))
+    monkeypatch.setattr(memory, "memory", lambda: 5 * count)
+    memory.check(read(experts, [*words, "parallel.experts=rows"]), four, torch.float32)
+    with pytest.raises(ConfigError, match="GB a machine"):
+        memory.check(read(experts, words), four, torch.float32)
+
+
 def test_a_run_that_fits_is_not_refused_and_parameters_are_counted() -> None:
     for words in ([], ["model.tie_embeddings=false", "model.pattern=[kda, attention]"]):
         config = read(SMOKE, words)

@@ -13,12 +13,13 @@ from kernels import flops
 from parallel import ParallelConfig, World, join
 from parallel.planning.clusters import Recurrent, load_cluster
 from parallel.planning.costs import States
-from train.config import ZeroConfig
+from parallel.planning.layout import Topology
+from train.config import Config, ZeroConfig
 from train.engine import Engine
 from train.model.config import ModelConfig
-from train.model.transformer import Model
+from train.model.transformer import Model, skeleton
 from train.optimiser.optim import OptimConfig
-from train.planning import planner_of
+from train.planning import by_rows, planner_of
 
 HEADS: dict[str, Any] = {"heads": 2, "value_heads": 4, "head_dim": 16, "value_head_dim": 32}
 DIM = 64
@@ -124,3 +125,46 @@ def test_the_same_when_zero_3_has_taken_the_weights(world: None) -> None:
     assert not model.blocks[0].mixer.conv.numel()
     with closing(planner_of(model, ParallelConfig(), alone, torch.float32)) as planner:
         assert planner.costs == before
+
+
+@pytest.mark.parametrize(("stage", "moved"), [(0, 2), (1, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("recompute", "passes"), [(False, 2), (True, 3)])
+def test_rows_travel_in_the_layers_where_they_should_be_fewer_bytes(
+    stage: int, moved: int, recompute: bool, passes: int
+) -> None:
+    """Four ranks on a node, 8 experts of which a token meets 2: it meets none of another rank's two
+    with the chance C(6, 2) / C(8, 2) = 15 / 28. Weights come `moved` times from three of four."""
+    layer = {"experts": 8, "chosen": 2, "dim": 16}
+    model = skeleton(
+        ModelConfig(
+            pattern=["gla"], layers=3, dim=32, mixers={"gla": {"heads": 2, "head_dim": 8}},
+            mlp_pattern=["swiglu", "few", "many"],
+            mlps={
+                "few": {"kind": "experts", **layer},
+                "many": {"kind": "experts", **layer, "dim": 64},
+            },
+        ),
+        61,
+    )  # fmt: skip
+    a_token = passes * 3 * (1 - 15 / 28) * (2 * 32 * 2 + 4 * 2)
+    tokens = {dim: 4 * moved * 3 / 4 * (8 * 3 * dim * 32 * 2) / a_token for dim in (16, 64)}
+    config = Config(parallel=ParallelConfig(experts="auto"), zero=ZeroConfig(stage))
+    config.model.checkpoint_activations = recompute
+
+    def layers(batch: float) -> list[str]:
+        config.train.batch_tokens = int(batch)
+        found = by_rows(config, model, Topology(4, 4), torch.bfloat16, said.append)
+        assert set(found.values()) <= {config.parallel.experts == "auto"}
+        return list(found)
+
+    said: list[str] = []
+    assert layers(0.99 * tokens[16]) == ["blocks.1.mlp", "blocks.2.mlp"]
+    assert layers(1.01 * tokens[16]) == layers(0.99 * tokens[64]) == ["blocks.2.mlp"]
+    assert layers(1.01 * tokens[64]) == []
+    assert [line[:32] for line in said] == [
+        f"rows travel to experts in {n} of 2" for n in (2, 1, 1, 0)
+    ]
+    config.parallel.experts = "rows"
+    assert layers(1e9) == ["blocks.1.mlp", "blocks.2.mlp"]
+    config.parallel.experts = "weights"
+    assert layers(1) == []

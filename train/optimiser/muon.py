@@ -20,6 +20,7 @@ from torch import Tensor
 
 from parallel import World
 from parallel.travel import exchange
+from train.optimiser.optim import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,19 @@ class Muon(torch.optim.AdamW):
         else:
             update = orthogonal(ahead)
         parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
+
+
+def muon(groups: list[dict[str, Any]], config: OptimConfig, world: World) -> Muon:
+    """The optimiser of groups of `parameter_groups`; a step sets its learning rate first."""
+    return Muon(
+        groups,
+        config.momentum,
+        world,
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

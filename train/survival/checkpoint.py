@@ -163,23 +163,25 @@ class Saver:
 
 
 def diverged(engine: Engine, world: World) -> str | None:
-    """Which parameter's copies are not the same on every rank; None if all are.
+    """Which parameter's copies are not the same on the ranks that have one; None if all are.
 
-    The sum of the bits of a parameter, as integers, must be equal. ZeRO 3 has no copies.
+    The sum of the bits of a parameter, as integers, must be equal.
     """
-    if engine.stage == 3 or world.size == 1:
+    copies = list(engine.copies())
+    if world.size == 1 or not copies:
         return None
     whole = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-    held = {**dict(engine.model.named_parameters()), **dict(engine.model.named_buffers())}
     sums = [
         tensor.detach().contiguous().view(whole[tensor.dtype]).sum(dtype=torch.int64)
-        for tensor in held.values()
+        for _, tensor, _ in copies
     ]
     everyone = world.gather(torch.stack(sums).tolist())
-    for parameter, theirs in zip(held, zip(*everyone, strict=True), strict=True):
-        if len(set(theirs)) > 1:
-            odd = [rank for rank, held in enumerate(theirs) if theirs.count(held) <= world.size / 2]
-            return f"{parameter} is not the same on every rank (see rank {odd})"
+    for (parameter, _, holders), every in zip(copies, zip(*everyone, strict=True), strict=True):
+        for ranks in holders:
+            theirs = [every[rank] for rank in ranks]
+            if len(set(theirs)) > 1:
+                odd = [rank for rank in ranks if theirs.count(every[rank]) <= len(ranks) / 2]
+                return f"{parameter} is not the same on every rank (see rank {odd})"
     return None
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import ParallelConfig, World, distribute
-from tests.parallel.test_contract import FAMILIES, VOCABULARY, model
+from tests.parallel.test_contract import FAMILIES, OPTIM, VOCABULARY, model
+from train.experts import AtHome, layers_of
 
 ROOT = Path(__file__).parents[3]
 READ_BY_THE_HOST = {
@@ -112,6 +113,27 @@ def test_no_step_of_a_hybrid_waits(ranks, attention: str, recompute: bool) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_step_of_any_mixer_waits(ranks, family: str) -> None:
     assert ranks(4).run(waits, family, "balanced", False) == [[]] * 4
+
+
+def waits_of_experts(world: World, recompute: bool) -> list[str]:
+    world = dataclasses.replace(world, ranks_per_node=2)
+    net = model("experts", recompute)
+    AtHome(net, OPTIM, world, torch.float32, dict.fromkeys(layers_of(net), True))
+    tokens = np.arange(101) % VOCABULARY
+    with Watch() as watch:
+        net(*distribute(tokens, tokens, np.array([0, 61, 64, 101]), world))[0].backward()
+    return watch.waits
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_where_rows_travel_to_experts_the_host_waits_once_a_layer_and_pass(
+    ranks, recompute: bool
+) -> None:
+    """Of the three layers' MLPs two are experts."""
+    for found in ranks(4).run(waits_of_experts, recompute):
+        places = [wait.rsplit(":", 1)[0] for wait in found if not wait.startswith("numpy")]
+        assert places == ["cpu at parallel/travel/rows.py"] * 2 * (1 + recompute)
+        assert len(set(found)) == 2  # the copy to the host, and its view as an array
 
 
 def test_a_wait_is_seen() -> None:

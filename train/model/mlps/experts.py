@@ -2,7 +2,7 @@
 
 No expert has a capacity and no token is dropped, so what a token gets depends on that token alone.
 Every rank has the weights of all experts, or gathers them under ZeRO 3, and applies them to its own
-tokens: it is the weights that travel. `_applied` is where rows would.
+tokens; or a rank has the weights of some, and tokens' rows travel to them (`MLP.rows`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
 from data.settings import ConfigError, setting
+from parallel.travel.rows import Rows
 from train.model import mlps
 from train.model.config import MOST_INNER, MOST_WIDTH, ModelConfig
 from train.model.linear import Stacked
@@ -109,34 +109,35 @@ class MLP(mlps.MLP):
         self.up = Stacked(config.experts, config.chosen, taken, wide)
         self.out = Stacked(config.experts, config.chosen, inner, taken)
         self.shared = Shared(model.dim, config) if config.shared_dim else None
+        self.rows: Rows | None = None  # set where experts live on some ranks each (`train.experts`)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # (1, t, dim) -> (t, dim)
         experts, weights = self.router(tokens)
         given = tokens if self.latent is None else self.latent.down(tokens)
-        y = self._applied(given, experts, weights)
+        begun = self.rows and self.rows.begin(
+            given, experts, weights, (self.up.weight, self.out.weight)
+        )
+        shared = None if self.shared is None else self.shared(tokens)  # while rows travel
+        y = begun(self._applied) if begun else self._every(given, experts, weights)
         if self.latent is not None:
             y = self.latent.out(y)
-        if self.shared is not None:
-            y = y + self.shared(tokens)
+        if shared is not None:
+            y = y + shared
         return y.view_as(x)
 
-    def _applied(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    def _every(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (t, D), experts and weights (t, chosen) -> the weighted sum of each token's experts."""
-        count = self.router.out_features
-        # int16 is sorted in half the time on a CPU; (t · chosen,), a token's places adjacent.
-        by_expert, order = experts.flatten().to(torch.int16).sort(stable=True)
-        each = torch.arange(count, dtype=torch.int16, device=x.device)
-        ends = torch.searchsorted(by_expert, each, right=True, out_int32=True)
-        rows, factors = order // self.chosen, weights.flatten()[order]
+        told = kernels.by_expert(experts, weights, self.router.out_features)
         return self.up(
-            x,
-            lambda x, up: self.out(
-                x,
-                lambda x, out: kernels.expert_mlp(
-                    x, rows, factors, ends, up, out, activation=self.activation, limit=self.limit
-                ),
-            ),
+            x, lambda x, up: self.out(x, lambda x, out: self._applied(x, *told, up, out))
+        )
+
+    def _applied(
+        self, x: Tensor, rows: Tensor, factors: Tensor, ends: Tensor, up: Tensor, out: Tensor
+    ) -> Tensor:
+        return kernels.expert_mlp(
+            x, rows, factors, ends, up, out, activation=self.activation, limit=self.limit
         )
 
     @property
