@@ -167,6 +167,11 @@ class Costs:
         tiles = (runs - 1) * before + runs * (runs - 1.0) / 2 + last
         return self.pair * self.tile**2 * np.where(end > start, tiles, 0.0)
 
+    def chunks(self, size: Array | float, count: Array | int) -> Array:
+        """Forward seconds of sequences in `count` chunks of `size` tokens, keys of their own."""
+        tiles = count * _tiles(size, self.tile)
+        return self.pair * self.tile**2 * tiles * (tiles + 1) / 2
+
     def chunked_attention(self, size: Array) -> Array:
         """Forward seconds of each chunk of sequences whose chunks are keys of their own.
 

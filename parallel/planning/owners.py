@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from parallel.planning.costs import ATTENTION_WORK, RING_TRAFFIC, Costs
 from parallel.planning.layout import Array, Topology
 from parallel.planning.prices import Prices
 
@@ -183,6 +184,56 @@ def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
         for found, share in zip(grids, _SLICES, strict=True):
             found.append(grid(members, topology, prices.together(rows, width, which, share)[1]))
     return [Owners(owner, each, "rank") for each in grids]
+
+
+def least_seconds(owners: Owners, lengths: Array, topology: Topology, costs: Costs) -> float:
+    """Seconds that no plan of a placing is quicker than, as `cost.price` counts them.
+
+    The busiest rank's attention and other work. Left out is whatever depends on where the stream
+    has the tokens (moves, states), and that rings wait for each other. Sequences of a ring are in
+    even chunks here: rounded, they may be a few tokens shorter or longer.
+    """
+    ranks = topology.ranks
+    whole = owners.owner >= 0
+    rank, n = owners.owner[whole], lengths[whole]
+    alone = ATTENTION_WORK.sum() * costs.attention(np.zeros_like(n), n)
+    busy = np.bincount(rank, alone, ranks) * topology.seconds
+    held = np.bincount(rank, n, ranks).astype(np.float64)
+    if owners.grids:
+        shapes = np.array([x.shape for x in owners.grids])  # (rings, 3)
+        nodes, each, slices = shapes.T
+        size, seats = shapes.prod(axis=1), nodes * each
+        ring, n = -1 - owners.owner[~whole], lengths[~whole]
+        chunks = np.where(seats == 1, 1, 2 * seats)[ring]
+        work = np.bincount(ring, costs.chunks(n // chunks, chunks), len(size)) / size
+        tokens = np.bincount(ring, n, len(size)) / size
+        members = np.concatenate([x.reshape(-1) for x in owners.grids])
+        slowest = np.maximum.reduceat(topology.seconds[members], np.cumsum(size) - size)
+        block = tokens * costs.kv_bytes
+        on_node = topology.ranks_per_node
+        if costs.routed:
+            on_node = np.minimum(each * slices, on_node)
+        travel = np.maximum(
+            nodes * (each - 1) * (costs.latency_inside + block / max(costs.inside, costs.nic)),
+            (nodes - 1) * (costs.latency_between + on_node * block / costs.between),
+        )
+        launched = (seats - 1) * costs.launch
+        seconds = sum(
+            np.maximum(work * slowest * a + launched, travel * b)
+            for a, b in zip(ATTENTION_WORK, RING_TRAFFIC, strict=True)
+        )
+        busy += np.bincount(members, np.repeat(seconds, size), ranks)
+        held += np.bincount(members, np.repeat(tokens, size), ranks)
+    match owners.shards:
+        case "even":
+            held = lengths.sum() / np.array(topology.speeds).sum()
+        case "node":
+            power = 1 / topology.seconds
+            node = topology.node(np.arange(ranks))
+            held = (np.bincount(node, held) / np.bincount(node, power))[node]
+        case "rank":
+            held = held * topology.seconds
+    return float((busy + costs.rest_both_ways * held).max())
 
 
 def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:

@@ -28,6 +28,7 @@ from parallel.planning.owners import (
     Owners,
     group_sizes,
     in_groups,
+    least_seconds,
     on_all_ranks,
     on_stream_ranks,
     rank_capacity,
@@ -86,6 +87,8 @@ _LIMITS = (
 _GROUPINGS = 4
 # The search ends when a plan takes at most this multiple of perfectly even work.
 _GOOD_ENOUGH = 1.002
+# `least_seconds` times this is not built if a quicker plan is known: chunks and shards are rounded.
+_ROUNDED = 0.999
 # Placings tried at least. As many more are tried as half a second allows, or a tenth of the step
 # that is planned: by measurement a second is _TRIAL_BUDGET / (ranks + sequences + _TRIAL_OVERHEAD)
 # placings. No clock is asked: all ranks must try as many.
@@ -177,6 +180,9 @@ def _cheapest(
             if owners.key in seen or (best is not None and owners.pieces > _MOST_PIECES):
                 continue
             seen.add(owners.key)
+            floor = least_seconds(owners, lengths, topology, costs)
+            if _ROUNDED * floor >= least:
+                continue
             made = build("balanced", lengths, owners, topology, by_node, routing)
             if not _fits(made, slack):
                 continue
