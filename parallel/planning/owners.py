@@ -11,9 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from parallel.planning.costs import ATTENTION_WORK, RING_TRAFFIC, Costs
+from parallel.planning.costs import ATTENTION_WORK, Costs
 from parallel.planning.layout import Array, Topology
 from parallel.planning.prices import Prices
+from parallel.planning.rings import Members
 
 # Multiples of the even share of all work in which a sequence is to be done (`group_sizes`).
 _SHARES = (0.5, 0.75, 1.0, 1.25, 1.6)
@@ -200,30 +201,18 @@ def least_seconds(owners: Owners, lengths: Array, topology: Topology, costs: Cos
     busy = np.bincount(rank, alone, ranks) * topology.seconds
     held = np.bincount(rank, n, ranks).astype(np.float64)
     if owners.grids:
-        shapes = np.array([x.shape for x in owners.grids])  # (rings, 3)
-        nodes, each, slices = shapes.T
-        size, seats = shapes.prod(axis=1), nodes * each
+        members = Members.of(owners.grids, topology)
         ring, n = -1 - owners.owner[~whole], lengths[~whole]
+        seats = members.size // members.shapes[:, 2]
         chunks = np.where(seats == 1, 1, 2 * seats)[ring]
-        work = np.bincount(ring, costs.chunks(n // chunks, chunks), len(size)) / size
-        tokens = np.bincount(ring, n, len(size)) / size
-        members = np.concatenate([x.reshape(-1) for x in owners.grids])
-        slowest = np.maximum.reduceat(topology.seconds[members], np.cumsum(size) - size)
-        block = tokens * costs.kv_bytes
-        on_node = topology.ranks_per_node
-        if costs.routed:
-            on_node = np.minimum(each * slices, on_node)
-        travel = np.maximum(
-            nodes * (each - 1) * (costs.latency_inside + block / max(costs.inside, costs.nic)),
-            (nodes - 1) * (costs.latency_between + on_node * block / costs.between),
+        work, tokens = (
+            np.bincount(ring, x, len(members.size)) / members.size
+            for x in (costs.chunks(n // chunks, chunks), n)
         )
-        launched = (seats - 1) * costs.launch
-        seconds = sum(
-            np.maximum(work * slowest * a + launched, travel * b)
-            for a, b in zip(ATTENTION_WORK, RING_TRAFFIC, strict=True)
-        )
-        busy += np.bincount(members, np.repeat(seconds, size), ranks)
-        held += np.bincount(members, np.repeat(tokens, size), ranks)
+        slowest = members.largest(topology.seconds[members.rank])
+        took = members.seconds(work * slowest, tokens * costs.kv_bytes, costs).sum(axis=0)
+        busy += np.bincount(members.rank, took[members.ring], ranks)
+        held += np.bincount(members.rank, tokens[members.ring], ranks)
     match owners.shards:
         case "even":
             held = lengths.sum() / np.array(topology.speeds).sum()

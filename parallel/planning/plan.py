@@ -177,6 +177,8 @@ def _cheapest(
             break
         tried += not bound  # groups are tried beside: few have a chance
         for owners in make() if bound < least else []:
+            if not routing:
+                owners = owners.flat()
             if owners.key in seen or (best is not None and owners.pieces > _MOST_PIECES):
                 continue
             seen.add(owners.key)
@@ -291,8 +293,6 @@ def build(
     if owners is None:
         stream = attention = in_order(lengths, topology.ranks)
     else:
-        if not routing:
-            owners = owners.flat()
         attention, home, rings = _attention_layout(lengths, owners, topology.ranks)
         pinned = np.full(len(lengths), not by_node)
         for ring in rings:

@@ -1,4 +1,4 @@
-"""A placing whose floor is above the best plan's seconds is not built, and nothing is lost by it."""
+"""A placing whose floor is above the best plan's seconds is not built; nothing is lost by it."""
 
 from __future__ import annotations
 
