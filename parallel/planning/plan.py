@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from parallel.planning.owners import (
 )
 from parallel.planning.placing import Limits, balanced
 from parallel.planning.prices import Prices
+from parallel.planning.rings import Members
 from parallel.planning.states import price_states
 
 __all__ = ["Costs", "Layout", "Moves", "Plan", "Ring", "Round", "Strategy", "Topology", "plan"]
@@ -293,7 +294,7 @@ def build(
     if owners is None:
         stream = attention = in_order(lengths, topology.ranks)
     else:
-        attention, home, rings = _attention_layout(lengths, owners, topology.ranks)
+        attention, home, rings = _attention_layout(lengths, owners, topology)
         pinned = np.full(len(lengths), not by_node)
         for ring in rings:
             # A seat over several nodes: each token crosses between nodes, whichever of them has
@@ -325,61 +326,98 @@ def build(
 
 
 def _attention_layout(
-    lengths: Array, owners: Owners, ranks: int
+    lengths: Array, owners: Owners, topology: Topology
 ) -> tuple[Layout, Layout, tuple[Ring, ...]]:
     """The layout of attention, the home of its tokens, and its rings.
 
     The home is a layout in which every token lies once, with all its heads, on one of the ranks
     that hold it in attention.
     """
-    owner = owners.owner
-    on_ring = np.flatnonzero((owner < 0) & (lengths > 0))
-    on_ring = on_ring[np.argsort(-owner[on_ring], kind="stable")]
-    used, first = np.unique(-1 - owner[on_ring], return_index=True)
-    parts = dict(zip(used.tolist(), np.split(on_ring, first[1:]), strict=bool(len(used))))
-    held = np.zeros(ranks, np.int64)
+    whole = np.flatnonzero(owners.owner >= 0)
+    zero, rank = np.zeros_like(whole), owners.owner[whole]
+    alone = _Spans(whole, zero, lengths[whole], rank, zero, zero + 1)
+    spans, homes, rings = _ring_spans(lengths, owners, topology)
+    spans, homes = (
+        _Spans(*map(np.concatenate, zip(x, alone, strict=True))) for x in (spans, homes)
+    )
+    sequence, start, end, rank, piece, slices = spans
+    attention = Layout.stack(sequence, start, end, rank, topology.ranks, piece, slices)
+    return attention, Layout.stack(*homes[:4], topology.ranks), rings
+
+
+class _Spans(NamedTuple):
+    """Spans in the order in which ranks hold them: columns of `Layout`, int64 (spans,) each."""
+
+    sequence: Array
+    start: Array
+    end: Array
+    rank: Array
+    piece: Array
+    slices: Array
+
+
+def _ring_spans(
+    lengths: Array, owners: Owners, topology: Topology
+) -> tuple[_Spans, _Spans, tuple[Ring, ...]]:
+    """The spans of sequences on rings in attention, the same at home, and the rings."""
+    on_ring = np.flatnonzero((owners.owner < 0) & (lengths > 0))
+    if not len(on_ring):
+        none = _Spans(*[on_ring] * len(_Spans._fields))
+        return none, none, ()
+    used = np.unique(-1 - owners.owner[on_ring]).tolist()
+    used.sort(key=lambda g: (-len(owners.grids[g]), -owners.grids[g].size, g))
+    grids = [owners.grids[g] for g in used]
+    members = Members.of(grids, topology)
+    number = np.zeros(len(owners.grids), np.int64)
+    number[used] = np.arange(len(used))
+    ring = number[-1 - owners.owner[on_ring]]
+    order = np.argsort(ring, kind="stable")
+    on_ring, ring = on_ring[order], ring[order]
+    count = np.bincount(ring)
+    first = np.cumsum(count) - count  # (rings,): place of a ring's first sequence in `on_ring`
+    slices = members.shapes[:, 2]
+    seats = members.size // slices
+    chunks = np.where(seats == 1, 1, 2 * seats)  # of one seat, all of a sequence is early
+    # Chunks are rounded by a running sum of lengths, so that the odd tokens of many short
+    # sequences do not all fall on one rank. (sequences on rings,)
+    n = lengths[on_ring]
+    upto = np.cumsum(n)
+    rounded = (upto - (upto - n)[first][ring]) % chunks[ring]
+    # A span for each sequence on each member, of the early chunk, and then of the late one: ring
+    # by ring, early ones before late ones. Columns are (spans,) from here on.
+    span_counts = np.where(seats == 1, 1, 2) * members.size * count
+    of = np.repeat(np.arange(len(grids)), span_counts)
+    place = np.arange(len(of)) - (np.cumsum(span_counts) - span_counts)[of]
+    place, nth = np.divmod(place, count[of])
+    late, place = np.divmod(place, members.size[of])
+    seat, piece = np.divmod(place, slices[of])
+    member, nth, total, parts = members.first[of] + place, first[of] + nth, chunks[of], slices[of]
+    n, lean = n[nth], rounded[nth]
+    early_start, early_end = ((x * n + lean) // total for x in (seat, seat + 1))
+    late_start, late_end = ((x * n + lean) // total for x in (total - 1 - seat, total - seat))
+    start, end = np.where(late, late_start, early_start), np.where(late, late_end, early_end)
+    columns = on_ring[nth], members.rank[member], piece, parts
+    spans = _Spans(columns[0], start, end, *columns[1:])
+    # A seat's tokens of a sequence, early ones before late ones, are divided over its ranks for
+    # their home: most ranks then have one fragment of it, and few states pass.
+    early = early_end - early_start
+    both = early + np.where(total == 1, 0, late_end - late_start)
+    before = start - late * early
+    edges = [np.clip(before + both * x // parts, start, end) for x in (piece, piece + 1)]
+    homes = _Spans(columns[0], *edges, *columns[1:])
+    # A ring's block lies in a member's buffer after those of the rings before it: (members,).
+    held = np.bincount(member, end - start, len(members.rank)).astype(np.int64)
+    by_rank = np.argsort(members.rank, kind="stable")
+    offset = np.empty_like(held)
+    offset[by_rank] = np.cumsum(held[by_rank]) - held[by_rank]
+    offset -= offset[by_rank][np.searchsorted(members.rank, members.rank, sorter=by_rank)]
     rings = []
-    spans, homes = [], []
-    for g in sorted(parts, key=lambda g: (-len(owners.grids[g]), -owners.grids[g].size, g)):
-        sequences, grid = parts[g], owners.grids[g]
-        seats, slices = grid.shape[0] * grid.shape[1], grid.shape[2]
-        # Chunks are rounded by a running sum of lengths, so that the odd tokens of many short
-        # sequences do not all fall on one rank. (S, 2 · seats + 1)
-        lean = np.cumsum(lengths[sequences]) % (2 * seats)
-        chunks = np.arange(2 * seats + 1) * lengths[sequences, None] + lean[:, None]
-        chunks //= 2 * seats
-        if seats == 1:  # nothing to even out: all of it is early
-            chunks[:, 1] = lengths[sequences]
-        ring = Ring(grid, sequences, chunks, held[grid.reshape(-1)])
-        held[ring.members] += np.repeat(ring.tokens, slices)
-        rings.append(ring)
-        # A seat's tokens of a sequence, early ones before late ones, are divided over its ranks
-        # for their home: most ranks then have one fragment of it, and few states pass.
-        zero = np.zeros((seats, slices, len(sequences)), np.int64)  # (seats, slices, S)
-        # (nodes, seats a node, slices) -> (seats, slices, 1) -> (seats, slices, S)
-        sequence, rank = zero + sequences, zero + grid.reshape(seats, slices, 1)
-        piece = zero + np.arange(slices)[:, None]
-        both = (ring.early + ring.late)[:, None]  # (seats, S) -> (seats, 1, S)
-        edges = [both * (piece + i) // slices for i in (0, 1)]  # (seats, slices, S) each
-        for half, size, before in (
-            (np.arange(seats), ring.early, 0),
-            (np.arange(2 * seats - 1, seats - 1, -1), ring.late, ring.early[:, None]),
-        ):
-            start = zero + ring.chunks[:, half].T[:, None]  # (S, seats) -> (seats, slices, S)
-            end = start + size[:, None]
-            spans.append((sequence, start, end, rank, piece, zero + slices))
-            offset = start - before
-            homes.append((sequence, *(np.clip(offset + x, start, end) for x in edges), rank))
-    whole = np.flatnonzero(owner >= 0)
-    alone = (whole, np.zeros_like(whole), lengths[whole], owner[whole])
-    spans.append((*alone, np.zeros_like(whole), np.ones_like(whole)))
-    homes.append(alone)
-    sequence, start, end, rank, piece, slices = _columns(spans)
-    attention = Layout.stack(sequence, start, end, rank, ranks, piece, slices)
-    sequence, start, end, rank = _columns(homes)
-    return attention, Layout.stack(sequence, start, end, rank, ranks), tuple(rings)
-
-
-def _columns(rows: Sequence[tuple[Array, ...]]) -> list[Array]:
-    """Tables given in parts, as one table: each column flattened and concatenated."""
-    return [np.concatenate([x.reshape(-1) for x in column]) for column in zip(*rows, strict=True)]
+    for i, grid in enumerate(grids):
+        mine = slice(first[i], first[i] + count[i])
+        bounds = np.arange(2 * seats[i] + 1) * lengths[on_ring[mine], None]
+        bounds = (bounds + rounded[mine, None]) // chunks[i]
+        if seats[i] == 1:
+            bounds[:, 2] = bounds[:, 1]
+        block = offset[members.first[i] : members.first[i] + members.size[i]]
+        rings.append(Ring(grid, on_ring[mine], bounds, block))
+    return spans, homes, tuple(rings)
