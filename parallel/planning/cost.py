@@ -52,7 +52,7 @@ from parallel.planning.heads import fractions
 from parallel.planning.rings import Members, chunk_seconds
 
 if TYPE_CHECKING:
-    from parallel.planning.layout import Array, Layout, Moves, Plan, Ring, Topology
+    from parallel.planning.layout import Array, Layout, Moves, Plan, Ring
 
 
 @dataclass(frozen=True)
@@ -224,9 +224,7 @@ def _heads(spans: Layout | Moves, costs: Costs, waves: int) -> tuple[Array, Arra
     return queries, keys
 
 
-def _of_members(
-    plan: Plan, ring_of: Array, members: Members, costs: Costs
-) -> tuple[Array, Array]:
+def _of_members(plan: Plan, ring_of: Array, members: Members, costs: Costs) -> tuple[Array, Array]:
     """Forward seconds of arithmetic of each member of the plan's rings, and bytes of its block.
 
     Args:

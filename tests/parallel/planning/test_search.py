@@ -7,9 +7,10 @@ from typing import Any
 from unittest import mock
 
 from parallel.planning import plan as planning
+from parallel.planning.building import build
 from parallel.planning.clusters import load_cluster
 from parallel.planning.layout import Plan, Topology
-from parallel.planning.plan import build, plan
+from parallel.planning.plan import plan
 
 LENGTHS = [40000, 21000, 9000, 7000, 5000, 3000, 1000, 500] * 4
 
