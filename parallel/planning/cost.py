@@ -175,36 +175,42 @@ def _slowest(plan: Plan, costs: Costs, finish: Array) -> Array:
     Args:
         finish: float64 (2, ranks).
     """
-    tokens = plan.stream.tokens * plan.topology.seconds
+    tokens, every = plan.stream.tokens * plan.topology.seconds, np.arange(plan.topology.ranks)
     if not costs.rest or np.ptp(tokens) <= 1:
         return costs.rest_passes * tokens.max() + finish.max(axis=1)
     met = [plan.stream.rank[rows] for rows in plan.crossing]
     met += [ring.members for ring in plan.rings]
     met = list({ranks.tobytes(): ranks for ranks in met}.values())
-    rest = np.outer(costs.rest_passes, _raise_to_group_max(met, tokens))
+    size = np.array([len(ranks) for ranks in met], np.int64)
+    members = np.concatenate([*met, every[:0]])
+    rest = np.outer(costs.rest_passes, _raise_to_group_max(members, size, tokens))
     source, target = plan.to_attention.source, plan.to_attention.target
-    away, every = source != target, np.arange(len(tokens))
+    away = source != target
     pairs = np.unique(source[away] * len(tokens) + target[away])
-    met += list(np.stack(np.divmod(pairs, len(tokens)), axis=1))
+    source, target = np.divmod(pairs, len(tokens))
+    members = np.concatenate([members, np.stack([source, target], axis=1).reshape(-1)])
+    size = np.append(size, np.full(len(pairs), 2))
     # `head` is one rank of each group of ranks that wait for each other. Forward and backward are
     # added up group by group: ranks that never meet do not wait between the passes either.
-    head = _raise_to_group_max(met, every)
-    source, target = np.append(source[away], every), np.append(target[away], every)
+    head = _raise_to_group_max(members, size, every)
+    source, target = np.append(source, every), np.append(target, every)
     late = np.zeros((len(tokens), 2))
     np.maximum.at(late, head[source], (rest[:, source] + finish[:, target]).T)
     return late[late.sum(axis=1).argmax()]
 
 
-def _raise_to_group_max(groups: list[Array], values: Array) -> Array:
+def _raise_to_group_max(members: Array, size: Array, values: Array) -> Array:
     """float64 or int (ranks,): each value raised to the largest in its connected groups.
 
     Groups that share a rank are connected. Each round takes every group's maximum, until nothing
     changes.
+
+    Args:
+        members: int64, the ranks of all groups, group by group.
+        size: int64 (groups,), how many ranks each group has.
     """
-    if not groups:
+    if not len(size):
         return values
-    members = np.concatenate(groups)
-    size = np.array([len(group) for group in groups])
     first = np.cumsum(size) - size
     while True:
         raised = values.copy()
