@@ -155,8 +155,9 @@ def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
         n, size = float(lengths[i]), int(sizes[i])
         while True:
             within = slice(topology.ranks // size * size)
-            # (ranks,) -> (groups, size) -> (groups,)
-            most, filled = (x[within].reshape(-1, size).max(axis=1) for x in (busy, held))
+            most, filled = busy, held
+            if size > 1:  # (ranks,) -> (groups, size) -> (groups,)
+                most, filled = (x[within].reshape(-1, size).max(axis=1) for x in (busy, held))
             full = filled + n / size > limit
             if size == topology.ranks or not full.all():
                 break
@@ -180,10 +181,10 @@ def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
     grids: list[list[Array]] = [[] for _ in _SLICES]
     for ring, ((first, size), sequences) in enumerate(rings.items()):
         members, which = np.arange(first, first + size), np.array(sequences)
-        rows, width, _ = grid(members, topology).shape
+        rows = grid(members, topology)[:, :, 0]
         owner[which] = -1 - ring
         for found, share in zip(grids, _SLICES, strict=True):
-            found.append(grid(members, topology, prices.together(rows, width, which, share)[1]))
+            found.append(sliced(rows, prices.together(*rows.shape, which, share)[1]))
     return [Owners(owner, each, "rank") for each in grids]
 
 
@@ -235,7 +236,15 @@ def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:
     width = int(np.gcd.reduce(counts))
     if width == 1:  # one rank a row would be a single ring: say so by one row
         width = len(ranks)
-    return ranks.reshape(-1, max(1, width // slices), slices)
+    return sliced(ranks.reshape(-1, width), slices)
+
+
+def sliced(rows: Array, slices: int) -> Array:
+    """A grid whose seats divide heads into slices: (rows, ranks a row) -> (rows, seats, slices).
+
+    If there are more slices than ranks in a row, a seat takes several rows.
+    """
+    return rows.reshape(-1, max(1, rows.shape[1] // slices), slices)
 
 
 def rank_capacity(lengths: Array, topology: Topology, slack: float) -> float:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.planning.layout import Array
-from parallel.planning.owners import Owners, rank_capacity
+from parallel.planning.owners import Owners, rank_capacity, sliced
 from parallel.planning.prices import Prices
 
 # Sequences a node (or a rank, inside a node) that are placed one by one. The shorter rest is dealt
@@ -114,8 +114,7 @@ class _Placing:
         key = ranks.tobytes(), slices
         if key not in self.rings:
             self.rings[key] = len(self.grids)
-            # (rows, each) -> (rows, seats a row, slices)
-            self.grids.append(ranks.reshape(-1, max(1, ranks.shape[1] // slices), slices))
+            self.grids.append(sliced(ranks, slices))
         return -1 - self.rings[key]
 
     def over_nodes(self, by_length: Array, level: float, node_room: float) -> Array:

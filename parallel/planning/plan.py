@@ -84,6 +84,8 @@ _LIMITS = (
 _GROUPINGS = 4
 # The search ends when a plan takes at most this multiple of perfectly even work.
 _GOOD_ENOUGH = 1.002
+# A way to group sequences is tried if this share of its estimated seconds is below the best plan's.
+_ESTIMATED = 0.98
 # `least_seconds` times this is not built if a quicker plan is known: chunks and shards are rounded.
 _ROUNDED = 0.999
 # Placings tried at least. As many more are tried as half a second allows, or a tenth of the step
@@ -173,7 +175,7 @@ def _cheapest(
         if best is not None and (tried >= enough or least <= rest + _GOOD_ENOUGH * perfect):
             break
         tried += not bound  # groups are tried beside: few have a chance
-        for made_of in make() if bound < least else []:
+        for made_of in make() if _ESTIMATED * bound < least else []:
             owners = made_of if routing else made_of.flat()
             if owners.key in seen or (best is not None and owners.pieces > _MOST_PIECES):
                 continue
