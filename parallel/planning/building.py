@@ -28,6 +28,8 @@ def build(
     if owners is None:
         stream = attention = in_order(lengths, topology.ranks)
     else:
+        if not routing:
+            owners = owners.flat()
         attention, home, rings = _attention_layout(lengths, owners, topology)
         pinned = np.full(len(lengths), not by_node)
         for ring in rings:

@@ -182,9 +182,10 @@ def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
     for ring, ((first, size), sequences) in enumerate(rings.items()):
         members, which = np.arange(first, first + size), np.array(sequences)
         rows = grid(members, topology)[:, :, 0]
+        width = rows.shape[1]
         owner[which] = -1 - ring
         for found, share in zip(grids, _SLICES, strict=True):
-            found.append(sliced(rows, prices.together(*rows.shape, which, share)[1]))
+            found.append(sliced(rows, prices.together(len(rows), width, which, share)[1]))
     return [Owners(owner, each, "rank") for each in grids]
 
 

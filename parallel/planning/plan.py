@@ -175,12 +175,12 @@ def _cheapest(
         if best is not None and (tried >= enough or least <= rest + _GOOD_ENOUGH * perfect):
             break
         tried += not bound  # groups are tried beside: few have a chance
-        for made_of in make() if _ESTIMATED * bound < least else []:
-            owners = made_of if routing else made_of.flat()
+        for owners in make() if _ESTIMATED * bound < least else []:
             if owners.key in seen or (best is not None and owners.pieces > _MOST_PIECES):
                 continue
             seen.add(owners.key)
-            floor = least_seconds(owners, lengths, topology, costs)
+            built = owners if routing else owners.flat()
+            floor = least_seconds(built, lengths, topology, costs)
             if _ROUNDED * floor >= least:
                 continue
             made = build("balanced", lengths, owners, topology, by_node, routing)
