@@ -340,7 +340,7 @@ def test_without_routing_a_ring_steps_from_rank_to_rank(strategy: Strategy) -> N
         max(len(ring.ranks) for ring in plan(lengths, Topology(16, 8), strategy, routing=on).rings)
         for on in (True, False)
     ]
-    assert nodes == [2, 1]
+    assert nodes[0] > nodes[1] == 1
 
 
 def test_wrong_arguments_are_refused_by_value() -> None:
