@@ -49,9 +49,10 @@ from parallel.planning.costs import (
     move_time,
 )
 from parallel.planning.heads import fractions
+from parallel.planning.rings import Members, chunk_seconds
 
 if TYPE_CHECKING:
-    from parallel.planning.layout import Array, Layout, Moves, Plan, Ring, Topology
+    from parallel.planning.layout import Array, Layout, Moves, Plan, Ring
 
 
 @dataclass(frozen=True)
@@ -110,33 +111,31 @@ class LayerPrice:
 
 def price(plan: Plan, costs: Costs) -> LayerPrice:
     """Price one full-attention layer of a plan."""
-    ranks = plan.topology.ranks
-    layout = plan.attention
-    alone = np.ones(len(plan.cu_seqlens) - 1, bool)
-    for ring in plan.rings:
-        alone[ring.sequences] = False
-    rows = alone[layout.sequence]
-    slow = plan.topology.seconds
+    ranks, layout, slow = plan.topology.ranks, plan.attention, plan.topology.seconds
+    ring_of = np.full(len(plan.cu_seqlens) - 1, -1)
+    for number, ring in enumerate(plan.rings):
+        ring_of[ring.sequences] = number
+    rows = np.flatnonzero(ring_of[layout.sequence] < 0)
     spans = costs.attention(layout.start[rows], layout.end[rows]) * slow[layout.rank[rows]]
     whole = np.bincount(layout.rank[rows], spans, minlength=ranks).astype(np.float64)
     work = whole.copy()
     free, links = np.zeros((2, ranks)), np.zeros(ranks)
-    rings = []
+    rings: list[RingTimes] = []
     traffic = Traffic(np.zeros(ranks), np.zeros(ranks))
-    for ring in plan.rings:
-        members = ring.members
-        share = ring_work(ring, costs, plan.waves) * slow[members]
-        work[members] += share
-        travel, sent = ring_travel(ring, plan.topology, costs, plan.waves)
-        links[members] += travel
-        traffic.inside[members] += sent.inside * RING_TRAFFIC.sum()
-        traffic.between[members] += sent.between * RING_TRAFFIC.sum()
-        start = free[:, members].max(axis=1)
-        # Each round has kernels of its own, in either pass.
-        launched = (ring.seats - 1) * plan.waves * costs.launch
-        end = start + np.maximum(ATTENTION_WORK * share.max() + launched, RING_TRAFFIC * travel)
-        free[:, members] = end[:, None]
-        rings.append(RingTimes(ring, start, end))
+    if plan.rings:
+        members = Members.of([ring.ranks for ring in plan.rings], plan.topology)
+        share, block = _of_members(plan, ring_of, members, costs)
+        work += np.bincount(members.rank, share, ranks)
+        biggest = members.largest(block)
+        took = members.seconds(members.largest(share), biggest, costs, plan.waves)
+        travel = members.travel(biggest, costs, plan.waves)
+        links += np.bincount(members.rank, travel[members.ring], ranks)
+        traffic += members.sent(block) * RING_TRAFFIC.sum()
+        for ring, seconds in zip(plan.rings, took.T, strict=True):
+            start = free[:, ring.members].max(axis=1)
+            end = start + seconds
+            free[:, ring.members] = end[:, None]
+            rings.append(RingTimes(ring, start, end))
     finish = free + ATTENTION_WORK[:, None] * whole
     moved, sent = _price_moves(plan, costs)
     tokens = plan.stream.tokens.max()
@@ -176,36 +175,42 @@ def _slowest(plan: Plan, costs: Costs, finish: Array) -> Array:
     Args:
         finish: float64 (2, ranks).
     """
-    tokens = plan.stream.tokens * plan.topology.seconds
+    tokens, every = plan.stream.tokens * plan.topology.seconds, np.arange(plan.topology.ranks)
     if not costs.rest or np.ptp(tokens) <= 1:
         return costs.rest_passes * tokens.max() + finish.max(axis=1)
     met = [plan.stream.rank[rows] for rows in plan.crossing]
     met += [ring.members for ring in plan.rings]
     met = list({ranks.tobytes(): ranks for ranks in met}.values())
-    rest = np.outer(costs.rest_passes, _raise_to_group_max(met, tokens))
+    size = np.array([len(ranks) for ranks in met], np.int64)
+    members = np.concatenate([*met, every[:0]])
+    rest = np.outer(costs.rest_passes, _raise_to_group_max(members, size, tokens))
     source, target = plan.to_attention.source, plan.to_attention.target
-    away, every = source != target, np.arange(len(tokens))
+    away = source != target
     pairs = np.unique(source[away] * len(tokens) + target[away])
-    met += list(np.stack(np.divmod(pairs, len(tokens)), axis=1))
+    source, target = np.divmod(pairs, len(tokens))
+    members = np.concatenate([members, np.stack([source, target], axis=1).reshape(-1)])
+    size = np.append(size, np.full(len(pairs), 2))
     # `head` is one rank of each group of ranks that wait for each other. Forward and backward are
     # added up group by group: ranks that never meet do not wait between the passes either.
-    head = _raise_to_group_max(met, every)
-    source, target = np.append(source[away], every), np.append(target[away], every)
+    head = _raise_to_group_max(members, size, every)
+    source, target = np.append(source, every), np.append(target, every)
     late = np.zeros((len(tokens), 2))
     np.maximum.at(late, head[source], (rest[:, source] + finish[:, target]).T)
     return late[late.sum(axis=1).argmax()]
 
 
-def _raise_to_group_max(groups: list[Array], values: Array) -> Array:
+def _raise_to_group_max(members: Array, size: Array, values: Array) -> Array:
     """float64 or int (ranks,): each value raised to the largest in its connected groups.
 
     Groups that share a rank are connected. Each round takes every group's maximum, until nothing
     changes.
+
+    Args:
+        members: int64, the ranks of all groups, group by group.
+        size: int64 (groups,), how many ranks each group has.
     """
-    if not groups:
+    if not len(size):
         return values
-    members = np.concatenate(groups)
-    size = np.array([len(group) for group in groups])
     first = np.cumsum(size) - size
     while True:
         raised = values.copy()
@@ -225,55 +230,27 @@ def _heads(spans: Layout | Moves, costs: Costs, waves: int) -> tuple[Array, Arra
     return queries, keys
 
 
-def ring_work(ring: Ring, costs: Costs, waves: int = 1) -> Array:
-    """Seconds of arithmetic, forward, of each member of a ring: float64 (members,)."""
-    seconds = costs.chunked_attention(np.diff(ring.chunks, axis=1)).sum(axis=0)
-    seats = ring.seats
-    queries, _ = fractions(costs.heads, costs.kv_heads, ring.slices, waves)
-    # (seats, slices) -> (members,)
-    return np.outer(seconds[:seats] + seconds[: seats - 1 : -1], queries).reshape(-1)
+def _of_members(plan: Plan, ring_of: Array, members: Members, costs: Costs) -> tuple[Array, Array]:
+    """Forward seconds of arithmetic of each member of the plan's rings, and bytes of its block.
 
+    Args:
+        ring_of: int64 (N,), the ring of each sequence, −1 if it is on none.
 
-def ring_travel(
-    ring: Ring, topology: Topology, costs: Costs, waves: int = 1
-) -> tuple[float, Traffic]:
-    """Seconds that a ring's transfers take forward, and the bytes that its members send."""
-    nodes, each, slices = ring.ranks.shape
-    if ring.seats == 1:  # every rank has the keys of its heads already
-        return 0.0, Traffic(np.zeros(slices), np.zeros(slices))
-    _, keys = fractions(costs.heads, costs.kv_heads, slices, waves)
-    # (G,) -> (nodes, seats a node, 1), times (slices,)
-    block = ring.tokens.reshape(nodes, each, 1) * keys * costs.kv_bytes
-    biggest = float(block.max(initial=0))
-    node = topology.node(ring.ranks)
-    crosses = node != np.roll(node, -1, axis=1)
-    # On the inner ring a member hands on all blocks but those of the member that it hands
-    # them to; on the outer one, those of its peers on all nodes but the next.
-    column = block.sum(axis=0)
-    inner = np.broadcast_to(column.sum(axis=0) - np.roll(column, -1, axis=0), block.shape)
-    outer = column - np.roll(block, -1, axis=0)
-    far = node != np.roll(node, -1, axis=0)
-    sent = Traffic(
-        (np.where(crosses, 0.0, inner) + np.where(far, 0.0, outer)).reshape(-1),
-        (np.where(crosses, inner, 0.0) + np.where(far, outer, 0.0)).reshape(-1),
-    )
-    hops = nodes * (each - 1)
-    if crosses.any():
-        if costs.routed:
-            a_hop = biggest / costs.between + 2 * biggest / costs.inside
-        else:
-            # Every slice of heads has its own ring, and all those of a seat cross there.
-            pairs = min(slices, topology.ranks_per_node)
-            a_hop = biggest * max(1 / costs.nic, pairs / costs.between)
-        travel = hops * (waves * costs.latency_between + a_hop)
-    else:
-        travel = hops * (waves * costs.latency_inside + biggest / costs.inside)
-    if nodes > 1:
-        on_node = min(each * slices, topology.ranks_per_node)
-        mine = 1.0 if costs.routed else on_node / topology.ranks_per_node
-        a_hop = on_node * biggest / (costs.between * mine)
-        travel = max(travel, (nodes - 1) * (waves * costs.latency_between + a_hop))
-    return float(travel), sent
+    Returns:
+        float64 (members,) each.
+    """
+    layout, ranks = plan.attention, plan.topology.ranks
+    ring = ring_of[layout.sequence]
+    rows = np.flatnonzero(ring >= 0)
+    rank = layout.rank[rows]
+    keys = members.ring * ranks + members.rank
+    order = np.argsort(keys)
+    member = order[np.searchsorted(keys, ring[rows] * ranks + rank, sorter=order)]
+    queries, keys = (share[rows] for share in _heads(layout, costs, plan.waves))
+    seconds = chunk_seconds(plan, rows, costs) * queries * plan.topology.seconds[rank]
+    size = (layout.end - layout.start)[rows] * keys * costs.kv_bytes
+    count = len(members.rank)
+    return np.bincount(member, seconds, count), np.bincount(member, size, count)
 
 
 def _price_moves(plan: Plan, costs: Costs) -> tuple[Array, Traffic]:

@@ -152,6 +152,15 @@ class Costs:
         """Seconds before the first byte arrives: between nodes if anything crosses, else inside."""
         return self.latency_between if sent.between.any() else self.latency_inside
 
+    @property
+    def tile_seconds(self) -> float:
+        """Forward seconds of one tile of queries against one of keys, all heads."""
+        return self.pair * self.tile**2
+
+    def tiles(self, tokens: Array) -> Array:
+        """How many tiles hold so many tokens."""
+        return -(-tokens // self.tile)
+
     def attention(self, start: Array, end: Array) -> Array:
         """Forward seconds of queries [start, end) of a sequence against keys [0, own position].
 
@@ -161,24 +170,16 @@ class Costs:
         Returns:
             float64 (runs,).
         """
-        before, last = _tiles(start, self.tile), _tiles(end, self.tile)
-        runs = np.maximum(_tiles(end - start, self.tile), 1)  # tiles of queries
+        before, last = self.tiles(start), self.tiles(end)
+        runs = np.maximum(self.tiles(end - start), 1)  # tiles of queries
         # All tiles but the last end a multiple of the tile after `start`, the last one at `end`.
         tiles = (runs - 1) * before + runs * (runs - 1.0) / 2 + last
-        return self.pair * self.tile**2 * np.where(end > start, tiles, 0.0)
+        return self.tile_seconds * np.where(end > start, tiles, 0.0)
 
-    def chunked_attention(self, size: Array) -> Array:
-        """Forward seconds of each chunk of sequences whose chunks are keys of their own.
-
-        Args:
-            size: int (…, chunks), tokens of each chunk.
-
-        Returns:
-            float64 (…, chunks).
-        """
-        tiles = _tiles(size, self.tile).astype(np.float64)
-        before = np.cumsum(tiles, axis=-1) - tiles
-        return self.pair * self.tile**2 * tiles * (before + (tiles + 1) / 2)
+    def chunks(self, size: Array, count: Array | int) -> Array:
+        """Forward seconds of sequences in `count` chunks of `size` tokens, keys of their own."""
+        tiles = count * self.tiles(size)
+        return self.tile_seconds * tiles * (tiles + 1) / 2
 
     def largest_slice(self, slices: int) -> tuple[float, float]:
         """The largest slice's share of the query heads, and the largest one's of the key heads."""
@@ -225,8 +226,7 @@ class Costs:
         seats, over = nodes * each // slices, max(1, slices // each)
         queries, keys = self.largest_slice(slices)
         chunks = np.where(np.equal(seats, 1), 1, 2 * np.asarray(seats))
-        tiles = chunks * np.ceil(n / chunks / self.tile)
-        work = self.pair * self.tile**2 * tiles * (tiles + 1) / 2 / seats * queries
+        work = self.chunks(n / chunks, chunks) / seats * queries
         block = n / seats * keys * self.kv_bytes
         inner = nodes * (max(1, each // slices) - 1)
         outer = nodes // over - 1
@@ -240,11 +240,6 @@ class Costs:
         moved = n * (2 * self.q_bytes + self.kv_bytes * keys * slices)
         move = np.maximum(near / each / self.inside, far / self.between) * moved / nodes
         return work, travel, move
-
-
-def _tiles(tokens: Array, tile: int) -> Array:
-    """How many tiles hold so many tokens."""
-    return -(-tokens // tile)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+from parallel.planning.costs import ATTENTION_WORK, Costs
 from parallel.planning.layout import Array, Topology
 from parallel.planning.prices import Prices
+from parallel.planning.rings import Members
 
 # Multiples of the even share of all work in which a sequence is to be done (`group_sizes`).
 _SHARES = (0.5, 0.75, 1.0, 1.25, 1.6)
@@ -153,8 +155,9 @@ def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
         n, size = float(lengths[i]), int(sizes[i])
         while True:
             within = slice(topology.ranks // size * size)
-            # (ranks,) -> (groups, size) -> (groups,)
-            most, filled = (x[within].reshape(-1, size).max(axis=1) for x in (busy, held))
+            most, filled = busy, held
+            if size > 1:  # (ranks,) -> (groups, size) -> (groups,)
+                most, filled = (x[within].reshape(-1, size).max(axis=1) for x in (busy, held))
             full = filled + n / size > limit
             if size == topology.ranks or not full.all():
                 break
@@ -178,11 +181,50 @@ def in_groups(prices: Prices, sizes: Array, slack: float) -> list[Owners]:
     grids: list[list[Array]] = [[] for _ in _SLICES]
     for ring, ((first, size), sequences) in enumerate(rings.items()):
         members, which = np.arange(first, first + size), np.array(sequences)
-        rows, width, _ = grid(members, topology).shape
+        rows = grid(members, topology)[:, :, 0]
+        width = rows.shape[1]
         owner[which] = -1 - ring
         for found, share in zip(grids, _SLICES, strict=True):
-            found.append(grid(members, topology, prices.together(rows, width, which, share)[1]))
+            found.append(sliced(rows, prices.together(len(rows), width, which, share)[1]))
     return [Owners(owner, each, "rank") for each in grids]
+
+
+def least_seconds(owners: Owners, lengths: Array, topology: Topology, costs: Costs) -> float:
+    """Seconds that no plan of a placing is quicker than, as `cost.price` counts them.
+
+    The busiest rank's attention and other work. Left out is whatever depends on where the stream
+    has the tokens (moves, states), and that rings wait for each other. Sequences of a ring are in
+    even chunks here: rounded, they may be a few tokens shorter or longer.
+    """
+    ranks = topology.ranks
+    whole = owners.owner >= 0
+    rank, n = owners.owner[whole], lengths[whole]
+    alone = ATTENTION_WORK.sum() * costs.attention(np.zeros_like(n), n)
+    busy = np.bincount(rank, alone, ranks) * topology.seconds
+    held = np.bincount(rank, n, ranks).astype(np.float64)
+    if owners.grids:
+        members = Members.of(owners.grids, topology)
+        ring, n = -1 - owners.owner[~whole], lengths[~whole]
+        seats = members.size // members.shapes[:, 2]
+        chunks = np.where(seats == 1, 1, 2 * seats)[ring]
+        work, tokens = (
+            np.bincount(ring, x, len(members.size)) / members.size
+            for x in (costs.chunks(n // chunks, chunks), n)
+        )
+        slowest = members.largest(topology.seconds[members.rank])
+        took = members.seconds(work * slowest, tokens * costs.kv_bytes, costs).sum(axis=0)
+        busy += np.bincount(members.rank, took[members.ring], ranks)
+        held += np.bincount(members.rank, tokens[members.ring], ranks)
+    match owners.shards:
+        case "even":
+            held = lengths.sum() / np.array(topology.speeds).sum()
+        case "node":
+            power = 1 / topology.seconds
+            node = topology.node(np.arange(ranks))
+            held = (np.bincount(node, held) / np.bincount(node, power))[node]
+        case "rank":
+            held = held * topology.seconds
+    return float((busy + costs.rest_both_ways * held).max())
 
 
 def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:
@@ -195,7 +237,15 @@ def grid(ranks: Array, topology: Topology, slices: int = 1) -> Array:
     width = int(np.gcd.reduce(counts))
     if width == 1:  # one rank a row would be a single ring: say so by one row
         width = len(ranks)
-    return ranks.reshape(-1, max(1, width // slices), slices)
+    return sliced(ranks.reshape(-1, width), slices)
+
+
+def sliced(rows: Array, slices: int) -> Array:
+    """A grid whose seats divide heads into slices: (rows, ranks a row) -> (rows, seats, slices).
+
+    If there are more slices than ranks in a row, a seat takes several rows.
+    """
+    return rows.reshape(-1, max(1, rows.shape[1] // slices), slices)
 
 
 def rank_capacity(lengths: Array, topology: Topology, slack: float) -> float:

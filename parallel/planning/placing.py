@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.planning.layout import Array
-from parallel.planning.owners import Owners, rank_capacity
+from parallel.planning.owners import Owners, rank_capacity, sliced
 from parallel.planning.prices import Prices
 
 # Sequences a node (or a rank, inside a node) that are placed one by one. The shorter rest is dealt
@@ -114,8 +114,7 @@ class _Placing:
         key = ranks.tobytes(), slices
         if key not in self.rings:
             self.rings[key] = len(self.grids)
-            # (rows, each) -> (rows, seats a row, slices)
-            self.grids.append(ranks.reshape(-1, max(1, ranks.shape[1] // slices), slices))
+            self.grids.append(sliced(ranks, slices))
         return -1 - self.rings[key]
 
     def over_nodes(self, by_length: Array, level: float, node_room: float) -> Array:
@@ -182,12 +181,18 @@ class _Placing:
         seconds = self.prices.over_nodes(i)[0] + self.rest * n / (each * np.arange(1, nodes + 1))
         alone = 1 + int((seconds <= limit).argmax())
         best, earliest = (0, nodes), np.inf
+        of_node = np.stack([load, held, self.slowest, each - self.sizes])
+        most = of_node  # (4, windows): of each `spread` adjacent nodes the highest
         # At most about twice the nodes that would do if they were idle.
-        for spread in range(least, min(nodes, 2 * max(least, alone) + 2) + 1):
-            late = _highest(load, spread)
-            late = late + seconds[spread - 1] * _highest(self.slowest, spread)
-            full = _highest(held, spread) + n / (spread * each)
-            for first in np.flatnonzero(_highest(each - self.sizes, spread)).tolist():
+        for spread in range(1, min(nodes, 2 * max(least, alone) + 2) + 1):
+            if spread > 1:
+                most = np.maximum(most[:, :-1], of_node[:, spread - 1 :])
+            if spread < least:
+                continue
+            busiest, fullest, slowest, lacking = most
+            late = busiest + seconds[spread - 1] * slowest
+            full = fullest + n / (spread * each)
+            for first in np.flatnonzero(lacking).tolist():
                 rows, width = self._rows(first, spread).shape
                 mine = self.prices.on_ranks(rows, width)[0][i] + self.rest * n / (rows * width)
                 late[first] += mine - seconds[spread - 1]
@@ -359,12 +364,6 @@ def _groups(each: int, least: int) -> Array:
             parts += [(a, middle), (middle, b)]
     every = np.concatenate([np.eye(each, dtype=bool), np.array(found, bool).reshape(-1, each)])
     return every[every.sum(axis=1) >= least]
-
-
-def _highest(values: Array, run: int) -> Array:
-    """Of each run of so many values that are adjacent."""
-    # Indices cost a fifth of numpy's sliding windows, whose checks take longer than the maxima.
-    return values[np.arange(run) + np.arange(len(values) - run + 1)[:, None]].max(axis=1)
 
 
 def _deal(room: Array, pieces: int) -> Array:

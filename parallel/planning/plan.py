@@ -19,15 +19,17 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from parallel.planning.building import build
 from parallel.planning.clusters import MEMORY_SLACK
 from parallel.planning.cost import price
 from parallel.planning.costs import ATTENTION_WORK, Costs
-from parallel.planning.layout import Array, Layout, Moves, Plan, Ring, Round, Topology, moves
-from parallel.planning.ordering import even_shards, in_order, near_home, node_shards, shard_bounds
+from parallel.planning.layout import Array, Layout, Moves, Plan, Ring, Round, Topology
+from parallel.planning.ordering import shard_bounds
 from parallel.planning.owners import (
     Owners,
     group_sizes,
     in_groups,
+    least_seconds,
     on_all_ranks,
     on_stream_ranks,
     rank_capacity,
@@ -47,50 +49,50 @@ Strategy = Literal["balanced", "ring", "even", "allgather"]
 #   slices   lower: heads are split less, so that more waves fit and hide more of the moves
 #   rows     higher: a ring over nodes may have a size nearer to what it needs
 #   uneven   fewer tokens move, since attention and the rest are made even together
-# Chosen greedily, each for what it added on 400 batches of the shipped length distributions, of
-# others, and of few long sequences, on 16 to 256 GPUs. With seven of them, one of each kind, short
-# steps on 64 and 256 GPUs took up to 5 % longer.
+# Chosen greedily, each for what it added on some 400 batches of the shipped length distributions,
+# of others, and of few long sequences, on 8 to 256 GPUs. The first seventeen do as well in the
+# mean, and lose up to 12 % on single batches.
 _LIMITS = (
-    Limits(level=1.2, tokens=1.0, slices=0.5),
     Limits(level=1.05, tokens=1.15, slices=0.5, uneven=True),
-    Limits(level=1.1, tokens=1.0),
-    Limits(level=1.02, tokens=1.05, slices=0.25, slack=0.3),
-    Limits(level=1.2, tokens=1.15, slices=0.5, uneven=True),
-    Limits(level=1.1, tokens=1.05, slices=0.5, slack=0.6, rows=2),
-    Limits(level=1.1, tokens=1.15, slices=0.5, slack=0.6),
-    Limits(level=1.02, tokens=1.0, slices=0.5, rows=4),
-    Limits(level=1.1, tokens=1.05, slices=0.5, uneven=True),
-    Limits(level=1.0, tokens=1.0, slices=0.5),
-    Limits(level=1.02, tokens=1.15, slices=0.5, uneven=True),
-    Limits(level=1.4, tokens=1.4, slices=0.5, slack=0.6, rows=2),
-    Limits(level=1.05, tokens=1.4, slices=0.25, slack=0.6),
-    Limits(level=1.02, tokens=1.15, slices=0.25),
-    Limits(level=1.0, tokens=1.15, slices=0.5, rows=2, uneven=True),
-    Limits(level=1.4, tokens=1.15),
-    Limits(level=1.0, tokens=1.15, slices=0.5, uneven=True),
-    Limits(level=1.2, tokens=1.15, slices=0.5, rows=2),
-    Limits(level=1.0, tokens=1.4, slices=0.25, slack=0.6),
-    Limits(level=1.4, tokens=1.0, slices=0.5, rows=2),
-    Limits(level=1.02, tokens=1.05, uneven=True),
-    Limits(level=1.1, tokens=1.15, slices=0.5),
-    Limits(level=1.4, tokens=1.4, slices=0.5, slack=0.6, rows=4),
     Limits(level=1.0, tokens=1.05, slices=0.5, slack=0.6),
+    Limits(level=1.2, tokens=1.0, slices=0.5),
+    Limits(level=1.4, tokens=1.4, slices=0.5, slack=0.6, rows=2),
+    Limits(level=1.2, tokens=1.15, slices=0.5, uneven=True),
+    Limits(level=1.0, tokens=1.15, slices=0.5, rows=2, uneven=True),
+    Limits(level=1.02, tokens=1.05, slices=0.25, slack=0.3),
+    Limits(level=1.0, tokens=1.15, slices=0.5, uneven=True),
     Limits(level=1.1, tokens=1.15, slices=0.5, uneven=True),
-    Limits(level=1.1, tokens=1.05, slices=0.5, slack=0.6, rows=4),
-    Limits(level=1.05, tokens=1.4, slices=0.25, slack=0.6, rows=2),
-    Limits(level=1.05, tokens=1.15, slices=0.5, rows=2, uneven=True),
+    Limits(level=1.1, tokens=1.05, slices=0.5, uneven=True),
+    Limits(level=1.02, tokens=1.0, slices=0.5, rows=4),
     Limits(level=1.4, tokens=1.15, slices=0.5, slack=0.6),
-    Limits(level=1.1, tokens=1.05, rows=4, uneven=True),
+    Limits(level=1.4, tokens=1.0, slices=0.5, rows=2),
+    Limits(level=1.1, tokens=1.0),
+    Limits(level=1.02, tokens=1.15, slices=0.25),
+    Limits(level=1.05, tokens=1.15, slices=0.5, rows=2, uneven=True),
+    Limits(level=1.05, tokens=1.4, slices=0.25, slack=0.6),
+    Limits(level=1.1, tokens=1.05, slices=0.5, slack=0.6, rows=4),
+    Limits(level=1.02, tokens=1.05, uneven=True),
+    Limits(level=1.0, tokens=1.4, slices=0.25, slack=0.6),
+    Limits(level=1.0, tokens=1.0, slices=0.5),
+    Limits(level=1.05, tokens=1.4, slices=0.25, slack=0.6, rows=2),
+    Limits(level=1.1, tokens=1.15, slices=0.5, slack=0.6),
+    Limits(level=1.4, tokens=1.15),
+    Limits(level=1.02, tokens=1.15, slices=0.5, uneven=True),
+    Limits(level=1.2, tokens=1.15, slices=0.5, rows=2),
 )
 # Ways to group sequences that are tried, the likeliest ones: so many, or one for three placings.
 _GROUPINGS = 4
 # The search ends when a plan takes at most this multiple of perfectly even work.
 _GOOD_ENOUGH = 1.002
+# A way to group sequences is tried if this share of its estimated seconds is below the best plan's.
+_ESTIMATED = 0.98
+# `least_seconds` times this is not built if a quicker plan is known: chunks and shards are rounded.
+_ROUNDED = 0.999
 # Placings tried at least. As many more are tried as half a second allows, or a tenth of the step
 # that is planned: by measurement a second is _TRIAL_BUDGET / (ranks + sequences + _TRIAL_OVERHEAD)
 # placings. No clock is asked: all ranks must try as many.
 _FEWEST_TRIED = 4
-_TRIAL_BUDGET, _TRIAL_OVERHEAD = 14000, 70
+_TRIAL_BUDGET, _TRIAL_OVERHEAD = 22000, 70
 _LEAST_SECONDS, _SHARE_OF_STEP = 0.5, 0.1
 # A placing that cuts the batch into more pieces takes too long to build: it is left out, unless
 # nothing has fitted yet.
@@ -173,10 +175,14 @@ def _cheapest(
         if best is not None and (tried >= enough or least <= rest + _GOOD_ENOUGH * perfect):
             break
         tried += not bound  # groups are tried beside: few have a chance
-        for owners in make() if bound < least else []:
+        for owners in make() if _ESTIMATED * bound < least else []:
             if owners.key in seen or (best is not None and owners.pieces > _MOST_PIECES):
                 continue
             seen.add(owners.key)
+            built = owners if routing else owners.flat()
+            floor = least_seconds(built, lengths, topology, costs)
+            if _ROUNDED * floor >= least:
+                continue
             made = build("balanced", lengths, owners, topology, by_node, routing)
             if not _fits(made, slack):
                 continue
@@ -203,18 +209,18 @@ def _placings(
         for least, sizes in group_sizes(prices, room)[:groupings]:
             groups.append((least, partial(in_groups, prices, sizes, room)))
     ways = iter(groups)
-    cut = {(1.0, 1): prices}
+    in_rows = {1: prices}
     for limits in _LIMITS:
         if limits.rows > 1 and (topology.nodes == 1 or topology.ranks_per_node % limits.rows):
             continue
         if limits.uneven and (topology.nodes == 1 or not costs.rest):
             continue
-        key = limits.slices, limits.rows
-        if key not in cut:
-            cut[key] = Prices(lengths, *_in_rows(topology, costs, limits.rows), not by_node, key[0])
+        if limits.rows not in in_rows:
+            parts = _in_rows(topology, costs, limits.rows)
+            in_rows[limits.rows] = Prices(lengths, *parts, not by_node)
         yield from islice(ways, 1)
         within = limits._replace(slack=min(slack, limits.slack))
-        yield 0.0, partial(_balanced, cut[key], within)
+        yield 0.0, partial(_balanced, in_rows[limits.rows], within)
     yield from ways
     yield 0.0, lambda: [on_all_ranks(len(lengths), topology, prices)]
     even = on_all_ranks(len(lengths), topology)
@@ -224,7 +230,7 @@ def _placings(
 
 
 def _balanced(prices: Prices, limits: Limits) -> list[Owners]:
-    return [balanced(prices, limits)]
+    return [balanced(prices.with_slices(limits.slices), limits)]
 
 
 def _in_rows(topology: Topology, costs: Costs, rows: int) -> tuple[Topology, Costs]:
@@ -243,15 +249,17 @@ def _in_waves(made: Plan, costs: Costs, least: float) -> tuple[Plan, float]:
     """
     layer = price(made, costs)
     slices = max((ring.slices for ring in made.rings), default=1)
-    for waves in (1, 2, 3, 4, 5):
-        if costs.heads % waves or costs.kv_heads % waves or slices * waves > costs.heads:
-            continue
+    # Lower bounds: more waves add latencies, and copies of key heads where slices share one.
+    bounds = sorted(
+        (replace(layer, waves=waves).seconds, waves)
+        for waves in (1, 2, 3, 4, 5)
+        if not (costs.heads % waves or costs.kv_heads % waves or slices * waves > costs.heads)
+    )
+    for bound, waves in bounds:
+        if bound >= least:
+            break
         in_waves = replace(made, waves=waves)
-        seconds = replace(layer, waves=waves).seconds
-        # `seconds` now is a lower bound: more waves add latencies, and copies of key heads where
-        # slices share one. Price them in full only if the bound is below `least`.
-        if waves > 1 and seconds < least:
-            seconds = price(in_waves, costs).seconds
+        seconds = price(in_waves, costs).seconds if waves > 1 else bound
         if seconds < least:
             made, least = in_waves, seconds
     return made, least
@@ -270,110 +278,3 @@ def _fits(found: Plan, slack: float) -> bool:
     for ring in found.rings:
         rounding[ring.members] += 2 * len(ring.sequences)
     return bool((np.maximum(found.attention.load, shards) <= most + rounding).all())
-
-
-def build(
-    strategy: str,
-    lengths: Array,
-    owners: Owners | None,
-    topology: Topology,
-    by_node: bool,
-    routing: bool = True,
-) -> Plan:
-    """The plan of a placing; without one, full attention works in the stream's layout."""
-    rings: tuple[Ring, ...] = ()
-    if owners is None:
-        stream = attention = in_order(lengths, topology.ranks)
-    else:
-        if not routing:
-            owners = owners.flat()
-        attention, home, rings = _attention_layout(lengths, owners, topology.ranks)
-        pinned = np.full(len(lengths), not by_node)
-        for ring in rings:
-            # A seat over several nodes: each token crosses between nodes, whichever of them has
-            # it. Pinned, tokens are spread over all ranks, so that they cross over all NICs.
-            if routing and np.ptp(topology.node(ring.ranks), axis=2).any():
-                pinned[ring.sequences] = True
-        match owners.shards:
-            case "even":
-                shards = even_shards(home.tokens, 1 / topology.seconds)
-            case "node":
-                shards = node_shards(home.tokens, topology)
-            case "rank":
-                shards = home.tokens.copy()
-                pinned[:] = True
-        while not shards.min() and shards.max() > 1:  # no rank is without any token
-            shards[shards.argmin()] += 1
-            shards[shards.argmax()] -= 1
-        stream = near_home(home, topology, shards, pinned, routing)
-    cu_seqlens = np.append(0, np.cumsum(lengths))
-    return Plan(
-        topology=topology,
-        strategy=strategy,
-        cu_seqlens=cu_seqlens,
-        stream=stream,
-        attention=attention,
-        rings=rings,
-        to_attention=moves(stream, attention, cu_seqlens),
-    )
-
-
-def _attention_layout(
-    lengths: Array, owners: Owners, ranks: int
-) -> tuple[Layout, Layout, tuple[Ring, ...]]:
-    """The layout of attention, the home of its tokens, and its rings.
-
-    The home is a layout in which every token lies once, with all its heads, on one of the ranks
-    that hold it in attention.
-    """
-    owner = owners.owner
-    on_ring = np.flatnonzero((owner < 0) & (lengths > 0))
-    on_ring = on_ring[np.argsort(-owner[on_ring], kind="stable")]
-    used, first = np.unique(-1 - owner[on_ring], return_index=True)
-    parts = dict(zip(used.tolist(), np.split(on_ring, first[1:]), strict=bool(len(used))))
-    held = np.zeros(ranks, np.int64)
-    rings = []
-    spans, homes = [], []
-    for g in sorted(parts, key=lambda g: (-len(owners.grids[g]), -owners.grids[g].size, g)):
-        sequences, grid = parts[g], owners.grids[g]
-        seats, slices = grid.shape[0] * grid.shape[1], grid.shape[2]
-        # Chunks are rounded by a running sum of lengths, so that the odd tokens of many short
-        # sequences do not all fall on one rank. (S, 2 · seats + 1)
-        lean = np.cumsum(lengths[sequences]) % (2 * seats)
-        chunks = np.arange(2 * seats + 1) * lengths[sequences, None] + lean[:, None]
-        chunks //= 2 * seats
-        if seats == 1:  # nothing to even out: all of it is early
-            chunks[:, 1] = lengths[sequences]
-        ring = Ring(grid, sequences, chunks, held[grid.reshape(-1)])
-        held[ring.members] += np.repeat(ring.tokens, slices)
-        rings.append(ring)
-        # A seat's tokens of a sequence, early ones before late ones, are divided over its ranks
-        # for their home: most ranks then have one fragment of it, and few states pass.
-        zero = np.zeros((seats, slices, len(sequences)), np.int64)  # (seats, slices, S)
-        # (nodes, seats a node, slices) -> (seats, slices, 1) -> (seats, slices, S)
-        sequence, rank = zero + sequences, zero + grid.reshape(seats, slices, 1)
-        piece = zero + np.arange(slices)[:, None]
-        both = (ring.early + ring.late)[:, None]  # (seats, S) -> (seats, 1, S)
-        edges = [both * (piece + i) // slices for i in (0, 1)]  # (seats, slices, S) each
-        for half, size, before in (
-            (np.arange(seats), ring.early, 0),
-            (np.arange(2 * seats - 1, seats - 1, -1), ring.late, ring.early[:, None]),
-        ):
-            start = zero + ring.chunks[:, half].T[:, None]  # (S, seats) -> (seats, slices, S)
-            end = start + size[:, None]
-            spans.append((sequence, start, end, rank, piece, zero + slices))
-            offset = start - before
-            homes.append((sequence, *(np.clip(offset + x, start, end) for x in edges), rank))
-    whole = np.flatnonzero(owner >= 0)
-    alone = (whole, np.zeros_like(whole), lengths[whole], owner[whole])
-    spans.append((*alone, np.zeros_like(whole), np.ones_like(whole)))
-    homes.append(alone)
-    sequence, start, end, rank, piece, slices = _columns(spans)
-    attention = Layout.stack(sequence, start, end, rank, ranks, piece, slices)
-    sequence, start, end, rank = _columns(homes)
-    return attention, Layout.stack(sequence, start, end, rank, ranks), tuple(rings)
-
-
-def _columns(rows: Sequence[tuple[Array, ...]]) -> list[Array]:
-    """Tables given in parts, as one table: each column flattened and concatenated."""
-    return [np.concatenate([x.reshape(-1) for x in column]) for column in zip(*rows, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -18,42 +19,59 @@ class Prices:
 
     Args:
         by_rank: the stream keeps a token on its rank; else on its node.
-        slices: how many slices heads may be divided into, as a share of their number.
 
     Attributes:
         alone: float64 (N,), seconds of each sequence on one rank.
         level: seconds of a rank if attention were even over all ranks.
     """
 
-    def __init__(
-        self,
-        lengths: Array,
-        topology: Topology,
-        costs: Costs,
-        by_rank: bool,
-        slices: float = 1.0,
-    ) -> None:
+    def __init__(self, lengths: Array, topology: Topology, costs: Costs, by_rank: bool) -> None:
         self.lengths, self.topology, self.costs, self.by_rank = lengths, topology, costs, by_rank
-        self.slices = max(1, int(slices * costs.heads))
-        self.alone, _ = self.of_tokens(lengths, 1, 1)
-        self.level = float(self.alone.sum() / (1 / topology.seconds).sum())
-        self._of: dict[tuple[int, int], tuple[Array, Array]] = {}
+        self.slices = costs.heads
+        self._ways: dict[tuple[int, int, int], tuple[list[int], Array]] = {}
         self._parts: dict[tuple[int, int], tuple[list[int], Array]] = {}
-        self._over: dict[int, tuple[Array, Array]] = {}
+        self._of: dict[tuple[int, int, int], tuple[Array, Array]] = {}
+        self._fewer: dict[float, Prices] = {}
+        self.alone, _ = self.on_ranks(1, 1)
+        self.level = float(self.alone.sum() / (1 / topology.seconds).sum())
 
-    def of_tokens(self, n: Array, nodes: Array | int, each: int) -> tuple[Array, Array]:
+    def with_slices(self, share: float) -> Prices:
+        """The same if heads may be divided into fewer slices: into this share of their number."""
+        if share not in self._fewer:
+            fewer = self._fewer[share] = copy(self)
+            fewer.slices, fewer._of = max(1, int(share * self.costs.heads)), {}
+        return self._fewer[share]
+
+    def on_ranks(self, nodes: int, each: int) -> tuple[Array, Array]:
+        """Seconds and quickest slices of each sequence on nodes · each ranks: (N,) each."""
+        return self._quickest((nodes, each, -1), self.lengths, nodes, each)
+
+    def over_nodes(self, i: int) -> tuple[Array, Array]:
+        """Seconds and quickest slices of sequence i on 1, 2, 3, … nodes: (nodes,) each."""
+        each, n = self.topology.ranks_per_node, int(self.lengths[i])
+        return self._quickest((0, each, n), np.array(n), 1 + np.arange(self.topology.nodes), each)
+
+    def _quickest(
+        self, key: tuple[int, int, int], n: Array, nodes: Array | int, each: int
+    ) -> tuple[Array, Array]:
         """Seconds of sequences of n tokens on nodes · each ranks, and the quickest slices.
 
         Args:
+            key: by which the answer is remembered.
             n: (N,) or (), tokens.
             nodes: one number, or (groups,) if n is ().
 
         Returns:
             seconds and numbers of slices, the shape that n and nodes broadcast to.
         """
-        ways, seconds = self._by_slices(n, nodes, each)
-        best = seconds.argmin(axis=0)
-        return np.take_along_axis(seconds, best[None], axis=0)[0], np.array(ways)[best]
+        if key not in self._of:
+            if key not in self._ways:
+                self._ways[key] = self._by_slices(n, nodes, each)
+            ways, seconds = self._ways[key]
+            allowed = seconds[: sum(h <= self.slices for h in ways)]
+            best = allowed.argmin(axis=0)
+            self._of[key] = allowed.min(axis=0), np.array(ways)[best]
+        return self._of[key]
 
     def together(
         self, nodes: int, each: int, which: Array, slices: tuple[float, float] = (0.0, 1.0)
@@ -68,7 +86,7 @@ class Prices:
                 fewer, and how many there may be, as a share of the heads.
         """
         if (nodes, each) not in self._parts:
-            ways = [h for h in self._ways(each) if nodes * each % h == 0]
+            ways = [h for h in self.costs.slice_counts(each) if nodes * each % h == 0]
             costs = replace(self.costs, latency_inside=0.0, latency_between=0.0)
             parts = [
                 np.stack(costs.ring_parts(self.lengths, nodes, each, h, self.by_rank)) for h in ways
@@ -82,31 +100,15 @@ class Prices:
         best = int(seconds.argmin())
         return float(seconds[best]), ways[least + best]
 
-    def _ways(self, each: int) -> list[int]:
-        return [h for h in self.costs.slice_counts(each) if h <= self.slices]
-
     def _by_slices(self, n: Array, nodes: Array | int, each: int) -> tuple[list[int], Array]:
-        """The numbers of slices that are allowed, and seconds with each of them, (ways, …)."""
+        """Numbers of slices, rising, and seconds with each of them, (ways, …)."""
         size = nodes * np.asarray(each)
-        found = []
-        ways = self._ways(each)
-        for h in ways:
+        ways, found = [], []
+        for h in self.costs.slice_counts(each):
             fits = (size % h == 0) & (size >= h)
-            rounded = np.where(fits, nodes, max(1, h // each))
-            seconds = self.costs.ring_seconds(n, rounded, each, h, self.by_rank)
-            found.append(np.where(fits, seconds, np.inf))
+            if fits.any():
+                rounded = np.where(fits, nodes, max(1, h // each))
+                seconds = self.costs.ring_seconds(n, rounded, each, h, self.by_rank)
+                ways.append(h)
+                found.append(np.where(fits, seconds, np.inf))
         return ways, np.stack(found)
-
-    def on_ranks(self, nodes: int, each: int) -> tuple[Array, Array]:
-        """Seconds and quickest slices of each sequence on nodes · each ranks: (N,) each."""
-        if (nodes, each) not in self._of:
-            self._of[nodes, each] = self.of_tokens(self.lengths, nodes, each)
-        return self._of[nodes, each]
-
-    def over_nodes(self, i: int) -> tuple[Array, Array]:
-        """Seconds and quickest slices of sequence i on 1, 2, 3, … nodes: (nodes,) each."""
-        n = int(self.lengths[i])
-        if n not in self._over:
-            nodes = np.arange(1, self.topology.nodes + 1)
-            self._over[n] = self.of_tokens(np.array(n), nodes, self.topology.ranks_per_node)
-        return self._over[n]

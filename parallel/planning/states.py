@@ -82,16 +82,22 @@ def _sent(topology: Topology, heads: int, least: int) -> Callable[[tuple[int, ..
     target, heads, and the heads of which M travels too.
     """
 
+    none = np.zeros((4, 0), np.int64)
+
     @lru_cache(_REMEMBERED)
     def from_first(holders: tuple[int, ...]) -> list[Array]:
         blocks = Passing(holders, heads, topology, least).blocks()
-        return [_messages(turn) for turn in blocks]
+        return [_messages(turn) if turn else none for turn in blocks]
 
     def turns(holders: tuple[int, ...]) -> list[Array]:
-        # Nodes of the same sizes send the same: remembered are the messages from the first node on.
-        node, last = topology.node([min(holders), max(holders)]).tolist()
+        # Ranks of one node send what as many ranks of the first node would; so do ranks of several
+        # nodes, if these have as many as the first ones. Remembered are the messages of the first.
+        lowest, highest = min(holders), max(holders)
+        node, last = topology.node([lowest, highest]).tolist()
         alike = topology.sizes[node : last + 1] == topology.sizes[: last + 1 - node]
         first = int(topology.first[node]) if alike else 0
+        if node == last and highest - lowest < topology.sizes[0]:
+            first = lowest
         further = np.array([first, first, 0, 0])[:, None]
         return [turn + further for turn in from_first(tuple(x - first for x in holders))]
 

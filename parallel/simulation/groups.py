@@ -21,11 +21,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from parallel.planning.building import build
 from parallel.planning.cost import price
 from parallel.planning.costs import RING_TRAFFIC, Costs, Traffic
 from parallel.planning.layout import Array, Plan, Topology
 from parallel.planning.owners import Owners
-from parallel.planning.plan import build
 from parallel.planning.states import pass_seconds, price_states
 from parallel.simulation.case import BOTH, Case, Outcome, lower_bound
 

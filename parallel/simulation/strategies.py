@@ -35,12 +35,13 @@ from functools import partial
 
 import numpy as np
 
+from parallel.planning.building import build
 from parallel.planning.cost import price
 from parallel.planning.costs import ATTENTION_WORK, RING_TRAFFIC
 from parallel.planning.layout import Plan
 from parallel.planning.owners import on_all_ranks
 from parallel.planning.placing import Limits, balanced
-from parallel.planning.plan import build, plan
+from parallel.planning.plan import plan
 from parallel.planning.planner import without_attention
 from parallel.planning.prices import Prices
 from parallel.planning.states import price_states

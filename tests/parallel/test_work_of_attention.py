@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.planning.building import build
 from parallel.planning.cost import price
 from parallel.planning.costs import Costs
 from parallel.planning.layout import Plan, Topology
 from parallel.planning.owners import on_all_ranks
-from parallel.planning.plan import Strategy, build, plan
+from parallel.planning.plan import Strategy, plan
 from parallel.travel.rings import Call, share
 
 LENGTHS = [[900, 700, 333, 40, 1], [5000, 1200, 64, 0, 300], [31, 30, 29] * 4]

@@ -333,6 +333,16 @@ def test_routing_takes_all_ranks_of_a_node(by_node: bool) -> None:
     assert direct.max() > 6 * direct.mean()
 
 
+@pytest.mark.parametrize("strategy", ["even", "ring"])
+def test_without_routing_a_ring_steps_from_rank_to_rank(strategy: Strategy) -> None:
+    lengths = [100000, 7000, *[500] * 30]
+    nodes = [
+        max(len(ring.ranks) for ring in plan(lengths, Topology(16, 8), strategy, routing=on).rings)
+        for on in (True, False)
+    ]
+    assert nodes[0] > nodes[1] == 1
+
+
 def test_wrong_arguments_are_refused_by_value() -> None:
     with pytest.raises(ValueError, match="-3 at 1"):
         plan([4, -3], Topology(2, 2))

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel.planning.building import build
 from parallel.planning.clusters import MEMORY_SLACK
 from parallel.planning.cost import price
 from parallel.planning.costs import Costs
 from parallel.planning.layout import Layout, Topology, moves
 from parallel.planning.owners import Owners, group_sizes, in_groups, rank_capacity
-from parallel.planning.plan import Strategy, build, plan
+from parallel.planning.plan import Strategy, plan
 from parallel.planning.prices import Prices
 from tests.parallel.planning.test_plan import (
     STRATEGIES,

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parallel.planning.building import build
 from parallel.planning.clusters import load_cluster
 from parallel.planning.costs import Costs, States
 from parallel.planning.layout import Topology
 from parallel.planning.owners import Owners
 from parallel.planning.passes import Passes
-from parallel.planning.plan import build
 from parallel.simulation import published
 from parallel.simulation.case import Case, lower_bound
 from parallel.simulation.groups import (

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from parallel.__main__ import main
 from parallel.planning import plan as planning
+from parallel.planning.building import build
 from parallel.planning.clusters import clusters, load_cluster
 from parallel.planning.cost import price
 from parallel.planning.costs import Costs
 from parallel.planning.heads import split
 from parallel.planning.layout import Plan, Topology
 from parallel.planning.owners import on_all_ranks
-from parallel.planning.plan import Strategy, build, plan
+from parallel.planning.plan import Strategy, plan
 from parallel.planning.states import price_states
 from parallel.simulation import simulate
 from parallel.simulation.models import MODELS, load_model

@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 import parallel
 from parallel import FullAttention, ParallelConfig, Shard, World, distribute
 from parallel.config import Attention
+from parallel.planning.building import build
 from parallel.planning.heads import fractions
 from parallel.planning.layout import Plan, Topology
 from parallel.planning.owners import Owners, grid
-from parallel.planning.plan import Strategy, build, plan
+from parallel.planning.plan import Strategy, plan
 from parallel.travel.exchange import Transfer, sent_bytes
 from parallel.travel.rings import ring_attention, share
 from tests.parallel.across import STREAMS, difference, noting, plans_in_waves
