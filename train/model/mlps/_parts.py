@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+import kernels
 from data.settings import setting
 from train.model import mlps
 from train.model.config import MOST_INNER, ModelConfig
@@ -24,6 +26,20 @@ class Width:
 def width(model: ModelConfig, given: int | None, times: float) -> int:
     """The width inside an MLP: as given, by `model.mlp_dim`, or so many times dim, up to 64s."""
     return given or model.mlp_dim or 64 * math.ceil(model.dim * times / 64)
+
+
+def activated(x: Tensor, activation: kernels.Activation, limit: float | None = None) -> Tensor:
+    """relu2: ReLU², number by number. swiglu: (…, 2 · hidden), gate and up, -> (…, hidden).
+
+    Args:
+        limit: of swiglu, bound of the gate from above, and of up on both sides.
+    """
+    if activation == "relu2":
+        return F.relu(x).square()
+    gate, up = x.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
 
 
 class Ungated(mlps.MLP):

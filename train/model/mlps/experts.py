@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import kernels
 from data.settings import ConfigError, setting
@@ -19,7 +18,7 @@ from parallel.travel.rows import Rows
 from train.model import mlps
 from train.model.config import MOST_INNER, MOST_WIDTH, ModelConfig
 from train.model.linear import Stacked
-from train.model.mlps._parts import width
+from train.model.mlps._parts import activated, width
 from train.model.mlps._router import Router, Routing
 
 
@@ -53,6 +52,13 @@ class Config(Routing):
         if self.shared_gate and not self.shared_dim:
             raise ConfigError("shared_gate is true, but shared_dim is 0: there is no shared expert")
 
+    @property
+    def form(self) -> tuple[kernels.Activation, float | None]:
+        """The activation, and its limit if it is clamped."""
+        if self.activation == "relu2":
+            return "relu2", None
+        return "swiglu", self.limit if self.activation == "clamped_swiglu" else None
+
 
 def hidden(model: ModelConfig, config: Config) -> int:
     """The width inside an expert."""
@@ -64,22 +70,14 @@ class Shared(nn.Module):
 
     def __init__(self, dim: int, config: Config) -> None:
         super().__init__()
-        self.gated = config.activation != "relu2"
-        self.limit = config.limit if config.activation == "clamped_swiglu" else None
-        wide = config.shared_dim * (2 if self.gated else 1)
+        self.activation, self.limit = config.form
+        wide = config.shared_dim * (1 if self.activation == "relu2" else 2)
         self.up = nn.Linear(dim, wide, bias=False)
         self.gate = nn.Linear(dim, 1, bias=False) if config.shared_gate else None
         self.out = nn.Linear(config.shared_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x)
-        if not self.gated:
-            y = self.out(F.relu(h).square())
-        else:
-            gate, up = h.chunk(2, dim=-1)
-            if self.limit is not None:
-                gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-            y = self.out(F.silu(gate) * up)
+        y = self.out(activated(self.up(x), self.activation, self.limit))
         return y if self.gate is None else self.gate(x).sigmoid() * y
 
 
@@ -99,11 +97,9 @@ class MLP(mlps.MLP):
         super().__init__(model, config, layer)
         inner = hidden(model, config)
         self.chosen, self.hidden, self.shared_dim = config.chosen, inner, config.shared_dim
-        gated = config.activation != "relu2"
-        self.activation: kernels.Activation = "swiglu" if gated else "relu2"
-        self.limit = config.limit if config.activation == "clamped_swiglu" else None
+        self.activation, self.limit = config.form
         taken = config.latent or model.dim
-        wide = 2 * inner if gated else inner
+        wide = inner if self.activation == "relu2" else 2 * inner
         self.router = Router(model.dim, config)
         self.latent = Latent(model.dim, config.latent) if config.latent else None
         self.up = Stacked(config.experts, config.chosen, taken, wide)

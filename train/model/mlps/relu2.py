@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from train.model.mlps._parts import Ungated, Width
+from train.model.mlps._parts import Ungated, Width, activated
 
 Config = Width
 
@@ -14,4 +13,4 @@ class MLP(Ungated):
     """out(ReLU(up(x))²)."""
 
     def activation(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
+        return activated(x, "relu2")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from train.model import mlps
 from train.model.config import ModelConfig
-from train.model.mlps._parts import Width, width
+from train.model.mlps._parts import Width, activated, width
 
 Config = Width
 
@@ -27,8 +26,7 @@ class MLP(mlps.MLP):
         self.out = nn.Linear(inner, model.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, dim=-1)  # (…, 2 · hidden) -> two of (…, hidden)
-        return self.out(F.silu(gate) * up)
+        return self.out(activated(self.up(x), "swiglu"))
 
     @property
     def inner(self) -> int:
