@@ -141,11 +141,12 @@ def assert_same(got: tuple, wanted: tuple, tolerance: float) -> None:
         torch.testing.assert_close(got[2][name], weight, rtol=0, atol=20 * tolerance, msg=name)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_training_equals_a_plain_loop(ranks, size: int, stage: int, accumulate: int) -> None:
-    """fp32: to 2e-5 of the loss after four steps of AdamW."""
+def test_training_equals_a_plain_loop(ranks, size: int, stage: int) -> None:
+    """fp32: to 2e-5 of the loss after four steps of AdamW; every stage, and all ranks, with one
+    batch a step and with two."""
+    accumulate = 1 + (size + stage) % 2
     wanted = plain(accumulate)
     for got in ranks(size).run(trained, stage, accumulate, torch.float32):
         assert_same(got, wanted, 2e-5)
