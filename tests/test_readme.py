@@ -60,9 +60,11 @@ def test_a_command_of_the_readme_works(
         check_tensorboard(words, place)
         return
     if words[0] == "sbatch":
-        # Slurm reads the script and its options and looks for the nodes, but starts nothing.
+        # Slurm reads the script and its options and looks for the nodes, of which two are here,
+        # but starts nothing.
         slurm: Cluster = request.getfixturevalue("cluster")
-        slurm.command("sbatch", "--test-only", *words[1:], folder=ROOT)
+        words = [re.sub(r"^--nodes=\d+$", "--nodes=2", word) for word in words[1:]]
+        slurm.command("sbatch", "--test-only", *words, folder=ROOT)
         return
     # What torchrun starts begins from nothing, as everything does for a user.
     program = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []

@@ -51,7 +51,7 @@ def lopsided_shards() -> Iterator[None]:
         return 1 + np.diff(ends, prepend=0)
 
     with (
-        mock.patch("parallel.planning.plan.even_shards", shards),
+        mock.patch("parallel.planning.building.even_shards", shards),
         mock.patch("parallel.planning.plan._fits", return_value=True),
     ):
         yield
