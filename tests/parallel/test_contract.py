@@ -262,10 +262,10 @@ CASES += [
     )
     for i, (size, stage, family) in enumerate(
         [
-            *((2, stage, "experts") for stage in (0, 1, 2, 3)),
-            *((3, stage, "experts") for stage in (1, 3)),
+            # DeepSpeed sees none of these matrices, at any stage.
+            *((2, stage, "experts") for stage in (0, 3)),
+            *((3, stage, "experts") for stage in (1, 2)),
             *((4, stage, "few experts") for stage in (0, 1, 2, 3)),
-            *((3, stage, "few experts") for stage in (0, 2)),
         ]
     )
 ]
