@@ -148,19 +148,18 @@ class _Placing:
         worth = self._worth(by_length) * (not self.rest)
         share = self.lengths.sum() / self.topology.ranks
         singly = min(len(by_length), max(256, _ONE_BY_ONE * self.topology.nodes))
-        for at in range(singly):
-            i = int(by_length[at])
-            n, work = float(self.lengths[i]), float(self.work[i])
-            seconds, tokens = work / self.power, n / self.sizes
+        # (singly, nodes): of each sequence on each node.
+        of_seconds = self.work[by_length[:singly], None] / self.power
+        of_tokens = self.lengths[by_length[:singly], None] / self.sizes
+        for at, i in enumerate(by_length[:singly].tolist()):
+            n, seconds, tokens = float(self.lengths[i]), of_seconds[at], of_tokens[at]
             need = _TIME_WEIGHT * (self.mean - load) - (node_room - held) * worth[at]
             fits = held + tokens <= node_room
             good = fits & (load + seconds <= limit)
-            spread = 1
-            if good.any():
-                first = int(np.where(good, need, -np.inf).argmax())
-            elif n > share:
+            first, spread = int(np.where(good, need, -np.inf).argmax()), 1
+            if not good[first] and n > share:
                 first, spread = self._window(i, load, held, limit, node_room)
-            else:  # no longer than an even shard: never shared
+            elif not good[first]:  # no longer than an even shard: never shared
                 first = int(np.where(fits, need, -np.inf).argmax() if fits.any() else held.argmin())
             if spread == 1:
                 node[i] = first
