@@ -78,9 +78,13 @@ def balanced(prices: Prices, limits: Limits) -> Owners:
     by_length = np.argsort(-lengths, kind="stable")
     by_length = by_length[lengths[by_length] > 0]
     inside = placing.over_nodes(by_length, limits.level, node_room)
-    for each in sorted(set(topology.sizes)):
-        placing.inside_nodes(inside, np.flatnonzero(placing.sizes == each), each)
-    return Owners(placing.owner, placing.grids, "node" if limits.uneven else "even")
+    # Several limits often end in the same nodes; inside them they are then placed alike.
+    key = placing.key(inside)
+    if key not in prices.placed:
+        for each in sorted(set(topology.sizes)):
+            placing.inside_nodes(inside, np.flatnonzero(placing.sizes == each), each)
+        prices.placed[key] = placing.owner, placing.grids
+    return Owners(*prices.placed[key], "node" if limits.uneven else "even")
 
 
 class _Placing:
@@ -117,6 +121,19 @@ class _Placing:
             self.grids.append(sliced(ranks, slices))
         return -1 - self.rings[key]
 
+    def key(self, node: Array) -> tuple[bytes, ...]:
+        """Equal for placings over nodes that go on alike inside the nodes.
+
+        Args:
+            node: int64 (N,), of `over_nodes`.
+        """
+        groups = [_groups(each, 1).sum(axis=1) for each in set(self.topology.sizes)]
+        widths = np.unique(np.concatenate(groups)).tolist()
+        slices = (self.prices.on_ranks(1, width)[1] for width in widths)
+        state = node, self.owner, self.seconds, self.tokens, *self.grids, *slices
+        other = repr((self.room, [x.shape for x in self.grids])).encode()
+        return other, *(x.tobytes() for x in state)
+
     def over_nodes(self, by_length: Array, level: float, node_room: float) -> Array:
         """Place sequences over nodes: on rings over several, if no node has time and room.
 
@@ -131,19 +148,18 @@ class _Placing:
         worth = self._worth(by_length) * (not self.rest)
         share = self.lengths.sum() / self.topology.ranks
         singly = min(len(by_length), max(256, _ONE_BY_ONE * self.topology.nodes))
-        for at in range(singly):
-            i = int(by_length[at])
-            n, work = float(self.lengths[i]), float(self.work[i])
-            seconds, tokens = work / self.power, n / self.sizes
+        # (singly, nodes): of each sequence on each node.
+        of_seconds = self.work[by_length[:singly], None] / self.power
+        of_tokens = self.lengths[by_length[:singly], None] / self.sizes
+        for at, i in enumerate(by_length[:singly].tolist()):
+            n, seconds, tokens = float(self.lengths[i]), of_seconds[at], of_tokens[at]
             need = _TIME_WEIGHT * (self.mean - load) - (node_room - held) * worth[at]
             fits = held + tokens <= node_room
             good = fits & (load + seconds <= limit)
-            spread = 1
-            if good.any():
-                first = int(np.where(good, need, -np.inf).argmax())
-            elif n > share:
+            first, spread = int(np.where(good, need, -np.inf).argmax()), 1
+            if not good[first] and n > share:
                 first, spread = self._window(i, load, held, limit, node_room)
-            else:  # no longer than an even shard: never shared
+            elif not good[first]:  # no longer than an even shard: never shared
                 first = int(np.where(fits, need, -np.inf).argmax() if fits.any() else held.argmin())
             if spread == 1:
                 node[i] = first
@@ -264,6 +280,7 @@ class _Placing:
         # (nodes, groups): a group takes as long as its slowest rank.
         slowest = np.where(groups, slow[:, None, :], 0).max(axis=2)
         every = np.arange(len(nodes))
+        chosen_at = np.zeros((singly, len(nodes)), np.int64)
         for step in range(singly):
             length, present = n[:, step, None], table[:, step] >= 0
             need = _TIME_WEIGHT * (level - seconds) - (self.room - tokens) * worth[:, step, None]
@@ -286,7 +303,8 @@ class _Placing:
             each_takes = costs[every, step, chosen] * slowest[every, chosen]
             seconds += np.where(taken, each_takes[:, None], 0.0)
             tokens += np.where(taken, length / size[chosen, None], 0.0)
-            self._record(table[:, step], chosen, groups, first)
+            chosen_at[step] = chosen
+        self._record(table[:, :singly].T, chosen_at, groups, first)
         tail = table[:, singly:]
         for at in every[(tail >= 0).any(axis=1)]:
             rest = tail[at][tail[at] >= 0]
@@ -339,13 +357,19 @@ class _Placing:
         return np.where(good.any(axis=1, keepdims=True), score, poor).argmax(axis=1)
 
     def _record(self, sequence: Array, chosen: Array, groups: Array, first: Array) -> None:
-        """Enter in `owner` that each node's `sequence` (−1: none) went to its group `chosen`."""
-        begin = groups.argmax(axis=1)
-        size = groups.sum(axis=1)
-        whole = (size[chosen] == 1) & (sequence >= 0)
-        self.owner[sequence[whole]] = (first + begin[chosen])[whole]
-        for at in np.flatnonzero((size[chosen] > 1) & (sequence >= 0)):
-            i, a, count = sequence[at], int(first[at] + begin[chosen[at]]), int(size[chosen[at]])
+        """Enter in `owner` that each step's sequence of each node went to a group.
+
+        Args:
+            sequence: int64 (steps, nodes), by place in the batch; −1: none.
+            chosen: int64 (steps, nodes), numbers of groups.
+            groups: bool (groups, ranks).
+            first: (nodes,), ranks.
+        """
+        begin, size = first + groups.argmax(axis=1)[chosen], groups.sum(axis=1)[chosen]
+        whole = (size == 1) & (sequence >= 0)
+        self.owner[sequence[whole]] = begin[whole]
+        rings = (size > 1) & (sequence >= 0)
+        for i, a, count in zip(*(x[rings].tolist() for x in (sequence, begin, size)), strict=True):
             ranks = np.arange(a, a + count)[None]
             self.owner[i] = self.ring(ranks, int(self.prices.on_ranks(1, count)[1][i]))
 

@@ -23,6 +23,7 @@ class Prices:
     Attributes:
         alone: float64 (N,), seconds of each sequence on one rank.
         level: seconds of a rank if attention were even over all ranks.
+        placed: owners and rings' grids that `placing.balanced` came to, by what they follow from.
     """
 
     def __init__(self, lengths: Array, topology: Topology, costs: Costs, by_rank: bool) -> None:
@@ -32,6 +33,7 @@ class Prices:
         self._parts: dict[tuple[int, int], tuple[list[int], Array]] = {}
         self._of: dict[tuple[int, int, int], tuple[Array, Array]] = {}
         self._fewer: dict[float, Prices] = {}
+        self.placed: dict[tuple[bytes, ...], tuple[Array, list[Array]]] = {}
         self.alone, _ = self.on_ranks(1, 1)
         self.level = float(self.alone.sum() / (1 / topology.seconds).sum())
 
