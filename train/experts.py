@@ -116,6 +116,11 @@ class AtHome:
             if stack.homes.replicated and stack.keys == MUON:
                 self._optimizer.pieces[stack.master] = _pieces(stack, world)
 
+    @property
+    def numbers(self) -> int:
+        """Of all matrices that were taken out, on all ranks together."""
+        return sum(stack.shape.numel() for stack in self.stacks.values())
+
     def reduce(self) -> float:
         """Sum the gradients of a step over replicas; the square of their norm over all ranks."""
         world = self.world

@@ -136,7 +136,8 @@ class Case:
         speeds = {rank: speed for rank, speed in given.speeds.items() if rank < self.ranks}
         config = replace(given, cluster=self.cluster, speeds=speeds)
         stage, accumulate = self.config.zero.stage, self.config.train.accumulate
-        return planner_of(self.model, config, world, self.dtype, stage, accumulate)
+        numbers = self.numbers_at_home
+        return planner_of(self.model, config, world, self.dtype, stage, accumulate, numbers)
 
     def memory(self, stage: int, checkpointed: bool) -> Memory:
         """What a rank holds in a step on batches of full sequences."""
@@ -178,6 +179,13 @@ class Case:
             name: (Homes(layers[name].up.weight.shape[0], topology), either)
             for name, either in found.items()
         }
+
+    @property
+    def numbers_at_home(self) -> int:
+        """Of the experts' matrices that ZeRO has no part of, with the run's own settings."""
+        config = self.config
+        homes = self.homes(config.zero.stage, config.model.checkpoint_activations)
+        return sum(shape.numel() for shape in self.at_home(homes).values())
 
     def at_home(self, homes: Mapping[str, Any]) -> dict[str, torch.Size]:
         """Shapes of the experts' matrices of these MLPs, by name."""
