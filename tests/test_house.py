@@ -51,6 +51,7 @@ ROOMS = {
     "train.forecast": {
         "train.config",
         "train.engine",
+        "train.experts",
         "train.memory",
         "train.model",
         "train.monitor",

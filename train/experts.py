@@ -116,6 +116,11 @@ class AtHome:
             if stack.homes.replicated and stack.keys == MUON:
                 self._optimizer.pieces[stack.master] = _pieces(stack, world)
 
+    @property
+    def numbers(self) -> int:
+        """Of all matrices that were taken out, on all ranks together."""
+        return sum(stack.shape.numel() for stack in self.stacks.values())
+
     def reduce(self) -> float:
         """Sum the gradients of a step over replicas; the square of their norm over all ranks."""
         world = self.world
@@ -192,20 +197,11 @@ class AtHome:
         """Give a layer's matrices to their homes."""
         world = self.world
         homes = Homes(layer.up.weight.shape[0], world.topology)
-        layer.rows = Rows(homes, world.rank, world.group, world.device, either)
-        first, end = homes.run(world.rank)
-        for name, module in layer.named_children():
-            if not isinstance(module, Stacked):
-                continue
-            shape = module.weight.shape
-            weight = torch.zeros(end - first, *shape[1:], dtype=dtype, device=world.device)
-            stack = Stack(shape, homes, weight.requires_grad_(), weight)
-            whole = weight.detach()
+        rows = Rows(homes, world.rank, world.group, world.device, either)
+        for name, stack in settle(layer, rows, dtype, world.device).items():
+            whole = stack.weight.detach()
             mine = stack.slices(whole, world.rank)[world.rank] if homes.replicated else whole
             stack.master = mine.float()
-            weight.register_post_accumulate_grad_hook(_adder(stack))
-            del module._parameters["weight"]
-            module.weight = weight  # type: ignore[assignment]
             self.stacks[f"{path}.{name}.weight"] = stack
 
     def _part(self, stack: Stack, key: str) -> Tensor:
@@ -232,6 +228,22 @@ class AtHome:
                 sends.setdefault(peer, []).append(mine)
                 receives.setdefault(peer, []).append(theirs)
         exchange.post(sends, receives, self.world.group)()
+
+
+def settle(layer: MLP, rows: Rows, dtype: torch.dtype, device: torch.device) -> dict[str, Stack]:
+    """Let rows travel to a layer's experts: its matrices are no parameters any more, but those of
+    the rank of `rows`, unset, by the names of what they were in. Their gradients become fp32."""
+    layer.rows, found = rows, {}
+    for name, module in layer.named_children():
+        if isinstance(module, Stacked):
+            shape = module.weight.shape
+            weight = torch.zeros(rows.here, *shape[1:], dtype=dtype, device=device)
+            stack = Stack(shape, rows.homes, weight.requires_grad_(), weight)
+            weight.register_post_accumulate_grad_hook(_adder(stack))
+            del module._parameters["weight"]
+            module.weight = weight  # type: ignore[assignment]
+            found[name] = stack
+    return found
 
 
 def _adder(stack: Stack) -> Callable[[Tensor], None]:

@@ -81,8 +81,9 @@ class Trainer:
         accumulate = config.train.accumulate
         by_rows = planning.by_rows(config, model, world.topology, dtype, self.say)
         self.engine = Engine(model, config.optim, config.zero, world, dtype, accumulate, by_rows)
+        stage, at_home = config.zero.stage, self.engine.at_home.numbers
         self.planner = planning.planner_of(
-            model, config.parallel, world, dtype, config.zero.stage, accumulate
+            model, config.parallel, world, dtype, stage, accumulate, at_home
         )
         self.peak_flops = peak_flops(world.device)
         self.watchdog = Watchdog(folder, world, config.faults.hang_seconds)

@@ -90,26 +90,32 @@ def planner_of(
     dtype: torch.dtype,
     zero_stage: int = 0,
     accumulate: int = 1,
+    at_home: int = 0,
 ) -> Planner:
-    """The planner of a run, on each of its ranks, for settings that `check` passes."""
+    """The planner of a run, on each of its ranks, for settings that `check` passes.
+
+    Args:
+        accumulate, at_home: as of `described`.
+    """
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-    told = described(model, dtype, zero_stage, accumulate)
+    told = described(model, dtype, zero_stage, accumulate, at_home)
     return Planner(config, world.topology, told, device)
 
 
 def described(
-    model: Model, dtype: torch.dtype, zero_stage: int, accumulate: int = 1
+    model: Model, dtype: torch.dtype, zero_stage: int, accumulate: int = 1, at_home: int = 0
 ) -> FullAttention:
     """The model's layers: full attention (without a window), linear layers, all other work.
 
     Args:
         accumulate: batches of a step, over which what ZeRO sends once a step is spread.
+        at_home: numbers of the experts' matrices to which rows travel, which ZeRO does not bring.
     """
     mixers = [block.mixer for block in model.blocks]
     full = [m for m in mixers if isinstance(m, attention.Mixer) and m.window is None]
     layers = max(1, len(full))
     fewest = min(full, key=lambda mixer: mixer.heads, default=None)
-    weights = model.matrices
+    weights = model.matrices - at_home
     if not model.config.tie_embeddings:
         weights += model.embedding.num_embeddings * model.config.dim
     return FullAttention(

@@ -46,6 +46,11 @@ class Homes:
         return [int(one) for one in np.flatnonzero(same)]
 
     @property
+    def fullest(self) -> int:
+        """A rank that has as many experts as any."""
+        return int(np.diff(self.bounds)[:, 0].argmax())
+
+    @property
     def groups(self) -> list[list[int]]:
         """The ranks that hold the same, for every run of experts."""
         ranks = range(self.topology.ranks)
@@ -100,12 +105,12 @@ class Homes:
             held = np.bincount(seen, minlength=len(ranks))  # experts for which a row goes to a rank
             of_nodes = np.bincount(nodes, held).astype(np.int64)
             others = np.arange(topology.nodes) != nodes[source]
-            between += self._chance(of_nodes, chosen)[others].sum()
-            inside += self._chance(held, chosen)[self.proxy(source, ranks) != ranks].sum()
+            between += self.chance(of_nodes, chosen)[others].sum()
+            inside += self.chance(held, chosen)[self.proxy(source, ranks) != ranks].sum()
         return float(between / topology.ranks), float(inside / topology.ranks)
 
-    def _chance(self, held: np.ndarray, chosen: int) -> np.ndarray:
-        """The chance that one of `held` experts is among `chosen`."""
+    def chance(self, held: np.ndarray, chosen: int) -> np.ndarray:
+        """The chance that one of `held` experts is among `chosen`, if any are as likely."""
         left = self.experts - np.arange(chosen)  # (chosen,)
         missed = np.maximum(left - held[:, None], 0) / left
         return 1 - missed.prod(axis=1)

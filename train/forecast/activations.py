@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -14,9 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.backend import imagining
 from parallel import Shard
+from train.experts import Stack, settle
 from train.forecast.ledger import Ledger
+from train.forecast.travelling import ImaginedRows
 from train.model.config import ModelConfig
 from train.model.initial import Undrawn
+from train.model.mlps import experts
+from train.model.mlps._balance import Counted
+from train.model.mlps._router import Router
 from train.model.norm import RMSNorm
 from train.model.transformer import Block, Head
 
@@ -37,6 +42,7 @@ class Part:
             input and what it kept. The gradient of its output is counted here.
         moving: as `backward`, if the gradient of each parameter is moved away once it is there.
         gradients: of its parameters, left by its backward pass.
+        at_home: of its experts that live at home, likewise, in fp32; these are no parameters.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Part:
     backward: float
     moving: float
     gradients: float
+    at_home: float = 0.0
 
     def towards(self, other: Part, way: float) -> Part:
         """The part at a point of the line from this one (0) to `other` (1)."""
@@ -63,12 +70,14 @@ class Shape:
         dtype: of weights and activations.
         vocab_size: pieces.
         checkpointed: whether blocks keep their input only.
+        rows: how rows travel to experts, by the name of the blocks in which they do.
     """
 
     device: Device
     dtype: torch.dtype
     vocab_size: int
     checkpointed: bool
+    rows: Mapping[str, ImaginedRows] = field(default_factory=dict)
 
 
 def parts(model: ModelConfig, shape: Shape, shard: Shard) -> dict[str, Part]:
@@ -81,6 +90,7 @@ def parts(model: ModelConfig, shape: Shape, shard: Shard) -> dict[str, Part]:
         blocks = {name: Block(model, kinds.index(name)) for name in set(kinds)}
         tokens = torch.empty(total, dtype=torch.int64)
     labels = tokens.clone()
+    counted = Counted(labels, shard)
     made = {
         EMBEDDING: _measured(EMBEDDING, embedding, None, lambda: embedding(tokens), shape),
         LOSS: _measured(LOSS, tail, total, partial(tail, labels=labels), shape, model.dim),
@@ -89,7 +99,16 @@ def parts(model: ModelConfig, shape: Shape, shard: Shard) -> dict[str, Part]:
         run: Callable[..., Tensor] = partial(block, shard=shard)
         if shape.checkpointed:
             run = partial(checkpoint, block, shard=shard, use_reentrant=False)
-        made[name] = _measured(name, block, total, run, shape, model.dim)
+        at_home: dict[str, Stack] = {}
+        if name in shape.rows:
+            assert isinstance(block.mlp, experts.MLP)
+            at_home = settle(block.mlp, shape.rows[name], shape.dtype, torch.device("meta"))
+        routers = [part for part in block.modules() if isinstance(part, Router)]
+        for router in routers:
+            router.batch = counted
+        made[name] = _measured(
+            name, block, total, run, shape, model.dim, [*at_home.values()], routers
+        )
     return made
 
 
@@ -113,8 +132,13 @@ def _measured(
     run: Callable[..., Tensor],
     shape: Shape,
     dim: int = 0,
+    at_home: Sequence[Stack] = (),
+    routers: Sequence[Router] = (),
 ) -> Part:
-    """Run a part forward and backward, its input (1, total, dim), or none if `total` is None."""
+    """Run a part forward and backward, its input (1, total, dim), or none if `total` is None.
+
+    What routers count for the losses of balance has its gradient from the end of the model too.
+    """
     module.to(shape.dtype)
     with _counting(shape.device) as ledger:
         inputs = []
@@ -127,8 +151,12 @@ def _measured(
         y = run(*inputs)
         del inputs
         forward, output = ledger.peak - before, y.numel() * y.element_size()
-        end = _End.apply(y)
-        del y
+        tallies = [router.tally for router in routers if router.tally is not None]
+        losses = [loss for tally in tallies for loss in tally.losses]
+        end = _End.apply(y, *losses)
+        for router in routers:
+            router.tally = None
+        del y, tallies, losses
         start = ledger.live
         # Nothing else may hold the output: the next part has let go of it by now.
         ledger.reset_peak()
@@ -139,10 +167,19 @@ def _measured(
 
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(moved)
+
+        def settled(stack: Stack, _: Tensor) -> None:
+            assert stack.gradient is not None
+            ledger.aside += stack.gradient.nbytes
+
+        for stack in at_home:
+            stack.weight.register_post_accumulate_grad_hook(partial(settled, stack))
         end.backward()
         del end
         backward, moving = ledger.peak - start, ledger.peak_beside - start
-        return Part(name, forward, start - before, output, backward, moving, ledger.aside)
+        home = sum(stack.gradient.nbytes for stack in at_home if stack.gradient is not None)
+        gradients = ledger.aside - home
+        return Part(name, forward, start - before, output, backward, moving, gradients, home)
 
 
 @contextmanager
@@ -169,14 +206,16 @@ class _Begin(torch.autograd.Function):
 
 
 class _End(torch.autograd.Function):
-    """The parts that follow: they take y, and make its gradient in the backward pass."""
+    """The parts that follow: they take y, and make its gradient in the backward pass; and that of
+    other results, which are small."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        ctx.like = y.shape, y.dtype, y.device
-        return y.new_empty(())
+    def forward(ctx: Any, *results: Tensor) -> Tensor:
+        ctx.like = [(y.shape, y.dtype, y.device) for y in results]
+        return results[0].new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:
-        shape, dtype, device = ctx.like
-        return torch.empty(shape, dtype=dtype, device=device)
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like
+        )

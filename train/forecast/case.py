@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +18,18 @@ from data.recall import Recall
 from data.tokens.tokenizer import load
 from parallel import Shard, World
 from parallel.planning.clusters import MEMORY_SLACK
+from parallel.planning.layout import Topology
 from parallel.planning.planner import Planner, pad_to_ranks
 from parallel.stream import share
+from parallel.travel.homes import Homes
 from train.config import Config
+from train.experts import layers_of
 from train.forecast import memory, work
 from train.forecast.activations import Device, Part, Shape, parts
-from train.forecast.states import states
+from train.forecast.states import at_home, states
+from train.forecast.travelling import ImaginedRows
 from train.model.transformer import Model, check_settings, skeleton
-from train.planning import planner_of
+from train.planning import by_rows, planner_of
 
 STAGES = (0, 1, 2, 3)
 TRAVELLING, SLACK, RUNTIME = "travelling", "slack", "runtime"
@@ -37,6 +42,7 @@ _SIZES: dict[Device, list[int]] = {
     "cuda": [1024, 4096, 16384, 65536, 262144],
     "cpu": [1024, 2048, 4096],
 }
+_Rows = tuple[tuple[str, tuple[Homes, bool]], ...]  # by kind of blocks, as `Case.homes`
 _PLANNED = 64  # ranks, at most, of a plan for one sequence
 
 
@@ -130,34 +136,89 @@ class Case:
         speeds = {rank: speed for rank, speed in given.speeds.items() if rank < self.ranks}
         config = replace(given, cluster=self.cluster, speeds=speeds)
         stage, accumulate = self.config.zero.stage, self.config.train.accumulate
-        return planner_of(self.model, config, world, self.dtype, stage, accumulate)
+        numbers = self.numbers_at_home
+        return planner_of(self.model, config, world, self.dtype, stage, accumulate, numbers)
 
     def memory(self, stage: int, checkpointed: bool) -> Memory:
         """What a rank holds in a step on batches of full sequences."""
-        among, alone = self._parts(checkpointed)
-        kinds = self._peak(stage, among, self.tokens)
+        layers = self._layers(stage, checkpointed)
+
+        def peak(alone: bool, load: float | None = 1.0) -> dict[str, float]:
+            made = self._parts(checkpointed, layers, alone, load)
+            return self._peak(stage, checkpointed, made, self.tokens)
+
+        kinds = fullest = peak(alone=False)
+        if layers:
+            fullest = peak(alone=False, load=ImaginedRows.spread)
+        slack = sum(fullest.values()) + self._slack(fullest) - sum(kinds.values())
         if self.ranks > 1:
-            by_itself = self._peak(stage, alone, self.tokens)
+            by_itself = peak(alone=True, load=None)
             more = sum(kinds.values()) - sum(by_itself.values())
             kinds = {**by_itself, TRAVELLING: max(0.0, more)}
-        kinds |= {SLACK: self._slack(kinds), RUNTIME: _RUNTIME[self.device]}
+        kinds |= {SLACK: max(0.0, slack), RUNTIME: _RUNTIME[self.device]}
         return Memory(stage, checkpointed, kinds)
+
+    # `lru_cache` on methods would keep every case alive.
+    @cached_property
+    def homes(self) -> Callable[[int, bool], dict[str, tuple[Homes, bool]]]:
+        """By stage and checkpointing: homes of the experts to which rows travel, by the names of
+        their MLPs, and whether the counts of a batch may overrule that."""
+        return lru_cache(None)(self._homes)
+
+    def _homes(self, stage: int, checkpointed: bool) -> dict[str, tuple[Homes, bool]]:
+        if self.ranks == 1:
+            return {}
+        config = replace(
+            self.config,
+            zero=replace(self.config.zero, stage=stage),  # type: ignore[arg-type]
+            model=replace(self.config.model, checkpoint_activations=checkpointed),
+        )
+        topology = Topology(self.ranks, self.ranks_per_node)
+        found, layers = by_rows(config, self.model, topology, self.dtype), layers_of(self.model)
+        return {
+            name: (Homes(layers[name].up.weight.shape[0], topology), either)
+            for name, either in found.items()
+        }
+
+    @property
+    def numbers_at_home(self) -> int:
+        """Of the experts' matrices that ZeRO has no part of, with the run's own settings."""
+        config = self.config
+        homes = self.homes(config.zero.stage, config.model.checkpoint_activations)
+        return sum(shape.numel() for shape in self.at_home(homes).values())
+
+    def at_home(self, homes: Mapping[str, Any]) -> dict[str, torch.Size]:
+        """Shapes of the experts' matrices of these MLPs, by name."""
+        return {
+            name: shape
+            for name, shape in self.sizes.shapes.items()
+            if name.removesuffix(".up.weight") in homes or name.removesuffix(".out.weight") in homes
+        }
+
+    def _layers(self, stage: int, checkpointed: bool) -> _Rows:
+        """The kinds of blocks in which rows travel to experts: an MLP's settings are its kind's."""
+        kinds = self.config.model.block_kinds
+        found = self.homes(stage, checkpointed)
+        return tuple({kinds[int(name.split(".")[1])]: each for name, each in found.items()}.items())
 
     def longest(self, stage: int, checkpointed: bool) -> int:
         """Tokens of the longest sequence that fits if it is the whole batch; 0 if none does."""
-        sizes = _SIZES[self.device]
+        sizes, layers = _SIZES[self.device], self._layers(stage, checkpointed)
+
+        def at(tokens: int) -> dict[str, Part]:
+            return self._of_one(checkpointed, layers, tokens)
 
         def fits(tokens: int, made: dict[str, Part]) -> bool:
-            kinds = self._peak(stage, made, tokens)
+            kinds = self._peak(stage, checkpointed, made, tokens)
             held = sum(kinds.values()) + self._slack(kinds) + _RUNTIME[self.device]
             return held <= self.room
 
         # Between two sizes, and past the last one, bytes lie on a line.
         last = next(
-            (i for i, n in enumerate(sizes) if i and not fits(n, self._of_one(checkpointed, n))),
+            (i for i, n in enumerate(sizes) if i and not fits(n, at(n))),
             len(sizes) - 1,
         )
-        one, two = (self._of_one(checkpointed, n) for n in sizes[last - 1 : last + 1])
+        one, two = (at(n) for n in sizes[last - 1 : last + 1])
 
         def between(tokens: int) -> dict[str, Part]:
             return _on_line(one, two, (tokens - sizes[last - 1]) / (sizes[last] - sizes[last - 1]))
@@ -168,15 +229,21 @@ class Case:
             low, high = (middle, high) if fits(middle, between(middle)) else (low, middle - 1)
         return low * self.ranks
 
-    def _peak(self, stage: int, made: dict[str, Part], tokens: int) -> dict[str, float]:
-        config = self.config
+    def _peak(
+        self, stage: int, checkpointed: bool, made: dict[str, Part], tokens: int
+    ) -> dict[str, float]:
+        config, homes = self.config, self.homes(stage, checkpointed)
+        home = self.at_home(homes)
+        of_zero = {n: shape for n, shape in self.sizes.shapes.items() if n not in home}
+        stacks = {n: (shape, homes[n.rsplit(".", 2)[0]][0]) for n, shape in home.items()}
         return memory.Step(
             config.model.block_kinds,
             made,
-            states(self.sizes.shapes, config.optim, stage, self.ranks, self.dtype),
+            states(of_zero, config.optim, stage, self.ranks, self.dtype),
             tokens,
             config.train.accumulate,
             config.model.tie_embeddings,
+            at_home(stacks, config.optim, self.dtype),
         ).peak()
 
     def _slack(self, kinds: dict[str, float]) -> float:
@@ -185,41 +252,45 @@ class Case:
         moving = sum(size for kind, size in kinds.items() if kind not in fixed)
         return MEMORY_SLACK * moving if self.ranks > 1 else 0.0
 
-    # `lru_cache` on methods would keep every case alive.
     @cached_property
-    def _parts(self) -> Callable[[bool], tuple[dict[str, Part], dict[str, Part]]]:
-        """Of batches of full sequences: the parts on a rank among others, and on one alone."""
+    def _parts(self) -> Callable[[bool, _Rows, bool, float | None], dict[str, Part]]:
+        """Of batches of full sequences: the parts on a rank among others, or on one alone; its
+        experts have so many rows (`ImaginedRows.load`)."""
 
-        def made(checkpointed: bool) -> tuple[dict[str, Part], dict[str, Part]]:
-            among = self._at(self.tokens, checkpointed)
-            return among, among if self.ranks == 1 else self.on(1)._at(self.tokens, checkpointed)
+        def made(
+            checkpointed: bool, layers: _Rows, alone: bool, load: float | None
+        ) -> dict[str, Part]:
+            shape = self._shape(checkpointed, layers, load)
+            return (self.on(1) if alone else self)._at(self.tokens, shape)
 
         return lru_cache(None)(made)
 
     @cached_property
-    def _of_one(self) -> Callable[[bool, int], dict[str, Part]]:
+    def _of_one(self) -> Callable[[bool, _Rows, int], dict[str, Part]]:
         """The parts of a batch that is one sequence, by its tokens a rank."""
 
         # On more ranks a rank holds little else, and the plan takes longer.
         few = self.on(min(self.ranks, _PLANNED))
 
-        def made(checkpointed: bool, tokens: int) -> dict[str, Part]:
+        def made(checkpointed: bool, layers: _Rows, tokens: int) -> dict[str, Part]:
             shard = few._shard(np.array([tokens * few.ranks]))
-            return parts(self.config.model, self._shape(checkpointed), shard)
+            shape = self._shape(checkpointed, layers, ImaginedRows.spread)
+            return parts(self.config.model, shape, shard)
 
         return lru_cache(None)(made)
 
-    def _at(self, tokens: int, checkpointed: bool) -> dict[str, Part]:
+    def _at(self, tokens: int, shape: Shape) -> dict[str, Part]:
         """The parts of a batch of full sequences, by its tokens a rank."""
         sizes = _SIZES[self.device][-2:]
         if self.device == "cpu" and tokens > sizes[-1]:
-            one, two = (self._at(n, checkpointed) for n in sizes)
+            one, two = (self._at(n, shape) for n in sizes)
             return _on_line(one, two, (tokens - sizes[0]) / (sizes[1] - sizes[0]))
         shard = self._shard(_sequences(tokens * self.ranks, self.seq_len))
-        return parts(self.config.model, self._shape(checkpointed), shard)
+        return parts(self.config.model, shape, shard)
 
-    def _shape(self, checkpointed: bool) -> Shape:
-        return Shape(self.device, self.dtype, self.vocab_size, checkpointed)
+    def _shape(self, checkpointed: bool, layers: _Rows, load: float | None) -> Shape:
+        rows = {kind: ImaginedRows(homes, either, load) for kind, (homes, either) in layers}
+        return Shape(self.device, self.dtype, self.vocab_size, checkpointed, rows)
 
     def _shard(self, lengths: np.ndarray) -> Shard:
         """What the fullest rank has of a batch."""

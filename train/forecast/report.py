@@ -143,6 +143,7 @@ def _step(times: Times) -> dict[str, float]:
         "seconds": times.step,
         "passes": times.passes,
         "made_anew": times.anew,
+        "rows": times.rows,
         "zero": times.zero,
         "optimiser": times.optimiser,
         "over_even": times.passes / times.even,
@@ -317,6 +318,8 @@ def _clocked(made: dict[str, Any], what: str) -> list[str]:
         lines.append(f"{'of the text itself':>19}, to {own['longest']:>8,}" + _priced(own))
     else:
         lines.append("the text is not prepared here: its own lengths are not known")
+    if most := max(stage["rows"] / stage["seconds"] for stage in time["stages"]):
+        lines.append(f"rows to experts and back: up to {most:.0%} of a step, nothing beside")
     others = ", ".join(
         f"{row['nodes']}: {row['days']:,.3g}" + " (does not fit)" * (not row["fits"])
         for row in made["nodes"]

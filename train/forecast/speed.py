@@ -1,16 +1,17 @@
 """How long a step takes on a described cluster, by the prices of the plan that training would make.
 
 Left out are reading and evaluating, what a GPU waits for its CPU, and whatever a cluster's file
-does not know of. So the step is what well-fed GPUs would take.
+does not know of. So the step is what well-fed GPUs would take. All matrices that a token meets,
+those of experts too, count as large products, and experts as evenly chosen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice, pairwise
 
 import numpy as np
@@ -23,15 +24,20 @@ from data.settings import ConfigError
 from data.stream import Batches
 from parallel.planning.clusters import Cluster
 from parallel.planning.cost import price
+from parallel.planning.costs import Costs
 from parallel.planning.layout import Array
 from parallel.planning.states import price_states
+from parallel.travel.homes import Homes
+from train.experts import layers_of
 from train.forecast.case import Case
+from train.model.linear import met
 from train.optimiser.optim import is_orthogonal
 from train.planning import described
 
 DAY = 86400.0
 _LOOKED_AT = 4  # batches of a prepared corpus
 _FP32 = 4.0
+_NUMBER = 2.0  # bytes of an expert's number (`parallel.travel.rows`)
 # What AdamW reads and writes of each number: gradient, weight and both means, three of them twice.
 _STEPPED = 7 * _FP32
 _ITERATIONS = 5  # of Newton and Schulz, in a step of Muon
@@ -45,6 +51,7 @@ class Times:
     Attributes:
         passes: forward and backward, all batches of the step, on the ranks that take longest.
         anew: of activations that are made again.
+        rows: in which rows travel to experts and back, beyond the work of the shared expert.
         zero: in which ZeRO's traffic takes longer than all of that.
         optimiser: of the update.
         even: of the passes if all work were even and no byte were sent.
@@ -54,6 +61,7 @@ class Times:
 
     passes: float
     anew: float
+    rows: float
     zero: float
     optimiser: float
     even: float
@@ -62,7 +70,7 @@ class Times:
 
     @property
     def step(self) -> float:
-        return self.passes + self.anew + self.zero + self.optimiser
+        return self.passes + self.anew + self.rows + self.zero + self.optimiser
 
 
 @dataclass(frozen=True)
@@ -75,17 +83,18 @@ class Speed:
     def times(self, batches: Iterable[Array]) -> Times:
         """Of steps on batches like these, (N,) lengths each; means over the batches."""
         found = [self._batch(lengths) for lengths in batches]
-        passes, anew, zero, even, flops = (
+        passes, anew, rows, zero, even, flops = (
             float(np.mean(each)) for each in zip(*found, strict=True)
         )
         train = self.case.config.train
         whole = train.accumulate
         optimiser = self._optimiser()
-        seconds = whole * (passes + anew + zero) + optimiser
+        seconds = whole * (passes + anew + rows + zero) + optimiser
         peak = self.cluster.tflops * 1e12 * self.case.ranks
         return Times(
             whole * passes,
             whole * anew,
+            whole * rows,
             whole * zero,
             optimiser,
             whole * even,
@@ -135,11 +144,17 @@ class Speed:
     def _model(self):  # type: ignore[no-untyped-def]
         config = self.case.config
         stage, accumulate = config.zero.stage, config.train.accumulate
-        return described(self.case.model, self.case.dtype, stage, accumulate)
+        numbers = self.case.numbers_at_home
+        return described(self.case.model, self.case.dtype, stage, accumulate, numbers)
 
-    def _batch(self, lengths: Array) -> tuple[float, float, float, float, float]:
-        """Seconds of passes, of activations made anew, of ZeRO beyond these, of even work; FLOPs
-        of a forward pass."""
+    @cached_property
+    def _homes(self) -> dict[str, tuple[Homes, bool]]:
+        config = self.case.config
+        return self.case.homes(config.zero.stage, config.model.checkpoint_activations)
+
+    def _batch(self, lengths: Array) -> tuple[float, float, float, float, float, float]:
+        """Seconds of passes, of activations made anew, of rows, of ZeRO beyond these, of even work;
+        FLOPs of a forward pass."""
         case, layers = self.case, self._model.layers
         costs = self._model.costs(self.cluster)
         with closing(case.planner()) as planner:
@@ -154,24 +169,65 @@ class Speed:
             head = 2.0 * case.model.head.weight.numel() / free.flops
             forward = float(layer.slowest[0] + layer.exposed[0]) + layer.copied
             anew = layers * forward - head * float(made.stream.tokens.max())
+        rows = self._rows(float(lengths.sum()) / case.ranks, free)
         zero = layers * max(costs.zero_seconds(topology)) if case.ranks > 1 else 0.0
         return (
             passes,
             anew,
-            max(0.0, zero - passes - anew),
+            rows,
+            max(0.0, zero - passes - anew - rows),
             layers * costs.even_seconds(lengths, case.ranks),
             case.model.flops(lengths),
         )
 
+    def _rows(self, tokens: float, costs: Costs) -> float:
+        """Seconds of a batch in which rows travel and nothing is computed, if a rank has so many
+        tokens and any experts are as likely.
+
+        A row goes there with its experts' numbers and weights, once to each node and then inside
+        it, and back; so do gradients, and all of it again where activations are made anew. Beside
+        the shared expert goes the first way of a pass, and the last one of the backward pass.
+        """
+        each = min(self.case.ranks_per_node, self.case.ranks)
+        rates = min(costs.nic, costs.between / each), costs.inside
+        latencies = costs.latency_between, costs.latency_inside
+        layers, found = layers_of(self.case.model), 0.0
+        anew = self.case.config.model.checkpoint_activations
+        for name, (homes, _) in self._homes.items():
+            layer = layers[name]
+            row = layer.up.weight.shape[2] * self.case.dtype.itemsize
+            weights, numbers = _FP32 * layer.chosen, _NUMBER * layer.chosen
+            often = self._visits(homes, layer.chosen)
+            there, gradient, back = (
+                [
+                    tokens * times * size / rate + late if times else 0.0
+                    for times, rate, late in zip(often, rates, latencies, strict=True)
+                ]
+                for size in (row + weights + numbers, row + weights, row)
+            )
+            shared = 0 if layer.shared is None else met(layer.shared)
+            beside = 2.0 * shared * tokens / costs.flops
+            forward = sum(there) - min(there[0] or there[1], beside) + sum(back)
+            backward = sum(back) + sum(gradient) - min(gradient[0] or gradient[1], 2 * beside)
+            found += (2 if anew else 1) * forward + backward
+        return found
+
+    @cached_property
+    def _visits(self) -> Callable[[Homes, int], tuple[float, float]]:
+        """`Homes.visits`, which takes a while, once for all layers and batches."""
+        return lru_cache(None)(Homes.visits)
+
     def _optimiser(self) -> float:
         """Seconds of the update: bytes of a GPU's memory, and Muon's products."""
-        case, products = self.case, 0.0
-        share = case.ranks if case.config.zero.stage else 1
+        case, products, numbers = self.case, 0.0, 0.0
+        home = case.at_home(self._homes)
         for name, shape in case.sizes.shapes.items():
+            share = case.ranks if case.config.zero.stage or name in home else 1
+            numbers += shape.numel() / share
             if is_orthogonal(name, shape, case.config.optim):
                 rows, columns = sorted(shape[-2:])
                 # x xᵀ and its product with x, and the square of that; of each matrix of a stack.
                 each = 2.0 * rows * rows * (2 * columns + rows)
-                products += math.prod(shape[:-2]) * _ITERATIONS * each
-        numbers = case.sizes.total * _STEPPED / share / (self.cluster.memory_gbs * 1e9)
-        return numbers + products / share / self.cluster.matmul_flops
+                products += math.prod(shape[:-2]) * _ITERATIONS * each / share
+        moved = numbers * _STEPPED / (self.cluster.memory_gbs * 1e9)
+        return moved + products / self.cluster.matmul_flops

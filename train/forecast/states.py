@@ -19,8 +19,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from parallel.travel.homes import Homes
 from train.engine import BUCKET, bucket
 from train.optimiser.optim import OptimConfig, is_orthogonal
 
@@ -99,6 +101,54 @@ def states(
     whole = e * (min(_LIVE, N) + min(_PREFETCHED, N)) if ranks > 1 else 0.0
     step = part + muon
     return States(e * N / ranks, optimiser, part, 0, e * size, True, 0, sent, step, whole)
+
+
+@dataclass(frozen=True)
+class AtHome:
+    """Bytes of one rank for experts that live at home, alike at every stage of ZeRO.
+
+    Attributes:
+        weights: of the experts that it has.
+        optimiser: its part of the means, and of the fp32 weights if the model's are others.
+        stepped: gradients when the optimiser steps: fp32, its part of what its replicas have too.
+            Until then there are those of all it has.
+        reducing: what sums over replicas take beside these.
+        stepping: what the step takes.
+    """
+
+    weights: float = 0.0
+    optimiser: float = 0.0
+    stepped: float = 0.0
+    reducing: float = 0.0
+    stepping: float = 0.0
+
+
+NOTHING = AtHome()
+
+
+def at_home(
+    stacks: Mapping[str, tuple[torch.Size, Homes]], optim: OptimConfig, dtype: torch.dtype
+) -> AtHome:
+    """What a rank with most experts holds (`train.experts`).
+
+    Args:
+        stacks: shape (experts, out, in) and homes of all experts' matrices, by name.
+    """
+    weights = optimiser = stepped = reducing = stepping = 0.0
+    for name, (shape, homes) in stacks.items():
+        first, end = homes.run(homes.fullest)
+        share = int(np.bincount(homes.bounds[:, 0]).min()) if homes.replicated else 1
+        here = torch.Size((end - first, *shape[1:]))
+        n, orthogonal = here.numel(), is_orthogonal(name, shape, optim)
+        numbers = (1 if orthogonal else 2) + (dtype.itemsize < _FP32)
+        weights += dtype.itemsize * n
+        optimiser += numbers * _FP32 * n / share
+        stepped += _FP32 * n / share
+        reducing += _FP32 * n * (share - 1) / share
+        if orthogonal:
+            shared = _muon({name: here}, {name: n}, share, 1 if homes.replicated else 0)
+            stepping = max(stepping, shared)
+    return AtHome(weights, optimiser, stepped, reducing, stepping)
 
 
 def _muon(

@@ -25,7 +25,7 @@ from train.forecast.ledger import Ledger
 from train.forecast.memory import Step
 from train.forecast.states import States
 from train.model.transformer import Model
-from train.planning import planner_of
+from train.planning import by_rows, planner_of
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -79,7 +79,8 @@ def measured(world: World, words: list[str]) -> int:
     gc.collect()
     before = alive()
     model = Model(config.model, vocab_size)
-    engine = Engine(model, config.optim, config.zero, world, dtype, config.train.accumulate)
+    rows = by_rows(config, model, world.topology, dtype)
+    engine = Engine(model, config.optim, config.zero, world, dtype, config.train.accumulate, rows)
 
     def step() -> None:
         for _ in range(config.train.accumulate):
@@ -120,6 +121,58 @@ def test_of_two_ranks_that_share_a_sequence(ranks: Any, stage: int) -> None:
     words = [*SMALL, "train.batch_tokens=1024", "train.seq_len=1024", f"zero.stage={stage}"]
     found = ranks(2).run(measured, words)
     assert tensors(case_of(read(SMOKE, words), ranks=2)) == pytest.approx(max(found), rel=0.1)
+
+
+EXPERTS = [
+    *SMALL, "model.layers=2", "model.mlp_pattern=[experts]", "parallel.experts=rows",
+    "model.mlps.experts={experts: 8, chosen: 3, dim: 128, aux_loss: 0.01, z_loss: 0.001}",
+]  # fmt: skip
+WITH_ROWS = {
+    "stage 2": ["zero.stage=2"],
+    "stage 3, many tokens": ["zero.stage=3", "train.batch_tokens=2048"],
+    "stage 1 in bf16, accumulated, replicas": [
+        "zero.stage=1", "train.dtype=bf16", "train.accumulate=2",
+        "model.mlps.experts.experts=1", "model.mlps.experts.chosen=1",
+    ],
+    "checkpointed, AdamW": ["model.checkpoint_activations=true", "optim.name=adamw"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WITH_ROWS.values(), ids=WITH_ROWS.keys())
+def test_of_two_ranks_with_experts_at_home(ranks: Any, words: list[str]) -> None:
+    words = [*EXPERTS, *words]
+    found = ranks(2).run(measured, words)
+    assert tensors(case_of(read(SMOKE, words), ranks=2)) == pytest.approx(max(found), rel=0.1)
+
+
+@pytest.mark.parametrize(("experts", "here", "share"), [(512, 8, 1), (32, 1, 2)])
+def test_states_of_80b_with_experts_at_home_by_hand(experts: int, here: int, share: int) -> None:
+    """On 64 ranks: a 64th of 512 experts is 8 on a rank; of 32 two ranks share one."""
+    words = ["parallel.experts=rows", "zero.stage=2", "optim.name=adamw"]
+    words += [f"model.mlps.experts.experts={experts}", "train.batch_tokens=65536"]
+    config = read(ROOT / "configs" / "recipes" / "qwen3_next.yaml", words)
+    made = Case(config, 64, 8, 141e9, "cuda", torch.bfloat16)
+    an_expert = 3 * 2048 * 512 * 48  # in all layers
+    others = made.sizes.total - experts * an_expert
+    kinds = made.memory(2, True).kinds
+    assert kinds["weights"] == 2 * (others + here * an_expert)
+    assert kinds["optimiser"] == pytest.approx(12 * (others / 64 + here * an_expert / share))
+
+
+@pytest.mark.parametrize(
+    ("loss", "numbers"), [("aux_loss", 0), ("z_loss", 1), ("sequence_loss", 1)]
+)
+def test_losses_of_balance_keep_numbers_of_tokens_and_experts(loss: str, numbers: int) -> None:
+    """So many in fp32 at least: the auxiliary loss needs scores alone, which the router keeps."""
+    many = "model.mlps.experts={experts: 256, chosen: 2, dim: 8, router: sigmoid}"
+    words = [*EXPERTS[:-1], many, "model.layers=1", f"model.mlps.experts.{loss}="]
+    kept = []
+    for weight in ("0.0", "0.1"):
+        config = read(SMOKE, [*words[:-1], words[-1] + weight])
+        shape = Shape("cpu", torch.float32, 256, False)
+        made = parts(config.model, shape, parallel.shard([256], "cpu"))
+        kept.append(made[config.model.block_kinds[0]].kept)
+    assert numbers <= (kept[1] - kept[0]) / (4 * 256 * 256) < 3 * numbers + 0.1
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

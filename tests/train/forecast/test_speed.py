@@ -16,6 +16,7 @@ from data.batch import Cursor
 from data.prepare import prepared
 from parallel.planning.clusters import Recurrence, load_cluster
 from train.config import Config, read
+from train.experts import layers_of
 from train.forecast.case import Case
 from train.forecast.speed import DAY, Speed
 
@@ -69,6 +70,43 @@ def test_activations_that_are_made_anew_take_a_forward_pass() -> None:
     assert (one.passes, one.anew) == (two.passes, 0)
     # A backward pass is two to two and a half forward passes, and the head is not made anew.
     assert 0.15 < two.anew / two.passes < 1 / 3
+
+
+def test_rows_travel_to_experts_and_back_by_the_rates_of_the_links() -> None:
+    """All tokens go to all ranks, so how many bytes go each way is known."""
+    tokens, k, layers, dim = 65536, 4, 2, 256
+    words = [f"model.layers={layers}", f"model.dim={dim}", "model.mlp_pattern=[experts]",
+        "model.checkpoint_activations=true", "parallel.experts=rows", "train.accumulate=100",
+        f"model.mlps.experts={{experts: {k}, chosen: {k}, dim: 32}}"]  # fmt: skip
+    row, weights, numbers = 2 * dim, 4 * k, 2 * k
+    forward, backward = 2 * row + weights + numbers, 2 * row + weights
+    inside = 4, H200.inside_gb * 1e9, H200.latency_inside_us
+    between = 1, H200.nic_gbit / 8 * 1e9 * H200.network, H200.latency_between_us
+    for each, rate, latency in (inside, between):
+        size = 3 * tokens / 4 * (2 * forward + backward)  # activations are made anew
+        wanted = 100 * layers * (size / rate + 6e-6 * latency)
+        case = Case(smoke(*words), 4, each, 1e12, "cuda", torch.bfloat16, "h200")
+        times = Speed(case, H200).times([case.lengths(16384)])
+        assert times.rows == pytest.approx(wanted, rel=0.02)
+        assert times.step >= times.passes + times.anew + times.rows
+        # Beside a large expert that all tokens share, half of the ways cost nothing.
+        words_ = [*words, "model.mlps.experts.shared_dim=65536"]
+        case = Case(smoke(*words_), 4, each, 1e12, "cuda", torch.bfloat16, "h200")
+        wanted = 100 * layers * (3 * 3 * tokens / 4 * row / rate + 3e-6 * latency)
+        found = Speed(case, H200).times([case.lengths(16384)]).rows
+        assert found == pytest.approx(wanted, rel=0.02)
+
+
+def test_zero_brings_no_experts_that_live_at_home() -> None:
+    words = ["model.mlp_pattern=[experts]", "model.mlps.experts={experts: 64, dim: 64}"]
+    weights, rows = (speed(smoke(*words, *more), 16) for more in ([], ["parallel.experts=rows"]))
+    experts = sum(
+        layer.up.weight.numel() + layer.out.weight.numel()
+        for layer in layers_of(weights.case.model).values()
+    )
+    less = weights._model.zero_bytes - rows._model.zero_bytes
+    assert less == pytest.approx(2 * 2 * experts)  # stage 1: weights and gradients, in bf16
+    assert weights.case.planner().costs.weights > rows.case.planner().costs.weights
 
 
 def test_a_run_is_the_sum_of_its_stages() -> None:

@@ -137,6 +137,12 @@ class Tally:
     within: tuple[Tensor, Tensor] | None = None
     sequence: Tensor | None = None
 
+    @property
+    def losses(self) -> list[Tensor]:
+        """What has a gradient."""
+        within = None if self.within is None else self.within[0]
+        return [one for one in (self.shares, self.z, within) if one is not None]
+
 
 def tally(
     batch: Counted, config: Balancing, logits: Tensor, p: Tensor, experts: Tensor, by: Tensor
