@@ -147,12 +147,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         try:
+            self._dump_later()
             while not self._over.wait(self.interval):
                 now = time.monotonic()
                 if now - self._beaten > 5 * self.interval:
                     # This process was stopped as a whole, and has just gone on.
                     self._since = now
                 self._beat()
+                self._dump_later()
                 if now - max(self._since, self._looked) > self.seconds:
                     report = self._look()
                     self._looked = time.monotonic()
@@ -186,7 +188,9 @@ class Watchdog:
                 os.pwrite(handle, json.dumps(asdict(beat)).encode().ljust(_BYTES), 0)
             finally:
                 os.close(handle)
-        # In C, where nothing of Python can run, this alone still tells where the rank is.
+
+    def _dump_later(self) -> None:
+        """In C, where nothing of Python can run, this alone still tells where the rank is."""
         if sys.__stderr__ is not None:
             with suppress(OSError, ValueError):
                 faulthandler.dump_traceback_later(self.seconds, file=sys.__stderr__)
