@@ -15,7 +15,7 @@ from data.config import RECALL
 from data.settings import ConfigError
 from parallel import World
 from train.config import Config
-from train.model.initial import Undrawn
+from train.model.initial import without_values
 from train.model.linear import Stacked
 from train.model.transformer import Block
 
@@ -28,9 +28,8 @@ def check(config: Config, world: World, dtype: torch.dtype) -> None:
     """Refuse a run that cannot fit, by what it needs at the very least.
 
     A rank holds its weights in `dtype` (of ZeRO 3, and of experts to which rows may travel, a
-    share), a share of gradients and of the
-    optimiser's three fp32 numbers a parameter, its share of each block's input, and all tokens and
-    labels of a step. A GPU's machine holds only the latter.
+    share), a share of gradients and of the optimiser's three fp32 numbers a parameter, its share of
+    each block's input, and all tokens and labels of a step. A GPU's machine holds only the latter.
 
     Raises:
         ConfigError: naming what is needed and what there is.
@@ -112,6 +111,6 @@ def _blocks(config: Config) -> Iterator[tuple[int, Block]]:
     """How many blocks there are of each kind, and the first one, on meta."""
     model = config.model
     for name, count in Counter(model.block_kinds).items():
-        with torch.device("meta"), Undrawn():
+        with without_values():
             block = Block(model, model.block_kinds.index(name))
         yield count, block

@@ -18,7 +18,7 @@ from train.experts import Stack, settle
 from train.forecast.ledger import Ledger
 from train.forecast.travelling import ImaginedRows
 from train.model.config import ModelConfig
-from train.model.initial import Undrawn
+from train.model.initial import without_values
 from train.model.mlps import experts
 from train.model.mlps._balance import Counted
 from train.model.mlps._router import Router
@@ -83,7 +83,7 @@ class Shape:
 def parts(model: ModelConfig, shape: Shape, shard: Shard) -> dict[str, Part]:
     """Every kind of part of a model by its name, at work on a shard."""
     total = shard.tokens
-    with torch.device("meta"), Undrawn():
+    with without_values():
         embedding = nn.Embedding(shape.vocab_size, model.dim)
         tail = _Tail(model, shape.vocab_size)
         kinds = model.block_kinds

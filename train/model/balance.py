@@ -116,7 +116,7 @@ class Balance:
         sums, self._sums = self._sums, None
         if sums is None or not good:
             return
-        for router, (counts, *_) in self._layers(sums):
+        for _, router, (counts, *_) in self._layers(sums):
             config = router.config
             if router.choice_bias is not None and config.bias_update != "none":
                 mean = counts.mean()
@@ -135,8 +135,7 @@ class Balance:
             return {}
         ranges = iter(self._host[sum(2 * r.config.experts + 2 for r in self._routers.values()) :])
         found = {}
-        names = iter(self._routers)
-        for router, (counts, shares, z, sequence) in self._layers(self._host):
+        for name, router, (counts, shares, z, sequence) in self._layers(self._host):
             config, total = router.config, max(1.0, float(counts.sum()))
             tokens = total / config.chosen
             values = {
@@ -144,7 +143,7 @@ class Balance:
                 "z_loss": float(z) / tokens,
                 "sequence_loss": float(sequence) / tokens,
             }
-            found[int(next(names).split(".")[1])] = Load(
+            found[int(name.split(".")[1])] = Load(
                 [int(count) for count in counts.tolist()],
                 {name: value for name, value in values.items() if getattr(config, name)},
                 None if router.choice_bias is None else float(next(ranges)),
@@ -167,14 +166,14 @@ class Balance:
             for name, one in zip(counts, each, strict=True)
         }
 
-    def _layers(self, sums: Tensor) -> Iterator[tuple[Router, tuple[Tensor, ...]]]:
-        """Each router with its counts (E,), shares (E,), z () and sequence loss ()."""
+    def _layers(self, sums: Tensor) -> Iterator[tuple[str, Router, tuple[Tensor, ...]]]:
+        """Each router by its name, with its counts (E,), shares (E,), z () and sequence loss ()."""
         begin = 0
-        for router in self._routers.values():
+        for name, router in self._routers.items():
             count = router.config.experts
             own = sums[begin : begin + 2 * count + 2]
             begin += len(own)
-            yield router, (own[:count], own[count:-2], own[-2], own[-1])
+            yield name, router, (own[:count], own[count:-2], own[-2], own[-1])
 
 
 def _row(seen: Tally) -> Tensor:

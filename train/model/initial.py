@@ -14,7 +14,8 @@ are matrices, which `Model` gives a normal distribution, or biases, which begin 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -125,11 +126,15 @@ def values(first: First, seed: int, name: str, begin: int, end: int) -> Tensor:
     return out
 
 
-class Undrawn(TorchFunctionMode):
-    """Inside this context modules draw no values, which `fill` would overwrite.
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Inside this context modules are made on `meta`, with shapes and no memory."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
-    On meta tensors, torch would import its compiler to draw nothing.
-    """
+
+class _Undrawn(TorchFunctionMode):
+    """Modules draw no values: on `meta`, torch would import its compiler to draw nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

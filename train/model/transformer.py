@@ -21,7 +21,7 @@ from parallel import Shard
 from train.model import mixers, mlps
 from train.model.balance import Balance
 from train.model.config import ModelConfig
-from train.model.initial import Constant, First, Normal, Undrawn, declarations, fill
+from train.model.initial import Constant, First, Normal, declarations, fill, without_values
 from train.model.linear import Stacked, met
 from train.model.mixers._parts import LowRank
 from train.model.norm import RMSNorm
@@ -83,7 +83,7 @@ def check_settings(config: ModelConfig) -> None:
 
 def skeleton(config: ModelConfig, vocab_size: int) -> Model:
     """The model without memory for its weights: names and shapes."""
-    with torch.device("meta"), Undrawn():
+    with without_values():
         return Model(config, vocab_size)
 
 
